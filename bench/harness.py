@@ -1,0 +1,76 @@
+"""What every bench shares: a table with the bar beside the figure, JSON, and the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. `bar` is None for a figure shown for context only."""
+
+    name: str
+    measured: float
+    unit: str
+    bar: float | None = None
+    sense: str = "<="
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether the bar holds (true for a row without one)."""
+        if self.bar is None:
+            return True
+        return self.measured <= self.bar if self.sense == "<=" else self.measured >= self.bar
+
+
+def seconds(call: Callable[[], object], repeat: int = 7, warmup: int = 1) -> float:
+    """Median wall-clock seconds of one call."""
+    for _ in range(warmup):
+        call()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def shared_data() -> Path:
+    """The folder of real models and texts beside the checkout; exits 0 with a word if absent."""
+    folder = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    if not folder.is_dir():
+        sys.stdout.write("skipped: no ../shared/data beside this checkout\n")
+        raise SystemExit(0)
+    return folder
+
+
+def main(name: str, protocol: str, run: Callable[[bool], Iterable[Row]]) -> None:
+    """Parse ``[--json FILE] [--quick]``, run, print, and exit 1 where a bar is missed."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=protocol)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--quick", action="store_true", help="same bars, less work")
+    args = parser.parse_args()
+    sys.stdout.write(f"bench.{name}: {protocol}\n")
+    rows = []
+    for row in run(args.quick):
+        rows.append(row)
+        bar = "" if row.bar is None else f"{row.sense} {row.bar:g}"
+        verdict = "" if row.bar is None else ("met" if row.met else "MISSED")
+        sys.stdout.write(
+            f"  {row.name:<52} {row.measured:>12.5g} {row.unit:<12} {bar:<12} {verdict:<7} {row.note}\n"
+        )
+        sys.stdout.flush()
+    missed = [r.name for r in rows if not r.met]
+    sys.stdout.write(f"{len(rows)} figures, {len(missed)} missed{': ' if missed else ''}{', '.join(missed)}\n")
+    if args.json:
+        result = {"bench": name, "protocol": protocol, "quick": args.quick}
+        args.json.write_text(json.dumps({**result, "rows": [asdict(r) for r in rows]}, indent=1))
+    raise SystemExit(1 if missed else 0)

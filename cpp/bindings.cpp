@@ -1,0 +1,24 @@
+// The door between Python and the kernels; each family of kernels binds itself in its own file.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "dispatch.h"
+
+namespace nb = nanobind;
+
+void bind_rans(nb::module_& m);
+void bind_trellis(nb::module_& m);
+
+NB_MODULE(_core, m) {
+    m.def("simd", [] { return std::string(waterfill::isa_name(waterfill::chosen_isa())); },
+          "The instruction set in use: scalar, avx2 or avx512.");
+    m.def("simd_available", [] {
+        std::vector<std::string> names;
+        for (auto isa : {waterfill::Isa::scalar, waterfill::Isa::avx2, waterfill::Isa::avx512})
+            if (waterfill::machine_has(isa)) names.emplace_back(waterfill::isa_name(isa));
+        return names;
+    }, "The instruction sets this machine can be forced to by WATERFILL_SIMD.");
+    bind_rans(m);
+    bind_trellis(m);
+}

@@ -1,0 +1,1 @@
+// placeholder body, replaced by the trellis kernels

@@ -1,0 +1,1 @@
+"""waterfill compresses a neural network to the exact size its user names."""

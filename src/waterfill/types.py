@@ -1,0 +1,455 @@
+"""The nouns, and the one contract that every codec signs.
+
+Rate is bytes in the file; distortion is nats per token of KL(original || compressed). Nothing
+here knows a codec by name: a codec is found by its id, which is also the name of its file.
+
+Exceptions
+----------
+::
+
+    WaterfillError              what a user can mend; the message says how
+    ├── FormatError             bytes that are not what they claim to be
+    ├── BudgetError             a size that cannot be met
+    └── SpecError               a codec string or option that does not parse
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import pkgutil
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "DTYPES",
+    "BudgetError",
+    "Codec",
+    "Encoded",
+    "FormatError",
+    "Plan",
+    "Point",
+    "Record",
+    "Spec",
+    "SpecError",
+    "TensorInfo",
+    "WaterfillError",
+    "Weighting",
+    "codec",
+    "codec_ids",
+    "find_codec",
+    "parse_spec",
+    "to_float32",
+]
+
+Floats = NDArray[np.float32]
+Array = NDArray[Any]
+
+
+class WaterfillError(Exception):
+    """Something a user can mend; the message says what and how."""
+
+
+class FormatError(WaterfillError):
+    """Bytes that are not what they claim to be."""
+
+
+class BudgetError(WaterfillError):
+    """A size that cannot be met; the message states the nearest that can."""
+
+
+class SpecError(WaterfillError):
+    """A codec string, pattern or option that does not parse."""
+
+
+# What safetensors calls a dtype -> how its bits are held in numpy. Types that numpy lacks travel
+# as unsigned integers of their width; `to_float32` and `from_float32` know what the bits mean.
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+def to_float32(bits: Array, dtype: str) -> Floats:
+    """Values of a stored array as float32 (F64 is rounded; BF16 and F16 are exact)."""
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    if dtype not in FLOAT_DTYPES:
+        raise SpecError(f"dtype {dtype} holds no weights that can be rounded")
+    with np.errstate(over="ignore"):
+        return bits.astype(np.float32)
+
+
+def from_float32(values: Floats, dtype: str) -> Array:
+    """Float32 values rounded (to nearest, ties to even) to the storage form of `dtype`."""
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    if dtype not in FLOAT_DTYPES:
+        raise SpecError(f"dtype {dtype} holds no weights that can be rounded")
+    with np.errstate(over="ignore"):
+        return values.astype(DTYPES[dtype])
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a stored tensor without reading it.
+
+    A fused expert tensor (experts, rows, columns) is handled one expert at a time: each slice is
+    an item of its own, named ``tensor[index]``, with the slice's shape.
+
+    Attributes
+    ----------
+    name : str
+        Name in the checkpoint, with ``[index]`` appended for a slice.
+    shape : tuple of int
+        Shape as stored (of the slice, for a slice).
+    dtype : str
+        A key of `DTYPES`.
+    kind : str
+        linear | embedding | conv | expert | norm | other.
+    group : str
+        The tensor this one repeats bit for bit (stored once), or "".
+    index : int or None
+        Which slice of its tensor along the first axis, or None for the whole.
+    transposed : bool
+        True where the stored matrix is (inputs, outputs), as in GPT-2's Conv1D.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str = "other"
+    group: str = ""
+    index: int | None = None
+    transposed: bool = False
+
+    @property
+    def tensor(self) -> str:
+        """Name of the checkpoint tensor that this is, or is a slice of."""
+        return self.name if self.index is None else self.name.rsplit("[", 1)[0]
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored in the original checkpoint."""
+        return self.size * DTYPES[self.dtype].itemsize
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(outputs m, inputs n) of the matrix a codec sees; a vector is one row."""
+        if len(self.shape) < 2:
+            return 1, self.size
+        if self.transposed:
+            return self.size // self.shape[0], self.shape[0]
+        return self.shape[0], self.size // max(self.shape[0], 1)
+
+    def matrix(self, bits: Array) -> Floats:
+        """Stored bits -> float32 (m, n)."""
+        values = to_float32(bits, self.dtype)
+        m, n = self.matrix_shape
+        return np.ascontiguousarray(values.reshape(n, m).T if self.transposed else values.reshape(m, n))
+
+    def unmatrix(self, matrix: Floats) -> Array:
+        """Float32 (m, n) -> bits of the stored shape and dtype."""
+        values = matrix.T if self.transposed else matrix
+        return from_float32(np.ascontiguousarray(values), self.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Local model of harm: ``distortion = 1/2 sum_i r_i e_i S e_i^T`` nats per token.
+
+    With S the second moment of the layer's inputs and r_i the second moment of the loss gradient
+    at output i (the diagonal of the Kronecker-factored Fisher matrix, Martens & Grosse 2015), this
+    is KL(original || compressed) to second order.
+
+    Attributes
+    ----------
+    second_moment : float32 (n, n), float32 (n,) for a diagonal, or None for the identity
+    row_weights : float32 (m,) or a float for all rows alike
+    """
+
+    second_moment: Floats | None = None
+    row_weights: Floats | float = 1.0
+
+    def distortion(self, x: Floats, y: Floats) -> float:
+        """Predicted nats per token of replacing matrix x (m, n) by y (m, n)."""
+        error = x.astype(np.float32) - y
+        if self.second_moment is None:
+            weighted = error
+        elif self.second_moment.ndim == 1:
+            weighted = error * self.second_moment
+        else:
+            weighted = error @ self.second_moment
+        per_row = np.einsum("ij,ij->i", error, weighted, dtype=np.float64)
+        return float(0.5 * np.sum(per_row * self.row_weights))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A codec and its configuration as data; JSON in files, a string for people."""
+
+    id: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    version: int = 1
+
+    def __str__(self) -> str:
+        options = ",".join(f"{k}={_show(v)}" for k, v in self.config.items())
+        return f"{self.id}:{options}" if options else self.id
+
+    def to_json(self) -> list[Any]:
+        """``[id, version, config]``."""
+        return [self.id, self.version, dict(self.config)]
+
+    @classmethod
+    def from_json(cls, value: Any) -> Spec:
+        """Inverse of `to_json`; raises FormatError on any other shape."""
+        match value:
+            case [str(name), int(version), dict(config)]:
+                return cls(name, config, version)
+        raise FormatError(f"not a codec specification: {json.dumps(value)[:80]}")
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tensor as coded: named byte strings and a little JSON.
+
+    Attributes
+    ----------
+    spec : Spec
+    info : TensorInfo
+    parts : mapping of part name to bytes
+    extra : JSON-able mapping that `Codec.decode` gets back
+    """
+
+    spec: Spec
+    info: TensorInfo
+    parts: Mapping[str, bytes]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts; the container adds its index entry on top."""
+        return sum(len(p) for p in self.parts.values())
+
+
+@dataclass(frozen=True)
+class Point:
+    """One operating point of one tensor: bytes, nats per token, and what makes it."""
+
+    nbytes: float
+    distortion_nats: float
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each tensor will be coded with, to meet one budget.
+
+    Attributes
+    ----------
+    choices : tensor name -> Point
+    why : tensor name -> the reason in a few words
+    budget_nbytes : int
+        Bytes the weights file may have.
+    predicted_nats : float
+    water_level : float
+        Nats per byte at which every tensor stopped: the common slope.
+    """
+
+    choices: Mapping[str, Point]
+    why: Mapping[str, str]
+    budget_nbytes: int
+    predicted_nats: float
+    water_level: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """One result, as JSON: what a report is drawn from.
+
+    Attributes
+    ----------
+    name : str
+    nbytes : int
+        Size of the weights file.
+    bits_per_weight : float
+    metrics : measured figures (perplexity, kl_nats, top1_agreement, ...) with their protocol
+    predicted : predicted figures (kl_nats, ...)
+    ledger : a row per tensor
+    curve : predicted rate-distortion points of the whole model around this budget
+    about : command line, versions, texts
+    """
+
+    name: str
+    nbytes: int
+    bits_per_weight: float
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    predicted: Mapping[str, Any] = field(default_factory=dict)
+    ledger: tuple[Mapping[str, Any], ...] = ()
+    curve: tuple[Mapping[str, Any], ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict, ready for json.dumps."""
+        return dataclasses.asdict(self)
+
+
+class Codec:
+    """The contract. Subclasses are frozen dataclasses made by the `codec` decorator.
+
+    A codec must be deterministic: same input, same bytes, on every machine when decoding.
+    """
+
+    id: ClassVar[str]
+    version: ClassVar[int]
+    lossy: ClassVar[bool] = True
+
+    @classmethod
+    def ladder(cls, info: TensorInfo) -> Iterator[Self]:
+        """Operating points of this codec worth pricing for such a tensor, cheapest first."""
+        raise NotImplementedError
+
+    def between(self, other: Self, t: float) -> Self | None:
+        """A codec at fraction t (0..1) of the way to another rung; None if rungs are discrete."""
+        return None
+
+    def encode(
+        self, x: Array, info: TensorInfo, weighting: Weighting
+    ) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """Stored bits (shape and dtype of `info`) -> parts and a little JSON."""
+        raise NotImplementedError
+
+    def decode(self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo) -> Array:
+        """Inverse of `encode`: bits of shape `info.shape`; FormatError on bytes that lie."""
+        raise NotImplementedError
+
+    @property
+    def spec(self) -> Spec:
+        """This codec as data."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return Spec(self.id, {f.name: getattr(self, f.name) for f in fields}, self.version)
+
+
+C = TypeVar("C", bound=Codec)
+_REGISTRY: dict[str, type[Codec]] = {}
+_ID = re.compile(r"^[a-z][a-z0-9_]*$")
+
+
+def codec(id: str, version: int = 1) -> Any:
+    """Class decorator, outermost: freezes the class as a dataclass, names and registers it."""
+
+    def register(cls: type[C]) -> type[C]:
+        frozen = dataclass(frozen=True)(cls)
+        if not _ID.match(id):
+            raise SpecError(f"codec id {id!r} must be lower-case letters, digits and _")
+        if id in _REGISTRY and _REGISTRY[id].__module__ != cls.__module__:
+            raise SpecError(f"two codecs claim the id {id!r}")
+        frozen.id, frozen.version = id, version
+        _REGISTRY[id] = frozen
+        return frozen
+
+    return register
+
+
+def codec_ids() -> list[str]:
+    """Ids of every codec that can be found: files in the gallery, then entry points."""
+    package = importlib.import_module("waterfill.codecs")
+    names = {m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")}
+    names |= {e.name for e in importlib.metadata.entry_points(group="waterfill.codecs")}
+    return sorted(names)
+
+
+def find_codec(id: str) -> type[Codec]:
+    """The codec class of this id, imported at first use; SpecError if there is none."""
+    if id in _REGISTRY:
+        return _REGISTRY[id]
+    known = codec_ids()
+    if id not in known:
+        raise SpecError(f"no codec is called {id!r}; known: {', '.join(known)}")
+    outside = list(importlib.metadata.entry_points(group="waterfill.codecs", name=id))
+    if outside:
+        outside[0].load()
+    else:
+        importlib.import_module(f"waterfill.codecs.{id}")
+    return _REGISTRY[id]
+
+
+def make_codec(spec: Spec) -> Codec:
+    """A codec from its specification; SpecError names what does not fit."""
+    cls = find_codec(spec.id)
+    if spec.version > cls.version:
+        raise FormatError(
+            f"codec {spec.id} version {spec.version} is newer than this waterfill knows "
+            f"({cls.version}); upgrade waterfill to read it"
+        )
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key, value in spec.config.items():
+        if key not in known:
+            raise SpecError(f"{spec.id} has no option {key!r}; it has: {', '.join(known) or 'none'}")
+        want = type(known[key].default)
+        if want is float and isinstance(value, int) and not isinstance(value, bool):
+            continue
+        if type(value) is not want:
+            raise SpecError(f"{spec.id}: {key} must be {want.__name__}, not {value!r}")
+    return cls(**spec.config)
+
+
+def parse_spec(text: str) -> Codec:
+    """``integer:bits=3,group=128,solver=successive`` -> codec. Inverse of ``str(codec.spec)``."""
+    name, _, rest = text.strip().partition(":")
+    cls = find_codec(name)
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    config: dict[str, Any] = {}
+    for item in filter(None, (s.strip() for s in rest.split(","))):
+        key, sep, value = item.partition("=")
+        if not sep or key not in known:
+            raise SpecError(f"{text!r}: {item!r} is not an option; {name} has: {', '.join(known)}")
+        config[key] = _read(value, known[key].default, text)
+    return make_codec(Spec(name, config, cls.version))
+
+
+def _read(value: str, default: Any, text: str) -> Any:
+    if isinstance(default, bool):
+        if value not in ("yes", "no"):
+            raise SpecError(f"{text!r}: say yes or no, not {value!r}")
+        return value == "yes"
+    try:
+        return type(default)(value)
+    except ValueError as error:
+        raise SpecError(f"{text!r}: {value!r} is not {type(default).__name__}") from error
