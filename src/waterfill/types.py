@@ -184,7 +184,7 @@ class TensorInfo:
         return from_float32(np.ascontiguousarray(values), self.dtype).reshape(self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weighting:
     """Local model of harm: ``distortion = 1/2 sum_i r_i e_i S e_i^T`` nats per token.
 

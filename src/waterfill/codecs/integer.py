@@ -1,0 +1,143 @@
+"""Group-wise integers with a searched scale: the field's common ground, and our peer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from waterfill.coding.entropy import decode_ints, encode_ints
+from waterfill.coding.packing import pack, unpack
+from waterfill.coding.rounding import factor, successive
+from waterfill.types import (
+    FLOAT_DTYPES,
+    Array,
+    Codec,
+    Floats,
+    FormatError,
+    SpecError,
+    TensorInfo,
+    Weighting,
+    codec,
+)
+
+SHRINKS = np.linspace(0.35, 1.0, 27, dtype=np.float32)  # clips tried, as shares of the largest weight
+
+
+@codec("integer", version=1)
+class Integer(Codec):
+    """``q * scale``, one float16 scale for each row and group of input columns.
+
+    The scale is searched: the clip, and the sign of the scale, that minimise the weighted error of
+    its group. Rounding is to nearest, or successive (GPTQ, Frantar et al. 2022; columns last to
+    first, errors carried on).
+
+    Attributes
+    ----------
+    bits : int
+        2 to 8; values run from ``-2**(bits-1)`` to ``2**(bits-1) - 1``.
+    group : int
+        Input columns that share a scale.
+    solver : str
+        nearest | successive
+    pack : str
+        packed: fixed width, as kernels read it; coded: the same integers through rANS.
+    damping : float
+        Added to the diagonal of S, relative to its mean.
+    """
+
+    bits: int = 4
+    group: int = 128
+    solver: str = "successive"
+    pack: str = "packed"
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8 or not 8 <= self.group <= 65536 or self.damping < 0:
+            raise SpecError("integer: bits is 2 to 8, group 8 to 65536, damping not negative")
+        if self.solver not in ("nearest", "successive") or self.pack not in ("packed", "coded"):
+            raise SpecError("integer: solver is nearest or successive, pack is packed or coded")
+
+    @classmethod
+    def ladder(cls, info: TensorInfo) -> Iterator[Self]:
+        """Two to eight bits."""
+        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+            for bits in (2, 3, 4, 6, 8):
+                yield cls(bits=bits)
+
+    def encode(
+        self, x: Array, info: TensorInfo, weighting: Weighting
+    ) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """Bits of `info.shape` -> parts ``codes`` and ``scales``."""
+        columns = np.ascontiguousarray(info.matrix(x).T)
+        n, m = columns.shape
+        codes = np.empty((n, m), np.int8)
+        scales = np.zeros((-(-n // self.group), m), np.float16)
+        lower = self._lower(n, weighting)
+        importance = np.square(lower if lower.ndim == 1 else lower.diagonal())
+        carried = lower.ndim == 2
+
+        def round_block(first: int, last: int, block: Floats, target: Floats, carry: Floats) -> Floats:
+            scale = self._search_scale(target, importance[first:last])
+            scales[first // self.group] = scale
+            error = np.empty_like(target)
+            for j in range(last - first - 1, -1, -1):
+                q = self._nearest(target[j], scale)
+                codes[first + j] = q
+                error[j] = block[j] - q * scale
+                if carried and j:
+                    target[:j] += carry[j, :j, None] * error[j]
+            return error
+
+        successive(columns, lower, round_block, block=self.group)
+        return {"codes": self._pack(codes.T), "scales": scales.T.tobytes()}, {}
+
+    def decode(self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo) -> Array:
+        """Inverse of `encode`, the same bits on every machine."""
+        m, n = info.matrix_shape
+        groups = -(-n // self.group)
+        if len(parts["scales"]) != 2 * m * groups:
+            raise FormatError(f"{info.name}: {len(parts['scales'])} bytes of scales, not {2 * m * groups}")
+        scales = np.frombuffer(parts["scales"], "<f2").reshape(m, groups).astype(np.float32)
+        if self.pack == "coded":
+            codes = decode_ints(parts["codes"], m, n)
+        else:
+            codes = unpack(parts["codes"], m * n, self.bits).reshape(m, n).astype(np.int32)
+            codes -= 1 << (self.bits - 1)
+        return info.unmatrix(codes * np.repeat(scales, self.group, axis=1)[:, :n])
+
+    def _lower(self, n: int, weighting: Weighting) -> Floats:
+        moment = weighting.second_moment
+        if moment is None:
+            return np.ones(n, np.float32)
+        lower = factor(weighting, self.damping)
+        if self.solver == "nearest" and lower.ndim == 2:
+            return np.sqrt(np.maximum(moment.diagonal(), 1e-12))
+        return lower
+
+    def _nearest(self, target: Floats, scale: Floats) -> Floats:
+        low, high = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+        return np.clip(np.rint(target / np.where(scale == 0, 1, scale)), low, high)
+
+    def _search_scale(self, target: Floats, importance: Floats) -> Floats:
+        """Scale (m,) of least weighted error for a group (columns, m), rounded to float16."""
+        extreme = target[np.argmax(np.abs(target), axis=0), np.arange(target.shape[1])]
+        top = 1 << (self.bits - 1)
+        best = np.full(target.shape[1], np.inf, np.float32)
+        scale = np.zeros(target.shape[1], np.float32)
+        for shrink in SHRINKS:
+            # The negative end has one level more, so either sign of the scale may serve better.
+            for end in (-top, top - 1):
+                trial = (extreme * shrink / end).astype(np.float16).astype(np.float32)
+                error = np.square(target - self._nearest(target, trial) * trial)
+                cost = importance @ error
+                better = cost < best
+                best = np.where(better, cost, best)
+                scale = np.where(better, trial, scale)
+        return scale
+
+    def _pack(self, codes: Array) -> bytes:
+        if self.pack == "coded":
+            return encode_ints(codes.astype(np.int32))
+        return pack((codes.astype(np.int16) + (1 << (self.bits - 1))).astype(np.uint8), self.bits)

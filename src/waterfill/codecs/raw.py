@@ -1,0 +1,35 @@
+"""The stored bytes themselves: for what must not change and does not compress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from waterfill.types import DTYPES, Array, Codec, FormatError, TensorInfo, Weighting, codec
+
+
+@codec("raw", version=1)
+class Raw(Codec):
+    """Little-endian bytes as in safetensors, one part ``bytes``."""
+
+    lossy = False
+
+    @classmethod
+    def ladder(cls, info: TensorInfo) -> Iterator[Self]:
+        """One rung."""
+        yield cls()
+
+    def encode(
+        self, x: Array, info: TensorInfo, weighting: Weighting
+    ) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """Bits -> bytes."""
+        return {"bytes": np.ascontiguousarray(x).tobytes()}, {}
+
+    def decode(self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo) -> Array:
+        """Bytes -> bits."""
+        data = parts["bytes"]
+        if len(data) != info.nbytes:
+            raise FormatError(f"{info.name}: {len(data)} bytes where {info.nbytes} were expected")
+        return np.frombuffer(data, DTYPES[info.dtype]).reshape(info.shape).copy()

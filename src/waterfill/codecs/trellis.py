@@ -1,0 +1,151 @@
+"""Successive trellis rounding with water-filled steps and an entropy coder: the flagship."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from waterfill.coding import trellis
+from waterfill.coding.entropy import decode_ints, encode_ints
+from waterfill.coding.rounding import factor
+from waterfill.coding.scales import decode_grid, encode_grid, from_grid, to_grid
+from waterfill.coding.sections import join, split
+from waterfill.types import (
+    FLOAT_DTYPES,
+    Array,
+    Codec,
+    Floats,
+    FormatError,
+    SpecError,
+    TensorInfo,
+    Weighting,
+    codec,
+)
+
+COLUMN_GRID = 8  # steps to the octave for column steps
+ROW_GRID = 2  # and for row scales
+
+
+@codec("trellis", version=1)
+class Trellis(Codec):
+    """Each column rounded on its own step ``a / L_jj`` along a trellis path, errors carried on.
+
+    With the second moment of the inputs ``S = L L^T`` all columns then cost the same noise after
+    weighting, which is what reverse water-filling asks for (WaterSIC, 2026); the path through two
+    interleaved grids (dependent quantisation, Schwarz et al. 2019) gains most of the 1.53 dB that
+    scalar rounding loses; rANS turns each column's own entropy into bytes.
+
+    Attributes
+    ----------
+    step : float
+        Step relative to the layer's own scale, ``rms(W) * geometric mean of L_jj``: about
+        ``log2(1 / step) + 1.4`` bits per weight below one half. The planner's continuous knob.
+    states : int
+        4, or 1 for plain rounding.
+    mmse : float
+        Shrinkage c of ``S + c I`` in units of the squared step; 0 is none.
+    gains : bool
+        Fit one gain per column by least squares afterwards (2 bytes a column).
+    rows : bool
+        Scale rows by the root of their weight, so that outputs that matter less get coarser steps.
+    damping : float
+        Added to the diagonal of S, relative to its mean.
+    """
+
+    step: float = 0.25
+    states: int = 4
+    mmse: float = 0.0
+    gains: bool = False
+    rows: bool = True
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.states not in (1, 4) or not 0 < self.step < 1e6 or self.mmse < 0 or self.damping < 0:
+            raise SpecError("trellis: states is 1 or 4, step positive, mmse and damping not negative")
+
+    @classmethod
+    def ladder(cls, info: TensorInfo) -> Iterator[Self]:
+        """From a fraction of a bit to about eight bits, half an octave to an octave apart."""
+        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+            for half_octaves in (5, 4, 3, 2, 1, 0, -1, -2, -4, -6, -8, -10, -13):
+                yield cls(step=2.0 ** (half_octaves / 2))
+
+    def between(self, other: Self, t: float) -> Self:
+        """Steps in geometric progression."""
+        step = float(self.step ** (1 - t) * other.step**t)
+        return type(self)(step, self.states, self.mmse, self.gains, self.rows, self.damping)
+
+    def encode(
+        self, x: Array, info: TensorInfo, weighting: Weighting
+    ) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """Bits of `info.shape` -> one part ``codes``."""
+        matrix = info.matrix(x)
+        row_grid = self._row_exponents(matrix, weighting)
+        row_scale = from_grid(row_grid, ROW_GRID)
+        scaled = matrix * row_scale[:, None]
+        lower, target, column_grid = self._prepare(scaled, weighting)
+        step = from_grid(column_grid, COLUMN_GRID)
+        index = trellis.quantise(target, lower, step, self.states)
+        gains = b""
+        if self.gains:
+            values = trellis.walk(index, step, self.states)
+            gains = _fit_gains(scaled, values, weighting).tobytes()
+        columns, rows = encode_grid(column_grid), encode_grid(row_grid)
+        return {"codes": join([columns, rows, gains, encode_ints(index)])}, {}
+
+    def decode(self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo) -> Array:
+        """Inverse of `encode`, the same bits on every machine."""
+        m, n = info.matrix_shape
+        columns, rows, gains, codes = split(parts["codes"], 4)
+        step = from_grid(decode_grid(columns, n, COLUMN_GRID), COLUMN_GRID)
+        if gains:
+            if len(gains) != 2 * n:
+                raise FormatError(f"{info.name}: {len(gains)} bytes of gains where {2 * n} belong")
+            step = step * np.frombuffer(gains, "<f2").astype(np.float32)
+        matrix = trellis.walk(decode_ints(codes, m, n), step, self.states)
+        if rows:
+            matrix *= from_grid(-decode_grid(rows, m, ROW_GRID), ROW_GRID)[:, None]
+        return info.unmatrix(matrix)
+
+    def _row_exponents(self, matrix: Floats, weighting: Weighting) -> Array:
+        weights = weighting.row_weights
+        if not self.rows or isinstance(weights, float) or not np.any(weights):
+            return np.zeros(len(matrix), np.int32)
+        # A row that no token ever asked for keeps a floor, or it would be lost altogether.
+        relative = np.maximum(weights / np.mean(weights), 1e-6)
+        relative = relative / np.exp(np.mean(np.log(relative)))
+        return to_grid(np.sqrt(relative), ROW_GRID)
+
+    def _prepare(self, scaled: Floats, weighting: Weighting) -> tuple[Floats, Floats, Array]:
+        """Factor, target and column steps on their grid."""
+        n = scaled.shape[1]
+        moment = weighting.second_moment
+        lower = np.ones(n, np.float32) if moment is None else factor(weighting, self.damping)
+        diagonal = lower if lower.ndim == 1 else lower.diagonal()
+        energy = float(np.mean(np.square(scaled, dtype=np.float64)))
+        spread = np.exp(np.mean(np.log(diagonal, dtype=np.float64)))
+        a = self.step * (np.sqrt(energy) or 1.0) * spread
+        target = scaled
+        if self.mmse and lower.ndim == 2:
+            shrunk = Weighting(moment + self.mmse * a**2 / (energy or 1.0) * np.eye(n, dtype=np.float32))
+            lower = factor(shrunk, self.damping)
+            diagonal = lower.diagonal()
+            target = np.linalg.solve(shrunk.second_moment, moment @ scaled.T).T.astype(np.float32)
+        return lower, target, to_grid(a / diagonal, COLUMN_GRID)
+
+
+def _fit_gains(weight: Floats, values: Floats, weighting: Weighting) -> Array:
+    """Least-squares gain per column under S: ``(Q^T Q * S) g = diag(Q^T W S)``; float16 (n,)."""
+    moment = weighting.second_moment
+    n = weight.shape[1]
+    if moment is None or moment.ndim == 1:
+        top, bottom = np.sum(values * weight, axis=0), np.sum(values * values, axis=0)
+        gains = np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1), 1)
+    else:
+        left = (values.T @ values).astype(np.float64) * moment
+        right = np.einsum("ij,ij->j", values, weight @ moment, dtype=np.float64)
+        ridge = 1e-6 * (np.trace(left) / n or 1.0)
+        gains = 1 + np.linalg.solve(left + ridge * np.eye(n), right - left.sum(axis=1))
+    return np.clip(gains, 0.25, 4.0).astype("<f2")

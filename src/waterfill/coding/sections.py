@@ -1,0 +1,41 @@
+"""Several byte strings in one: a LEB128 length before each but the last, which runs to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from waterfill.types import FormatError
+
+
+def join(sections: Sequence[bytes]) -> bytes:
+    """Concatenate, each but the last preceded by its length."""
+    out = bytearray()
+    for section in sections[:-1]:
+        length = len(section)
+        while length >= 0x80:
+            out.append(length & 0x7F | 0x80)
+            length >>= 7
+        out.append(length)
+        out += section
+    return bytes(out) + sections[-1]
+
+
+def split(data: bytes, count: int) -> list[bytes]:
+    """Inverse of `join` for a known count; FormatError where a length leaves the data."""
+    sections, at = [], 0
+    for _ in range(count - 1):
+        length, shift = 0, 0
+        while True:
+            if at >= len(data) or shift > 56:
+                raise FormatError("a section length is cut off")
+            byte = data[at]
+            at += 1
+            length |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        if length > len(data) - at:
+            raise FormatError(f"a section of {length} bytes where {len(data) - at} are left")
+        sections.append(data[at : at + length])
+        at += length
+    return [*sections, data[at:]]

@@ -1,0 +1,74 @@
+"""Trellis (dependent) quantisation down the rows of a column, and the walk that undoes it.
+
+Two reconstruction grids, ``2k`` and ``2k - sign k`` steps, and a four-state machine driven by the
+parity of k that says which of them comes next (Schwarz et al. 2019, as in VVC). One state is plain
+rounding to ``k`` steps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from waterfill.coding.native import core, threads
+from waterfill.coding.rounding import Indices, successive
+from waterfill.types import Floats, WaterfillError
+
+SEGMENT = 512
+
+
+def quantise(weight: Floats, lower: Floats, step: Floats, states: int) -> Indices:
+    """Indices of the cheapest path, column by column, errors carried on.
+
+    Parameters
+    ----------
+    weight : float32 (m, n)
+    lower : float32 (n, n) or (n,) from `rounding.factor`
+    step : float32 (n,)
+    states : 1 or 4
+
+    Returns
+    -------
+    int32 (m, n)
+    """
+    native = core()
+    if native is None:
+        raise WaterfillError("encoding needs the native core; install waterfill with its extension")
+    columns = np.ascontiguousarray(weight.T)
+    index = np.empty(columns.shape, np.int32)
+
+    def round_block(first: int, last: int, block: Floats, target: Floats, carry: Floats) -> Floats:
+        error = np.empty_like(target)
+        native.trellis_quantise(
+            np.ascontiguousarray(block),
+            target,
+            carry,
+            np.ascontiguousarray(step[first:last]),
+            index[first:last],
+            error,
+            states=states,
+            segment=SEGMENT,
+            threads=threads(),
+        )
+        return error
+
+    successive(columns, lower, round_block)
+    return np.ascontiguousarray(index.T)
+
+
+def walk(index: Indices, step: Floats, states: int) -> Floats:
+    """Values of a path: int32 (m, n), float32 (n,) -> float32 (m, n). Same bits everywhere."""
+    native = core()
+    if native is not None:
+        out = np.empty(index.shape, np.float32)
+        native.trellis_walk(index, step, out, states=states, segment=SEGMENT, threads=threads())
+        return out
+    if states == 1:
+        return index.astype(np.float32) * step
+    level = np.empty(index.shape, np.int64)
+    state = np.zeros(index.shape[1], np.int64)
+    for row, k in enumerate(index):
+        if row % SEGMENT == 0:
+            state[:] = 0
+        level[row] = 2 * k.astype(np.int64) - np.where(state >> 1, np.sign(k), 0)
+        state = (((state & 1) ^ (k & 1)) << 1) | (state >> 1)
+    return level.astype(np.float32) * step

@@ -1,0 +1,299 @@
+"""The vault: bytes <-> Encoded. It knows no codec.
+
+The weights file is a valid safetensors file whose entries are all U8. Each part of a coded tensor
+is an entry ``tensor//part``; the last entry, ``waterfill//index``, is a deflated JSON document that
+describes the tensors. The header is a pure function of the index, so a reader rebuilds it and
+compares: together with a CRC-32 of the index and of every part, any flipped bit is refused.
+`docs/format/container.md` is the specification.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from waterfill.types import DTYPES, Encoded, FormatError, Spec, TensorInfo
+
+__all__ = ["FILE_NAME", "Entry", "Reader", "describe", "file_nbytes", "payload_nbytes", "write"]
+
+VERSION = 1
+FILE_NAME = "model.safetensors"
+INDEX = "waterfill//index"
+MAX_HEADER_NBYTES = 100_000_000
+MAX_INDEX_NBYTES = 400_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A coded tensor as the index describes it; its bytes stay in the file.
+
+    Attributes
+    ----------
+    spec, info, extra : as in `Encoded`
+    parts : part name -> (offset in the data section, length, CRC-32)
+    note : mapping with what the ledger shows (why, predicted_nats)
+    """
+
+    spec: Spec
+    info: TensorInfo
+    extra: Mapping[str, Any]
+    parts: Mapping[str, tuple[int, int, int]]
+    note: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes of all parts."""
+        return sum(length for _, length, _ in self.parts.values())
+
+
+def describe(encoded: Encoded, note: Mapping[str, Any]) -> dict[str, Any]:
+    """The index entry of a coded tensor: all that `write` needs besides the bytes themselves."""
+    info = encoded.info
+    entry: dict[str, Any] = {
+        "name": info.name,
+        "codec": encoded.spec.to_json(),
+        "dtype": info.dtype,
+        "shape": list(info.shape),
+        "kind": info.kind,
+        "parts": {k: [len(v), zlib.crc32(v)] for k, v in encoded.parts.items()},
+    }
+    optional = {
+        "same_as": info.group,
+        "index": info.index,
+        "transposed": info.transposed,
+        "extra": dict(encoded.extra),
+        "note": dict(note),
+    }
+    return entry | {k: v for k, v in optional.items() if v is not None and v not in ("", False, {})}
+
+
+def _header(described: Sequence[Mapping[str, Any]], index: bytes) -> bytes:
+    """The safetensors header, a function of the index alone."""
+    entries: dict[str, Any] = {
+        "__metadata__": {"format": "waterfill", "version": str(VERSION), "crc": f"{zlib.crc32(index):08x}"}
+    }
+    offset = 0
+    for item in described:
+        for part, (length, _) in item["parts"].items():
+            entries[f"{item['name']}//{part}"] = _u8(offset, length)
+            offset += length
+    entries[INDEX] = _u8(offset, len(index))
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _u8(offset: int, length: int) -> dict[str, Any]:
+    return {"dtype": "U8", "shape": [length], "data_offsets": [offset, offset + length]}
+
+
+def _front(described: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    document = json.dumps({"about": about, "tensors": described}, separators=(",", ":"))
+    index = zlib.compress(document.encode(), 9)
+    return _header(described, index), index
+
+
+def payload_nbytes(described: Mapping[str, Any]) -> int:
+    """Bytes of all parts of one index entry."""
+    return sum(length for length, _ in described["parts"].values())
+
+
+def file_nbytes(described: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> int:
+    """Exact size of the file that `write` would make."""
+    header, index = _front(described, about)
+    return len(header) + len(index) + sum(map(payload_nbytes, described))
+
+
+def write(
+    path: Path,
+    described: Sequence[Mapping[str, Any]],
+    payloads: Iterable[Iterable[bytes]],
+    about: Mapping[str, Any],
+) -> int:
+    """Write the weights file (to a temporary name, then renamed); returns its size in bytes.
+
+    Parameters
+    ----------
+    described : what `describe` returned, in the order of the checkpoint.
+    payloads : for each of them its parts, in the order of its ``parts``; read once, one at a time,
+        so a model larger than memory streams through.
+    about : JSON-able provenance for the index.
+    """
+    header, index = _front(described, about)
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(header)
+            for parts in payloads:
+                for part in parts:
+                    file.write(part)
+            file.write(index)
+            file.flush()
+            os.fsync(file.fileno())
+            expected = len(header) + len(index) + sum(map(payload_nbytes, described))
+            if file.tell() != expected:
+                raise FormatError(f"{path}: wrote {file.tell()} bytes where {expected} were described")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return expected
+
+
+class Reader:
+    """Random access to a weights file; opening it checks header and index, `read` each part."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if self.path.is_dir():
+            self.path = self.path / FILE_NAME
+        try:
+            self._file: BinaryIO = self.path.open("rb")
+        except FileNotFoundError:
+            raise FormatError(f"{self.path}: no such file; expected a waterfill artifact") from None
+        try:
+            self._open()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _open(self) -> None:
+        self.nbytes = self.path.stat().st_size
+        header, raw = _read_header(self._file, self.nbytes, self.path)
+        self._data_start = len(raw)
+        index = self._index_bytes(header)
+        document = _inflate(index, self.path)
+        try:
+            self.about: Mapping[str, Any] = document["about"]
+            described = document["tensors"]
+            rebuilt = _header(described, index)
+            self.entries = dict(_entries(described))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(f"{self.path}: the index is not as specified ({error!r})") from error
+        if rebuilt != raw:
+            raise FormatError(f"{self.path}: the header does not agree with the index; the file is damaged")
+        if len(self.entries) != len(described):
+            raise FormatError(f"{self.path}: the index names a tensor twice")
+        end = self._data_start + sum(e.nbytes for e in self.entries.values()) + len(index)
+        if end != self.nbytes:
+            raise FormatError(f"{self.path}: {self.nbytes} bytes where the header says {end}")
+        self.overhead_nbytes = self.nbytes - sum(e.nbytes for e in self.entries.values())
+
+    def _index_bytes(self, header: Mapping[str, Any]) -> bytes:
+        meta = header.get("__metadata__")
+        if not isinstance(meta, dict) or meta.get("format") != "waterfill":
+            raise FormatError(f"{self.path}: a safetensors file, but not one written by waterfill")
+        version = str(meta.get("version"))
+        if version != str(VERSION):
+            if version.isdigit() and int(version) > VERSION:
+                raise FormatError(
+                    f"{self.path}: container version {version} is newer than this waterfill reads "
+                    f"({VERSION}); upgrade waterfill"
+                )
+            raise FormatError(f"{self.path}: unknown container version {version!r}")
+        try:
+            start, end = header[INDEX]["data_offsets"]
+            length = end - start
+            position = self._data_start + start
+            if not 0 <= length <= self.nbytes - position or start < 0:
+                raise FormatError(f"{self.path}: the index lies outside the file; it is truncated or damaged")
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{self.path}: the header has no index") from error
+        index = self._pread(position, length)
+        if f"{zlib.crc32(index):08x}" != meta.get("crc"):
+            raise FormatError(f"{self.path}: the index fails its checksum; the file is damaged")
+        return index
+
+    def _pread(self, position: int, length: int) -> bytes:
+        data = os.pread(self._file.fileno(), length, position)
+        while len(data) < length:  # one call returns at most 2 GiB
+            more = os.pread(self._file.fileno(), length - len(data), position + len(data))
+            if not more:
+                raise FormatError(f"{self.path}: ends before its header says it does")
+            data += more
+        return data
+
+    def read(self, name: str) -> Encoded:
+        """The coded tensor of this name; FormatError if a part fails its checksum."""
+        entry = self.entries[name]
+        parts = {}
+        for part, (offset, length, crc) in entry.parts.items():
+            data = self._pread(self._data_start + offset, length)
+            if zlib.crc32(data) != crc:
+                raise FormatError(f"{self.path}: {name} ({part}) fails its checksum; the file is damaged")
+            parts[part] = data
+        return Encoded(entry.spec, entry.info, parts, entry.extra)
+
+    def verify(self) -> Iterator[str]:
+        """Check every part, yielding each tensor's name once it has passed."""
+        for name in self.entries:
+            self.read(name)
+            yield name
+
+
+def _read_header(file: BinaryIO, nbytes: int, path: Path) -> tuple[dict[str, Any], bytes]:
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(nbytes - 8, MAX_HEADER_NBYTES):
+        raise FormatError(f"{path}: not a safetensors file, or truncated")
+    raw = file.read(length)
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise FormatError(f"{path}: the header is not JSON") from error
+    if not isinstance(header, dict):
+        raise FormatError(f"{path}: the header is not a JSON object")
+    return header, prefix + raw
+
+
+def _inflate(index: bytes, path: Path) -> Any:
+    inflater = zlib.decompressobj()
+    try:
+        text = inflater.decompress(index, MAX_INDEX_NBYTES)
+        if not inflater.eof or inflater.unused_data:
+            raise FormatError(f"{path}: the index is longer than it may be")
+        document = json.loads(text)
+    except (zlib.error, ValueError) as error:
+        raise FormatError(f"{path}: the index cannot be read ({error})") from error
+    if not isinstance(document, dict):
+        raise FormatError(f"{path}: the index is not a JSON object")
+    return document
+
+
+def _entries(described: list[dict[str, Any]]) -> Iterator[tuple[str, Entry]]:
+    offset = 0
+    for item in described:
+        if item["dtype"] not in DTYPES:
+            raise FormatError(f"{item['name']}: unknown dtype {item['dtype']!r}")
+        shape = tuple(item["shape"])
+        if not all(isinstance(d, int) and 0 <= d < 2**48 for d in shape):
+            raise FormatError(f"{item['name']}: {shape} is no shape")
+        info = TensorInfo(
+            name=item["name"],
+            shape=shape,
+            dtype=item["dtype"],
+            kind=item["kind"],
+            group=item.get("same_as", ""),
+            index=item.get("index"),
+            transposed=item.get("transposed", False),
+        )
+        parts = {}
+        for part, (length, crc) in item["parts"].items():
+            parts[part] = (offset, length, crc)
+            offset += length
+        spec = Spec.from_json(item["codec"])
+        yield info.name, Entry(spec, info, item.get("extra", {}), parts, item.get("note", {}))

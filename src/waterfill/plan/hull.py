@@ -1,0 +1,123 @@
+"""One water level for the whole model: the Lagrangian over every tensor's operating points.
+
+Minimising total nats under a byte budget means that at the optimum every tensor has the same slope
+(Shoham & Gersho 1988): for one multiplier, the *water level* in nats per byte, each tensor takes the
+point that minimises ``nats + level * bytes``. Between two rungs of a continuous codec the curve is
+``nats = D0 * exp(-c (bytes - B0))``, straight in the logarithm as rate-distortion theory has it, and
+the minimum is where its slope meets the level.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waterfill.types import Point, make_codec
+
+F64 = NDArray[np.float64]
+FLOOR_NATS = 1e-18
+
+
+@dataclass(frozen=True)
+class Curves:
+    """All segments of all tensors, flat; a lone point is a segment without length.
+
+    Attributes
+    ----------
+    names : tensors, in order
+    start : int (tensors,) first segment of each tensor
+    b0, d0, b1, d1 : float64 (segments,) ends of each segment, bytes and nats
+    ends : the two Points of each segment
+    """
+
+    names: tuple[str, ...]
+    start: NDArray[np.intp]
+    b0: F64
+    d0: F64
+    b1: F64
+    d1: F64
+    ends: tuple[tuple[Point, Point], ...]
+
+    @property
+    def decay(self) -> F64:
+        """c of each segment, nats to nats per byte; 0 for a lone point."""
+        length = self.b1 - self.b0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(length > 0, np.log(self.d0 / self.d1) / length, 0.0)
+
+
+def curves(prices: Mapping[str, Sequence[Point]]) -> Curves:
+    """Arrange priced ladders for `at_level`."""
+    start, ends = [], []
+    for points in prices.values():
+        start.append(len(ends))
+        ends += [(p, p) for p in points]
+        ordered = sorted(points, key=lambda p: (p.spec.id, p.nbytes))
+        for a, b in itertools.pairwise(ordered):
+            joined = a.spec.id == b.spec.id and b.nbytes > a.nbytes and a.distortion_nats > b.distortion_nats > 0
+            if joined and make_codec(a.spec).between(make_codec(b.spec), 0.5) is not None:
+                ends.append((a, b))
+    column = lambda get: np.array([get(e) for e in ends], np.float64)  # noqa: E731
+    return Curves(
+        tuple(prices),
+        np.array(start, np.intp),
+        column(lambda e: e[0].nbytes),
+        column(lambda e: max(e[0].distortion_nats, FLOOR_NATS)),
+        column(lambda e: e[1].nbytes),
+        column(lambda e: max(e[1].distortion_nats, FLOOR_NATS)),
+        tuple(ends),
+    )
+
+
+def at_level(c: Curves, level: float, scale: float = 1.0) -> tuple[F64, F64, NDArray[np.intp]]:
+    """Bytes, nats and segment of every tensor at one water level.
+
+    `scale` multiplies predicted bytes: the encoder's running ratio of actual to predicted.
+    """
+    decay = c.decay
+    with np.errstate(divide="ignore"):
+        nats = np.where(decay > 0, np.clip(level * scale / decay, c.d1, c.d0), c.d0)
+        nbytes = np.where(decay > 0, c.b0 + np.log(c.d0 / nats) / np.where(decay > 0, decay, 1), c.b0)
+    cost = nats + level * scale * nbytes
+    lowest = np.minimum.reduceat(cost, c.start)
+    owner = np.repeat(np.arange(len(c.names)), np.diff([*c.start, len(cost)]))
+    # The first segment that reaches its tensor's lowest cost.
+    hit = np.flatnonzero(cost <= lowest[owner])
+    _, first = np.unique(owner[hit], return_index=True)
+    pick = hit[first]
+    return nbytes[pick] * scale, nats[pick], pick
+
+
+def solve_level(c: Curves, budget_nbytes: float, scale: float = 1.0) -> float:
+    """The smallest water level whose total stays within the budget (bisection on its logarithm)."""
+    low, high = -120.0, 40.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        if at_level(c, float(np.exp(middle)), scale)[0].sum() > budget_nbytes:
+            low = middle
+        else:
+            high = middle
+    return float(np.exp(high))
+
+
+def point_on(c: Curves, segment: int, nbytes: float) -> Point:
+    """The operating point at so many (unscaled) bytes along a segment."""
+    a, b = c.ends[segment]
+    if a is b or nbytes <= a.nbytes:
+        return a
+    if nbytes >= b.nbytes:
+        return b
+    t = (nbytes - a.nbytes) / (b.nbytes - a.nbytes)
+    between = make_codec(a.spec).between(make_codec(b.spec), t)
+    assert between is not None
+    nats = a.distortion_nats ** (1 - t) * b.distortion_nats**t
+    return Point(nbytes, nats, between.spec)
+
+
+def smallest(c: Curves) -> float:
+    """Fewest bytes any choice of points can take."""
+    return float(np.minimum.reduceat(c.b0, c.start).sum())

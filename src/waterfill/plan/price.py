@@ -1,0 +1,112 @@
+"""Price ladders: what each codec would cost, in bytes and nats, for one tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from waterfill.types import (
+    Array,
+    Codec,
+    Encoded,
+    Point,
+    SpecError,
+    TensorInfo,
+    Weighting,
+    codec_ids,
+    find_codec,
+    parse_spec,
+)
+
+SAMPLE_ROWS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What the user fixed by hand.
+
+    Attributes
+    ----------
+    keep : globs on tensor names that stay exact
+    codecs : (glob, text) pairs; text is a codec id (its whole ladder) or a full specification.
+        The last match wins.
+    """
+
+    keep: tuple[str, ...] = ()
+    codecs: tuple[tuple[str, str], ...] = ()
+
+    def check(self, names: Iterable[str]) -> None:
+        """SpecError for a pattern without a match or a codec that does not parse."""
+        names = list(names)
+        for pattern in [*self.keep, *(glob for glob, _ in self.codecs)]:
+            if not fnmatch.filter(names, pattern):
+                raise SpecError(f"the pattern {pattern!r} matches no tensor; `waterfill show` lists names")
+        for _, text in self.codecs:
+            parse_spec(text)
+
+    def candidates(self, info: TensorInfo, weighted: bool) -> tuple[list[Codec], str]:
+        """Codecs to price for a tensor, and why it is not the planner's free choice ("" if it is)."""
+        forced = [text for glob, text in self.codecs if fnmatch.fnmatchcase(info.name, glob)]
+        if any(fnmatch.fnmatchcase(info.name, glob) for glob in self.keep):
+            return _all(info, lossy=False), "kept exact by --keep"
+        if forced:
+            cls = find_codec(forced[-1].partition(":")[0])
+            chosen = [parse_spec(forced[-1])] if ":" in forced[-1] else list(cls.ladder(info))
+            if not chosen:
+                raise SpecError(f"{info.name}: {forced[-1]} has nothing to offer for this tensor")
+            return chosen, "set by --codec"
+        return _all(info, lossy=weighted), ""
+
+
+def _all(info: TensorInfo, lossy: bool) -> list[Codec]:
+    classes = [find_codec(name) for name in codec_ids()]
+    return [rung for cls in classes if lossy or not cls.lossy for rung in cls.ladder(info)]
+
+
+def price(
+    bits: Array, info: TensorInfo, weighting: Weighting | None, codecs: Sequence[Codec]
+) -> list[Point]:
+    """Encode a tensor at every rung and measure bytes and nats.
+
+    Tall matrices are priced on a sample of their rows: rate and distortion are averages over
+    rows, and the sample is spread evenly.
+
+    Parameters
+    ----------
+    bits : the stored array, shape `info.shape`
+    weighting : None where no model of harm exists; distortion is then counted as zero, and only
+        lossless codecs make sense.
+    """
+    m, _ = info.matrix_shape
+    share = 1.0
+    if m > 2 * SAMPLE_ROWS and len(info.shape) >= 2:
+        rows = np.linspace(0, m - 1, SAMPLE_ROWS).astype(np.int64)
+        share = SAMPLE_ROWS / m
+        bits, info, weighting = _sample(bits, info, weighting, rows)
+    exact = info.matrix(bits) if weighting is not None else None
+    points = []
+    for rung in codecs:
+        parts, extra = rung.encode(bits, info, weighting or Weighting())
+        nats = 0.0
+        if rung.lossy and weighting is not None and exact is not None:
+            nats = weighting.distortion(exact, info.matrix(rung.decode(parts, extra, info)))
+        nbytes = Encoded(rung.spec, info, parts, extra).nbytes
+        points.append(Point(nbytes / share, nats / share, rung.spec))
+    return points
+
+
+def _sample(
+    bits: Array, info: TensorInfo, weighting: Weighting | None, rows: Array
+) -> tuple[Array, TensorInfo, Weighting | None]:
+    axis = 1 if info.transposed else 0
+    sampled = np.take(bits, rows, axis=axis)
+    if weighting is not None and not isinstance(weighting.row_weights, float):
+        weighting = Weighting(weighting.second_moment, weighting.row_weights[rows])
+    return sampled, dataclasses.replace(info, shape=sampled.shape), weighting
+
+
+Read = Callable[[str], Array]
+Prices = Mapping[str, Sequence[Point]]
