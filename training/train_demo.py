@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import random
@@ -23,27 +24,48 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BOS = "<s>"
 EOS = "</s>"
 VOCABULARY = 2048
 CONTEXT = 512
-BATCH = 8
-PEAK_RATE = 2e-3
+STEP_TOKENS = 4096
+PEAK_RATE = 3e-3
 FINAL_RATE = 5e-5
 WARMUP = 0.03
 HELD_OUT = 0.02
 TECHNICAL_PIECE = 4000
+REPORT_STEPS = 250
+
+# Short windows are cheaper per token, so most of the training uses them and
+# only the last part teaches the positions beyond.
+SHORT_WINDOW = 256
+SHORT_SHARE = 0.75
+ATTENTION_ROWS = 128
 
 # How often each text is seen relative to its size. The stories are a small
 # part of the data but the part a reader tries first, hence the repetition.
 WEIGHTS = {"tinystories": 4.0, "c4": 1.0, "wiki": 1.0, "technical": 1.0}
 
 STORY_START = re.compile(
-    r"\n\n(?=Once upon a time|Once there (?:was|were)|One day, (?:a|an|two) |There (?:was|were) once)"
+    r"\n\n(?=Once upon a time|Once there (?:was|were)|"
+    r"One day, (?:a|an|two) |There (?:was|were) once)"
 )
 WIKI_DOCUMENT = re.compile(r"<doc [^>]*>\n(.*?)\n*</doc>", re.DOTALL)
+
+# Quotation marks of some stories were decoded with the wrong character set by
+# their publisher. Left alone, the model learns to write them that way.
+REPAIRS = {
+    "â€œ": '"',
+    "â€\x9d": '"',
+    "â€™": "'",
+    "â€\u02dc": "'",
+    "â€¦": "...",
+    "â€“": "-",
+    "â€”": "-",
+    "â€": '"',
+}
 
 
 @dataclass
@@ -72,7 +94,7 @@ def split_documents(name: str, text: str) -> list[str]:
         Non-empty documents in file order.
     """
     if name == "tinystories":
-        documents = STORY_START.split(text)
+        documents = STORY_START.split(repair(text))
     elif name == "wiki":
         documents = WIKI_DOCUMENT.findall(text)
     elif name == "c4":
@@ -80,6 +102,13 @@ def split_documents(name: str, text: str) -> list[str]:
     else:
         documents = list(gather_paragraphs(text, TECHNICAL_PIECE))
     return [stripped for document in documents if (stripped := document.strip())]
+
+
+def repair(text: str) -> str:
+    """Undo the wrong decoding of quotation marks, apostrophes and dashes."""
+    for wrong, right in REPAIRS.items():
+        text = text.replace(wrong, right)
+    return text
 
 
 def gather_paragraphs(text: str, size: int) -> Iterator[str]:
@@ -152,11 +181,9 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, documents: list[str]) -> torch.Tensor:
     """Encode documents as one stream, each wrapped in BOS and EOS."""
-    end = tokenizer.token_to_id(EOS)
     stream: list[int] = []
-    for encoding in tokenizer.encode_batch(documents):
+    for encoding in tokenizer.encode_batch([document + EOS for document in documents]):
         stream.extend(encoding.ids)
-        stream.append(end)
     return torch.tensor(stream)
 
 
@@ -164,9 +191,7 @@ def prepare(folder: Path, seed: int) -> tuple[Tokenizer, list[Source]]:
     """Build the tokenizer and the token streams from a folder of texts."""
     parts = read_documents(folder, seed)
     repeated = [
-        document
-        for name, (train, _) in parts.items()
-        for document in train * int(WEIGHTS[name])
+        document for name, (train, _) in parts.items() for document in train * int(WEIGHTS[name])
     ]
     tokenizer = train_tokenizer(repeated)
     sources = [
@@ -193,15 +218,46 @@ def build_model(tokenizer: Tokenizer, hidden: int, layers: int, inner: int) -> L
     return LlamaForCausalLM(config)
 
 
-def sample_batch(sources: list[Source], generator: torch.Generator) -> torch.Tensor:
+def blocked_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **unused: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention in blocks of query rows.
+
+    On the CPU this trains nearly twice as fast as PyTorch's own fused
+    attention, whose backward pass dominates the step of so small a model.
+    Windows are never padded, so the mask argument carries nothing new.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(groups, 1).transpose(-1, -2)
+    value = value.repeat_interleave(groups, 1)
+    blocks = []
+    for start in range(0, query.shape[2], ATTENTION_ROWS):
+        rows = query[:, :, start : start + ATTENTION_ROWS] * scaling
+        end = start + rows.shape[2]
+        scores = rows @ key[..., :end]
+        hidden = torch.full(scores.shape[-2:], -1e30, dtype=scores.dtype).triu(start + 1)
+        with torch.autocast("cpu", enabled=False):
+            shares = torch.softmax(scores + hidden, -1)
+        blocks.append(shares @ value[:, :, :end])
+    return torch.cat(blocks, 2).transpose(1, 2).contiguous(), None
+
+
+def sample_batch(sources: list[Source], window: int, generator: torch.Generator) -> torch.Tensor:
     """Draw random windows, choosing the text of each by weighted size."""
     sizes = torch.tensor([source.weight * len(source.train) for source in sources])
-    chosen = torch.multinomial(sizes, BATCH, replacement=True, generator=generator)
+    count = STEP_TOKENS // window
+    chosen = torch.multinomial(sizes, count, replacement=True, generator=generator)
     rows = []
     for index in chosen.tolist():
         stream = sources[index].train
-        start = int(torch.randint(len(stream) - CONTEXT, (1,), generator=generator))
-        rows.append(stream[start : start + CONTEXT])
+        start = int(torch.randint(len(stream) - window, (1,), generator=generator))
+        rows.append(stream[start : start + window])
     return torch.stack(rows)
 
 
@@ -217,7 +273,9 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
     """Mean loss over a held-out stream, cut into whole windows."""
     windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     model.eval()
-    total = sum(float(next_token_loss(model, part)) * len(part) for part in windows.split(BATCH))
+    total = 0.0
+    for part in torch.split(windows, 8):
+        total += float(next_token_loss(model, part)) * len(part)
     model.train()
     return total / len(windows)
 
@@ -247,7 +305,11 @@ def make_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
 
 
 def train_step(
-    model: LlamaForCausalLM, optimizer: torch.optim.AdamW, batch: torch.Tensor, rate: float, bf16: bool
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.AdamW,
+    batch: torch.Tensor,
+    rate: float,
+    bf16: bool,
 ) -> float:
     """Take one optimizer step and return its loss."""
     for group in optimizer.param_groups:
@@ -255,7 +317,7 @@ def train_step(
     autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
     with autocast:
         loss = next_token_loss(model, batch)
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -263,50 +325,56 @@ def train_step(
 
 
 def train(
-    model: LlamaForCausalLM, sources: list[Source], minutes: float, seed: int, bf16: bool
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    sources: list[Source],
+    options: argparse.Namespace,
 ) -> int:
-    """Train until the time is up.
+    """Train until the time is up, saving and reporting now and then.
 
     Returns
     -------
     int
         Number of tokens seen.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(options.seed)
     optimizer = make_optimizer(model)
     start = time.monotonic()
     step, average, progress = 0, 0.0, 0.0
     while progress < 1:
-        rate = learning_rate(progress)
-        loss = train_step(model, optimizer, sample_batch(sources, generator), rate, bf16)
+        window = SHORT_WINDOW if progress < SHORT_SHARE else CONTEXT
+        batch = sample_batch(sources, window, generator)
+        loss = train_step(model, optimizer, batch, learning_rate(progress), options.bf16)
         average = loss if step == 0 else 0.98 * average + 0.02 * loss
         step += 1
         seconds = time.monotonic() - start
-        progress = seconds / (60 * minutes)
+        progress = seconds / (60 * options.minutes)
         if step % 50 == 0:
-            speed = step * BATCH * CONTEXT / seconds
+            speed = step * STEP_TOKENS / seconds
             print(
-                f"step {step}  loss {average:.3f}  rate {rate:.1e}  {speed:.0f} tokens/s  {progress:.0%}",
-                flush=True,
+                f"step {step}  loss {average:.3f}  {speed:.0f} tokens/s  {progress:.0%}", flush=True
             )
-        if step % 500 == 0:
+        if step % REPORT_STEPS == 0:
+            save(model, tokenizer, options.out)
             print_perplexities(report_held_out(model, sources))
-    return step * BATCH * CONTEXT
+    return step * STEP_TOKENS
 
 
 def print_perplexities(perplexities: dict[str, float]) -> None:
     """Print held-out perplexities on one line."""
-    print("held out:", "  ".join(f"{name} {value:.2f}" for name, value in perplexities.items()), flush=True)
+    print(
+        "held out:",
+        "  ".join(f"{name} {value:.2f}" for name, value in perplexities.items()),
+        flush=True,
+    )
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """Write the model (as bfloat16) and its tokenizer in the Hugging Face layout."""
     out.mkdir(parents=True, exist_ok=True)
     model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.9)
-    model.to(torch.bfloat16).save_pretrained(out)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT
-    )
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
     wrapped.save_pretrained(out)
     name_tokenizer_class(out / "tokenizer_config.json")
 
@@ -321,15 +389,21 @@ def name_tokenizer_class(path: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Train the demo model of waterfill.")
-    parser.add_argument("--texts", type=Path, default=Path("texts"), help="folder with the training texts")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write the model to")
+    parser.add_argument(
+        "--texts", type=Path, default=Path("texts"), help="folder with the training texts"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder to write the model to"
+    )
     parser.add_argument("--minutes", type=float, default=40.0, help="wall-clock time for training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--inner", type=int, default=384, help="width of the feed-forward blocks")
-    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16 (keeps float32 weights)")
+    parser.add_argument(
+        "--bf16", action="store_true", help="multiply in bfloat16 (keeps float32 weights)"
+    )
     return parser.parse_args()
 
 
@@ -341,8 +415,10 @@ def main() -> None:
     tokenizer, sources = prepare(options.texts, options.seed)
     print("training tokens:", {source.name: len(source.train) for source in sources}, flush=True)
     model = build_model(tokenizer, options.hidden, options.layers, options.inner)
+    AttentionInterface.register("blocked", blocked_attention)
+    model.set_attn_implementation("blocked")
     print("parameters:", sum(p.numel() for p in model.parameters()), flush=True)
-    seen = train(model, sources, options.minutes, options.seed, options.bf16)
+    seen = train(model, tokenizer, sources, options)
     save(model, tokenizer, options.out)
     print("tokens seen:", seen)
     print_perplexities(report_held_out(model, sources))
