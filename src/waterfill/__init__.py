@@ -1,1 +1,55 @@
-"""waterfill compresses a neural network to the exact size its user names."""
+"""waterfill compresses a neural network to the exact size its user names.
+
+>>> import waterfill
+>>> waterfill.compress("demo", "out/demo", bits=3.0)        # doctest: +SKIP
+>>> arrays = waterfill.load("out/demo")                     # numpy only  # doctest: +SKIP
+>>> model = waterfill.load_model("out/demo")                # transformers  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from waterfill.pipeline import compare as compare
+    from waterfill.pipeline import compress as compress
+    from waterfill.runtime.arrays import load as load
+    from waterfill.runtime.plain import decompress as decompress
+    from waterfill.runtime.torch_model import load_model as load_model
+    from waterfill.types import BudgetError as BudgetError
+    from waterfill.types import Codec as Codec
+    from waterfill.types import FormatError as FormatError
+    from waterfill.types import Record as Record
+    from waterfill.types import WaterfillError as WaterfillError
+    from waterfill.types import codec as codec
+
+# Public name -> the module that has it, imported at first use: `import waterfill` must stay quick
+# and must not load torch.
+_HOMES = {
+    "BudgetError": "types",
+    "Codec": "types",
+    "FormatError": "types",
+    "Record": "types",
+    "WaterfillError": "types",
+    "codec": "types",
+    "compare": "pipeline",
+    "compress": "pipeline",
+    "decompress": "runtime.plain",
+    "load": "runtime.arrays",
+    "load_model": "runtime.torch_model",
+}
+
+__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'waterfill' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"waterfill.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

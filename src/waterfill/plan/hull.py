@@ -121,3 +121,26 @@ def point_on(c: Curves, segment: int, nbytes: float) -> Point:
 def smallest(c: Curves) -> float:
     """Fewest bytes any choice of points can take."""
     return float(np.minimum.reduceat(c.b0, c.start).sum())
+
+
+def tail(c: Curves, first: int) -> Curves:
+    """The curves of the tensors from `first` on."""
+    at = int(c.start[first])
+    return Curves(
+        c.names[first:], c.start[first:] - at, c.b0[at:], c.d0[at:], c.b1[at:], c.d1[at:], c.ends[at:]
+    )
+
+
+def segments_of(c: Curves, tensor: int) -> range:
+    """Indices of one tensor's segments."""
+    stop = c.start[tensor + 1] if tensor + 1 < len(c.names) else len(c.b0)
+    return range(int(c.start[tensor]), int(stop))
+
+
+def point_near(c: Curves, tensor: int, codec_id: str, nbytes: float) -> Point | None:
+    """The point at so many bytes on a continuous codec's curve; None if the codec has rungs only."""
+    inside = [s for s in segments_of(c, tensor) if c.b1[s] > c.b0[s] and c.ends[s][0].spec.id == codec_id]
+    if not inside:
+        return None
+    nearest = min(inside, key=lambda s: max(c.b0[s] - nbytes, nbytes - c.b1[s], 0.0))
+    return point_on(c, nearest, nbytes)

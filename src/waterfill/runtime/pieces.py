@@ -1,0 +1,61 @@
+"""Encoded tensors on disk while a run is under way: what makes an interrupted run resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from waterfill.container import describe
+from waterfill.types import Encoded, FormatError, Point
+
+
+class Pieces:
+    """A folder of content-addressed pieces: one index entry and its payload each.
+
+    A piece's address covers the model's and the statistics' fingerprints, the tensor and the full
+    codec specification, so a piece found is the piece wanted. Pieces are written to a temporary
+    name and renamed.
+    """
+
+    def __init__(self, folder: Path, context: str) -> None:
+        self.folder = folder
+        self.context = context
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str, point: Point) -> Path:
+        key = json.dumps([self.context, name, point.spec.to_json()])
+        return self.folder / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+    def get(self, name: str, point: Point) -> dict[str, Any] | None:
+        """The index entry of a piece, or None if it was never made."""
+        path = self._path(name, point)
+        if not path.exists():
+            return None
+        with path.open("rb") as file:
+            described: dict[str, Any] = json.loads(file.readline())
+        return described
+
+    def put(self, name: str, point: Point, encoded: Encoded, note: dict[str, Any]) -> dict[str, Any]:
+        """Store a piece; returns its index entry."""
+        path = self._path(name, point)
+        described = describe(encoded, note)
+        temporary = path.with_suffix(".partial")
+        with temporary.open("wb") as file:
+            file.write(json.dumps(described).encode() + b"\n")
+            for part in encoded.parts.values():
+                file.write(part)
+        temporary.replace(path)
+        return described
+
+    def payload(self, name: str, point: Point) -> Iterator[bytes]:
+        """The parts of a piece, in order."""
+        with self._path(name, point).open("rb") as file:
+            described = json.loads(file.readline())
+            for length, _ in described["parts"].values():
+                data = file.read(length)
+                if len(data) != length:
+                    raise FormatError(f"{name}: a piece of unfinished work is cut off; start over with --force")
+                yield data

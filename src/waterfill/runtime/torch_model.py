@@ -1,0 +1,124 @@
+"""An artifact as a transformers model in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from waterfill.container import Reader
+from waterfill.runtime.arrays import read_tensors
+from waterfill.types import Array, WaterfillError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_model(path: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Decode an artifact into the transformers model it was made from.
+
+    Parameters
+    ----------
+    path : artifact folder
+    dtype : "float32", "bfloat16", ...; default: as the checkpoint was stored
+    trust_remote_code : run Python files that came with the model
+
+    Returns
+    -------
+    transformers.PreTrainedModel, in evaluation mode
+
+    Raises
+    ------
+    WaterfillError
+        If torch or transformers is missing, or the artifact has no config.json.
+    FormatError
+        If the file is damaged.
+    """
+    path = Path(path)
+    config = plain_config(path, trust_remote_code)
+    with Reader(path) as reader:
+        state = {name: to_torch(bits, kind) for name, kind, bits in read_tensors(reader)}
+    model = model_class(config).from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+    )
+    generation = path / "generation_config.json"
+    if generation.exists() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval()
+
+
+def plain_config(path: Path, trust_remote_code: bool) -> Any:
+    """The transformers configuration without its quantisation entry."""
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise WaterfillError("this needs torch and transformers: pip install 'waterfill[hf]'") from error
+    file = path / "config.json"
+    if not file.exists():
+        raise WaterfillError(f"{path} has no config.json; waterfill.load gives its arrays all the same")
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    entries.pop("quantization_config", None)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class that the configuration names, or the auto class that fits it."""
+    import transformers
+
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+def to_torch(bits: Array, dtype: str) -> torch.Tensor:
+    """Stored bits as a torch tensor of the checkpoint's dtype; shares memory where it can."""
+    import torch
+
+    views = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+    if not bits.flags.writeable:
+        bits = bits.copy()
+    if dtype not in views:
+        return torch.from_numpy(bits)
+    signed = np.dtype(f"i{bits.dtype.itemsize}")
+    return torch.from_numpy(bits.view(signed)).view(views[dtype])
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer beside a model or artifact; WaterfillError if there is none."""
+    from transformers import AutoTokenizer
+
+    if not any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise WaterfillError(f"{path} has no tokenizer, and this needs text")
+    return AutoTokenizer.from_pretrained(path)
+
+
+def generate(path: Path, prompt: str, tokens: int, seed: int | None) -> tuple[str, float]:
+    """Continue a prompt; greedy unless a seed is given. Returns the text and tokens per second."""
+    import time
+
+    import torch
+
+    model, tokenizer = load_model(path), load_tokenizer(path)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[1] == 0:
+        raise WaterfillError("the prompt is empty")
+    options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": seed is not None}
+    if seed is not None:
+        torch.manual_seed(seed)
+        options |= {"temperature": 0.8, "top_p": 0.95}
+    if model.generation_config.pad_token_id is None:
+        options["pad_token_id"] = model.generation_config.eos_token_id
+    start = time.perf_counter()
+    with torch.no_grad():
+        out = model.generate(**inputs, **options)[0]
+    speed = (len(out) - inputs["input_ids"].shape[1]) / (time.perf_counter() - start)
+    return str(tokenizer.decode(out, skip_special_tokens=True)), speed
