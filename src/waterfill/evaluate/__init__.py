@@ -1,1 +1,28 @@
+"""Measured harm: perplexity, KL and agreement of a compressed model, and layer by layer.
 
+Nothing here imports torch or transformers before it is asked to measure something.
+"""
+
+from waterfill.evaluate.language import compare, is_masked, max_positions, perplexity
+from waterfill.evaluate.layers import layer_errors, layer_kl
+from waterfill.evaluate.windows import (
+    Windows,
+    load_tokenizer,
+    plain_windows,
+    strided_windows,
+    text_windows,
+)
+
+__all__ = [
+    "Windows",
+    "compare",
+    "is_masked",
+    "layer_errors",
+    "layer_kl",
+    "load_tokenizer",
+    "max_positions",
+    "perplexity",
+    "plain_windows",
+    "strided_windows",
+    "text_windows",
+]
