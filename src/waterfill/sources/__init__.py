@@ -1,1 +1,23 @@
+"""Where tensors come from. Importing this loads numpy only; torch and the hub on first need."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from waterfill.sources.base import Source
+from waterfill.sources.folder import FolderSource
+from waterfill.sources.hub import resolve
+from waterfill.sources.module import ModuleSource
+
+__all__ = ["FolderSource", "ModuleSource", "Source", "open_source", "resolve"]
+
+
+def open_source(model: Any, trust_remote_code: bool = False) -> Source:
+    """A folder, a hub id, ``demo``, a torch module, or a source, as a source."""
+    if isinstance(model, (str, Path)):
+        return resolve(str(model), trust_remote_code)
+    if hasattr(model, "state_dict"):
+        return ModuleSource(model)
+    source: Source = model
+    return source

@@ -1,0 +1,151 @@
+"""calibrate(): text through the model, block by block; leaves Statistics on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from waterfill.calibrate.assemble import Evidence
+from waterfill.calibrate.finish import finish
+from waterfill.calibrate.passes import NoGradient, Passes
+from waterfill.calibrate.statistics import Statistics
+from waterfill.calibrate.stream import Loader, block_names, build_skeleton
+from waterfill.calibrate.sums import Sums, open_sums
+from waterfill.calibrate.text import Windows, default_text, default_window, read_windows
+from waterfill.sources.base import Source
+from waterfill.types import WaterfillError
+
+__all__ = ["METHODS", "calibrate"]
+
+METHODS = ("fisher", "differences", "none")
+BATCH_TOKENS = 4096
+# Logits of a batch, in numbers: 0.5 GB as float32, and a few times that in the backward pass.
+BATCH_LOGITS = 1 << 27
+
+Progress = Callable[[int, int, str], None]
+
+
+def calibrate(
+    source: Source,
+    folder: Path | str,
+    texts: Sequence[Path | str] | Literal["self"] | None = None,
+    tokens: int = 32768,
+    window: int | None = None,
+    method: str = "fisher",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Learn what each weight of a model sees, and how much it matters.
+
+    An interrupted run is continued by the same call; a finished one is opened.
+
+    Parameters
+    ----------
+    source : the model
+    folder : where to leave the statistics
+    texts : files; None for the text of the package; "self" for text the model writes itself
+    tokens : how many to run
+    window : tokens per window; default 512, or what the model can take
+    method : fisher (one backward pass), differences (noise in one tensor at a time), none
+    seed : of sampled labels, of the noise, and of text from the model itself
+    progress : called with (done, total, what), in blocks
+
+    Returns
+    -------
+    Statistics
+    """
+    if method not in METHODS:
+        raise WaterfillError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
+    if tokens < 1:
+        raise WaterfillError("calibration needs at least one token")
+    folder = Path(folder)
+    fingerprint = source.fingerprint()
+    model = build_skeleton(source)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    size = window or default_window(longest)
+    if longest and size > longest:
+        raise WaterfillError(f"{source.name} takes {longest} tokens at once, not {size}")
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    windows = _windows(source, texts, tokens, size, vocabulary, seed)
+    protocol = {
+        "texts": windows.texts,
+        "tokens": int(windows.ids.size),
+        "window": int(windows.ids.shape[1]),
+        "bos": windows.bos,
+        "method": method,
+        "seed": seed,
+        "asked": {"tokens": tokens, "window": size, "method": method},
+    }
+    if (folder / "statistics.json").is_file():
+        done = Statistics.open(folder)
+        if done.source_fingerprint == fingerprint and done.protocol["asked"] == protocol["asked"]:
+            if all(done.protocol[k] == protocol[k] for k in ("texts", "tokens", "window", "seed")):
+                return done
+    sums = open_sums(folder / "partial", {**protocol, "fingerprint": fingerprint})
+    loader = Loader(model, source)
+    notes = list(windows.notes)
+    gradients = method == "fisher"
+    per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // (vocabulary or 1)) // size)
+    batches = np.array_split(windows.ids, -(-len(windows.ids) // per_batch))
+    try:
+        note = _run(loader, sums, batches, gradients, seed, progress)
+    except NoGradient as error:
+        notes.append(
+            f"{type(model).__name__} has no sensitivities: {error}; all outputs weigh alike"
+        )
+        gradients, protocol["method"] = False, "none"
+        model = build_skeleton(source)
+        loader = Loader(model, source)
+        shutil.rmtree(sums.folder)
+        sums = open_sums(folder / "partial", {**protocol, "fingerprint": fingerprint})
+        note = _run(loader, sums, batches, gradients, seed, progress)
+    notes += [note] if note else []
+    evidence = Evidence(sums, int(windows.ids.size), gradients)
+    done = finish(loader, folder, evidence, protocol, notes, fingerprint)
+    shutil.rmtree(sums.folder)
+    return done
+
+
+def _run(
+    loader: Loader,
+    sums: Sums,
+    batches: list[Any],
+    gradients: bool,
+    seed: int,
+    progress: Progress | None,
+) -> str:
+    """Run the batches that are not in yet; a note on the loss, or ""."""
+    each = len(block_names(loader.model)) * (2 if gradients else 1)
+    total = each * len(batches)
+    state = {"done": sums.batches * each}
+
+    def step(name: str) -> None:
+        state["done"] += 1
+        if progress is not None:
+            progress(min(state["done"], total), total, name)
+
+    passes = Passes(loader, sums, gradients, seed, step)
+    for number in range(sums.batches, len(batches)):
+        passes.run(number, batches[number])
+        state["done"] = each * (number + 1)
+    return passes.note
+
+
+def _windows(
+    source: Source,
+    texts: Sequence[Path | str] | Literal["self"] | None,
+    tokens: int,
+    window: int,
+    vocabulary: int | None,
+    seed: int,
+) -> Windows:
+    if texts == "self":
+        raise WaterfillError("not yet")
+    chosen = [default_text()] if texts is None else [Path(t) for t in texts]
+    if not chosen:
+        raise WaterfillError("name at least one text")
+    return read_windows(source, chosen, tokens, window, vocabulary)

@@ -1,0 +1,98 @@
+"""Running sums on disk, so that one block's are in memory at a time and work can resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from waterfill.types import Array
+
+__all__ = ["Sums", "open_sums", "write_json"]
+
+Moment = tuple[int, int]  # (batch, event within the batch): later events compare greater
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write to a temporary name, then rename."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    scratch.replace(path)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A folder of sums; each file says up to which event it has counted."""
+
+    folder: Path
+
+    @property
+    def batches(self) -> int:
+        """Batches that are entirely in."""
+        path = self.folder / "batches.json"
+        return int(json.loads(path.read_text())) if path.is_file() else 0
+
+    def finish_batch(self, count: int) -> None:
+        """Say that `count` batches are in."""
+        write_json(self.folder / "batches.json", count)
+
+    def add(
+        self, key: str, at: Moment, about: Mapping[str, Any], make: Callable[[], dict[str, Array]]
+    ) -> None:
+        """Add arrays to those under a key, unless they are in already (after an interruption)."""
+        path = self._path(key)
+        held: dict[str, Array] = {}
+        if path.is_file():
+            held, header = _read(path)
+            if tuple(header["at"]) >= at:
+                return
+        for name, value in make().items():
+            held[name] = held[name] + value if name in held else value
+        header = {"key": key, "at": at, "about": about}
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        with scratch.open("wb") as file:
+            np.savez(file, header=np.array(json.dumps(header)), **held)
+        scratch.replace(path)
+
+    def read(self, key: str) -> dict[str, Array]:
+        """The arrays under a key; {} if there are none."""
+        path = self._path(key)
+        return _read(path)[0] if path.is_file() else {}
+
+    def all(self) -> dict[str, Any]:
+        """Key -> what `add` was told about it."""
+        found = {}
+        for path in sorted(self.folder.glob("*.npz")):
+            with np.load(path, allow_pickle=False) as file:
+                header = json.loads(str(file["header"]))
+            found[header["key"]] = header["about"]
+        return found
+
+    def _path(self, key: str) -> Path:
+        return self.folder / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".npz")
+
+
+def _read(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return arrays, json.loads(str(arrays.pop("header")))
+
+
+def open_sums(folder: Path, protocol: Mapping[str, Any]) -> Sums:
+    """Sums made under the same protocol are continued; any others are thrown away."""
+    about = folder / "protocol.json"
+    if folder.is_dir():
+        same = about.is_file() and json.loads(about.read_text()) == json.loads(json.dumps(protocol))
+        if same:
+            return Sums(folder)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_json(about, protocol)
+    return Sums(folder)

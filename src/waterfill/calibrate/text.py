@@ -1,0 +1,150 @@
+"""Calibration text, as windows of token numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waterfill.sources.base import Source
+from waterfill.types import WaterfillError
+
+__all__ = ["Windows", "default_text", "read_windows"]
+
+SHORTEST = 64  # tokens; a window below this says little about a model
+LONGEST_DEFAULT = 512
+MOST_BYTES = 32 << 20  # of one text; more than any sensible budget of tokens
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token numbers to run, and how they were made.
+
+    Attributes
+    ----------
+    ids : int64 (windows, window)
+    bos : bool
+        Whether the tokenizer's own start (and end) tokens surround each window.
+    texts : list of {"name", "sha256"}
+    notes : list of str
+    """
+
+    ids: NDArray[np.int64]
+    bos: bool
+    texts: list[dict[str, str]]
+    notes: list[str]
+
+
+def default_text() -> Path:
+    """The text that comes with the package."""
+    path = importlib.resources.files("waterfill") / "data" / "text" / "calibration.txt"
+    if not isinstance(path, Path) or not path.is_file():
+        raise WaterfillError("this installation has no calibration text; name one")
+    return path
+
+
+def default_window(longest: int | None) -> int:
+    """Tokens per window for a model of at most `longest` positions (None: no limit known)."""
+    return min(LONGEST_DEFAULT, longest or LONGEST_DEFAULT)
+
+
+def tokenizer_of(source: Source) -> Any:
+    """The source's own tokenizer; WaterfillError if it has none."""
+    if source.tokenizer is not None:
+        return source.tokenizer
+    import transformers
+
+    hint = "; add its tokenizer files, or calibrate on text the model writes itself (self)"
+    if source.path is None:
+        raise WaterfillError(f"{source.name} came without a tokenizer{hint}")
+    if not list(source.path.glob("*token*")) and not list(source.path.glob("*vocab*")):
+        raise WaterfillError(f"{source.path} has no tokenizer{hint}")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=source.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise WaterfillError(
+            f"cannot open the tokenizer of {source.path}: {error}{hint}"
+        ) from error
+
+
+def read_windows(
+    source: Source, texts: Sequence[Path], tokens: int, window: int, vocabulary: int | None
+) -> Windows:
+    """Windows spread evenly over the texts.
+
+    Parameters
+    ----------
+    source : whose tokenizer is used
+    texts : files, UTF-8
+    tokens : how many to take in all, at most
+    window : tokens per window, with start and end tokens
+    vocabulary : rows of the model's embedding
+    """
+    tokenizer = tokenizer_of(source)
+    notes: list[str] = []
+    about: list[dict[str, str]] = []
+    streams: list[NDArray[np.int64]] = []
+    for path in texts:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise WaterfillError(f"cannot read {path}: {error.strerror or error}") from error
+        about.append({"name": path.name, "sha256": hashlib.sha256(data).hexdigest()})
+        text = data[:MOST_BYTES].decode("utf-8", "ignore" if len(data) > MOST_BYTES else "replace")
+        if not text.strip():
+            raise WaterfillError(f"{path} is empty: calibration needs text")
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        streams.append(np.asarray(ids, np.int64))
+    before, after = _surroundings(tokenizer)
+    total = sum(map(len, streams))
+    inside = window - len(before) - len(after)
+    if max(map(len, streams)) < inside:
+        window = max(map(len, streams)) + len(before) + len(after)
+        inside = window - len(before) - len(after)
+        if window < SHORTEST:
+            raise WaterfillError(
+                f"the text has {total} tokens; calibration needs at least {SHORTEST} in one piece "
+                "(and 32768 to be any good)"
+            )
+        notes.append(f"the text has {total} tokens: windows were cut to {window}")
+    rows = max(1, tokens // window)
+    chunks: list[NDArray[np.int64]] = []
+    for i, stream in enumerate(streams):
+        share = rows // len(streams) + (i < rows % len(streams))
+        chunks += _spread(stream, inside, share)
+    if len(chunks) < rows:
+        have = len(chunks) * window
+        notes.append(f"the text has only {have} of the {rows * window} tokens asked for")
+    ids = np.stack([np.concatenate([before, c, after]) for c in chunks])
+    if vocabulary is not None and ids.max() >= vocabulary:
+        raise WaterfillError(
+            f"the tokenizer made token {ids.max()} but the model has only {vocabulary}: "
+            "they do not belong together"
+        )
+    return Windows(ids, bool(len(before)), about, notes)
+
+
+def _spread(stream: NDArray[np.int64], size: int, count: int) -> list[NDArray[np.int64]]:
+    """At most `count` pieces of `size` that do not overlap, from all over a stream."""
+    have = min(count, len(stream) // size)
+    gap = (len(stream) - have * size) // max(have, 1)
+    return [stream[i * (size + gap) :][:size] for i in range(have)]
+
+
+def _surroundings(tokenizer: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Special tokens that the tokenizer puts before and after a text by default."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            tail = full[start + len(plain) :]
+            return np.asarray(full[:start], np.int64), np.asarray(tail, np.int64)
+    return np.zeros(0, np.int64), np.zeros(0, np.int64)
