@@ -293,6 +293,8 @@ def _entries(described: list[dict[str, Any]]) -> Iterator[tuple[str, Entry]]:
         )
         parts = {}
         for part, (length, crc) in item["parts"].items():
+            if not (isinstance(length, int) and 0 <= length < 2**62):
+                raise FormatError(f"{item['name']}: {length!r} is no length")
             parts[part] = (offset, length, crc)
             offset += length
         spec = Spec.from_json(item["codec"])

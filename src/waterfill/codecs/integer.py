@@ -9,7 +9,7 @@ import numpy as np
 
 from waterfill.coding.entropy import decode_ints, encode_ints
 from waterfill.coding.packing import pack, unpack
-from waterfill.coding.rounding import factor, successive
+from waterfill.coding.rounding import factor, finite, successive
 from waterfill.types import (
     FLOAT_DTYPES,
     Array,
@@ -70,7 +70,7 @@ class Integer(Codec):
         self, x: Array, info: TensorInfo, weighting: Weighting
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
         """Bits of `info.shape` -> parts ``codes`` and ``scales``."""
-        columns = np.ascontiguousarray(info.matrix(x).T)
+        columns = np.ascontiguousarray(finite(info.matrix(x), info.name).T)
         n, m = columns.shape
         codes = np.empty((n, m), np.int8)
         scales = np.zeros((-(-n // self.group), m), np.float16)

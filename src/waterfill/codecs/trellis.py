@@ -9,7 +9,7 @@ import numpy as np
 
 from waterfill.coding import trellis
 from waterfill.coding.entropy import decode_ints, encode_ints
-from waterfill.coding.rounding import factor
+from waterfill.coding.rounding import factor, finite
 from waterfill.coding.scales import decode_grid, encode_grid, from_grid, to_grid
 from waterfill.coding.sections import join, split
 from waterfill.types import (
@@ -81,7 +81,7 @@ class Trellis(Codec):
         self, x: Array, info: TensorInfo, weighting: Weighting
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
         """Bits of `info.shape` -> one part ``codes``."""
-        matrix = info.matrix(x)
+        matrix = finite(info.matrix(x), info.name)
         row_grid = self._row_exponents(matrix, weighting)
         row_scale = from_grid(row_grid, ROW_GRID)
         scaled = matrix * row_scale[:, None]

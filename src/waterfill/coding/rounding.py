@@ -54,6 +54,13 @@ def factor(weighting: Weighting, damping: float) -> Floats:
     raise WaterfillError("the second moment of a layer's inputs is not finite; calibrate again")
 
 
+def finite(matrix: Floats, name: str) -> Floats:
+    """The matrix itself; WaterfillError if a weight is NaN or infinite."""
+    if not np.isfinite(matrix).all():
+        raise WaterfillError(f"{name} holds NaN or infinite weights and cannot be rounded; mend the checkpoint")
+    return matrix
+
+
 def successive(
     weight: Floats,
     lower: Floats,

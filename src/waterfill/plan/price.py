@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -38,27 +38,35 @@ class Rules:
     keep: tuple[str, ...] = ()
     codecs: tuple[tuple[str, str], ...] = ()
 
-    def check(self, names: Iterable[str]) -> None:
-        """SpecError for a pattern without a match or a codec that does not parse."""
-        names = list(names)
+    def check(self, infos: Mapping[str, TensorInfo], weighted: Mapping[str, bool]) -> None:
+        """SpecError for a pattern that matches nothing, or nothing its codec can take."""
         for pattern in [*self.keep, *(glob for glob, _ in self.codecs)]:
-            if not fnmatch.filter(names, pattern):
+            if not fnmatch.filter(infos, pattern):
                 raise SpecError(f"the pattern {pattern!r} matches no tensor; `waterfill show` lists names")
-        for _, text in self.codecs:
+        for pattern, text in self.codecs:
             parse_spec(text)
+            names = fnmatch.filter(infos, pattern)
+            if not any(_takes(text, infos[n], weighted[n]) for n in names):
+                raise SpecError(f"{pattern}={text}: that codec can take none of the tensors that match")
 
     def candidates(self, info: TensorInfo, weighted: bool) -> tuple[list[Codec], str]:
-        """Codecs to price for a tensor, and why it is not the planner's free choice ("" if it is)."""
-        forced = [text for glob, text in self.codecs if fnmatch.fnmatchcase(info.name, glob)]
+        """Codecs to price for a tensor, and why it is not the planner's free choice ("" if it is).
+
+        A broad pattern may cover vectors that a codec for matrices cannot take: they stay free.
+        """
         if any(fnmatch.fnmatchcase(info.name, glob) for glob in self.keep):
             return _all(info, lossy=False), "kept exact by --keep"
-        if forced:
-            cls = find_codec(forced[-1].partition(":")[0])
-            chosen = [parse_spec(forced[-1])] if ":" in forced[-1] else list(cls.ladder(info))
-            if not chosen:
-                raise SpecError(f"{info.name}: {forced[-1]} has nothing to offer for this tensor")
-            return chosen, "set by --codec"
+        forced = [t for glob, t in self.codecs if fnmatch.fnmatchcase(info.name, glob)]
+        if forced and _takes(forced[-1], info, weighted):
+            if ":" in forced[-1]:
+                return [parse_spec(forced[-1])], "set by --codec"
+            return list(find_codec(forced[-1]).ladder(info)), "codec set by --codec"
         return _all(info, lossy=weighted), ""
+
+
+def _takes(text: str, info: TensorInfo, weighted: bool) -> bool:
+    cls = find_codec(text.partition(":")[0])
+    return (weighted or not cls.lossy) and next(iter(cls.ladder(info)), None) is not None
 
 
 def _all(info: TensorInfo, lossy: bool) -> list[Codec]:

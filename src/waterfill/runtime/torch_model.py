@@ -92,6 +92,15 @@ def to_torch(bits: Array, dtype: str) -> torch.Tensor:
     return torch.from_numpy(bits.view(signed)).view(views[dtype])
 
 
+def load_original(path: Path, trust_remote_code: bool) -> Any:
+    """The uncompressed model in float32, in evaluation mode."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    cls = model_class(config)
+    return cls.from_pretrained(path, dtype="float32", trust_remote_code=trust_remote_code).eval()
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer beside a model or artifact; WaterfillError if there is none."""
     from transformers import AutoTokenizer

@@ -1,0 +1,32 @@
+"""Real models, calibrated once and kept under out/, for the benches that need them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.harness import shared_data
+from waterfill.calibrate import Statistics, calibrate
+from waterfill.sources import Source, open_source
+
+WORK = Path("out") / "bench"
+TEXTS = {"english-7m": "wiki.txt", "stories260K": "tinystories.txt", "demo": "c4.txt"}
+HELD_OUT = {"english-7m": "english_heldout.txt", "stories260K": "tinystories.txt", "demo": "wikitext2_valid.txt"}
+
+
+def source_of(name: str) -> Source:
+    """The model of this name: demo, or a folder of ../shared/data/models."""
+    return open_source("demo" if name == "demo" else str(shared_data() / "models" / name))
+
+
+def text_of(name: str, held_out: bool = False) -> Path:
+    """The text a model is calibrated on, or measured on."""
+    return shared_data() / "text" / (HELD_OUT if held_out else TEXTS)[name]
+
+
+def statistics_of(name: str, tokens: int = 32768) -> Statistics:
+    """Calibrate, or open what an earlier bench left for the same model."""
+    source = source_of(name)
+    folder = WORK / f"{name}-{tokens}-{source.fingerprint()[:8]}"
+    if (folder / "statistics.json").exists():
+        return Statistics.open(folder)
+    return calibrate(source, folder, [text_of(name)], tokens=tokens)

@@ -1,0 +1,148 @@
+"""Look at an artifact: its ledger, its measured harm, its record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from waterfill import evaluate
+from waterfill.container import Reader
+from waterfill.pipeline.planning import Progress, quiet
+from waterfill.runtime import artifact
+from waterfill.runtime.arrays import decode
+from waterfill.runtime.torch_model import load_model, load_original, to_torch
+from waterfill.sources import open_source
+from waterfill.types import Record, WaterfillError
+
+T = TypeVar("T")
+METRICS = "metrics"
+
+
+def show(path: str | Path) -> dict[str, Any]:
+    """The ledger of an artifact; its rows' bytes sum to the file."""
+    with Reader(path) as reader:
+        rows = artifact.ledger(reader)
+        params = sum(r["params"] for r in rows)
+        return {
+            "path": str(reader.path),
+            "nbytes": reader.nbytes,
+            "params": params,
+            "bits_per_weight": 8 * reader.nbytes / max(params, 1),
+            "predicted_kl_nats": sum(r["predicted_nats"] for r in rows),
+            "ledger": rows,
+        }
+
+
+def record_of(path: str | Path) -> Record:
+    """Everything known of an artifact: ledger, plan, and measurements kept by `compare`."""
+    folder = Path(path)
+    shown = show(folder)
+    stored = artifact.read_record(folder if folder.is_dir() else folder.parent)
+    return Record(
+        name=folder.name,
+        nbytes=shown["nbytes"],
+        bits_per_weight=shown["bits_per_weight"],
+        metrics=stored.get(METRICS, {}),
+        predicted={"kl_nats": shown["predicted_kl_nats"]},
+        ledger=tuple(shown["ledger"]),
+        curve=tuple(stored.get("curve", ())),
+        about=stored.get("about", {}),
+    )
+
+
+def compare(
+    path: str | Path,
+    against: str | Path,
+    text: Sequence[str | Path] | None = None,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    tokens: int | None = None,
+    layers: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Measure a compressed model against the original; the figures are kept beside the artifact.
+
+    Parameters
+    ----------
+    path : artifact folder
+    against : the original: folder, hub id or ``"demo"``
+    text : text files; default: a packaged text
+    window, stride, tokens : see `waterfill.evaluate.text_windows`
+    layers : also measure each tensor alone
+
+    Returns
+    -------
+    dict
+        As of `waterfill.evaluate.compare`, with ``predicted_kl_nats`` and ``layers``.
+    """
+    folder = Path(path)
+    source = open_source(against, trust_remote_code=trust_remote_code)
+    if source.path is None:
+        raise WaterfillError("compare with a folder, a hub id or demo; or call waterfill.evaluate.compare")
+    shown = show(folder)
+    original = load_original(source.path, trust_remote_code)
+    compressed = load_model(folder, dtype="float32", trust_remote_code=trust_remote_code)
+    paths = [Path(t) for t in text] if text else [_packaged_text()]
+    windows = evaluate.text_windows(
+        paths,
+        evaluate.load_tokenizer(source.path),
+        window=window,
+        stride=stride,
+        max_positions=evaluate.max_positions(original),
+        max_tokens=tokens,
+        masked=evaluate.is_masked(original),
+    )
+    watched = _watcher(progress)
+    metrics = evaluate.compare(original, compressed, windows, progress=watched)
+    metrics["predicted_kl_nats"] = shown["predicted_kl_nats"]
+    if layers:
+        metrics["layers"] = _layers(folder, original, windows, shown["ledger"], watched)
+    stored = artifact.read_record(folder)
+    if stored:
+        artifact.write_record(folder, {**stored, METRICS: metrics})
+    return metrics
+
+
+def _layers(
+    folder: Path, original: Any, windows: Any, ledger: Sequence[dict[str, Any]], watched: Any
+) -> list[dict[str, Any]]:
+    predicted = {r["name"]: r["predicted_nats"] for r in ledger if r["predicted_nats"] > 0}
+    with Reader(folder) as reader:
+        weights = _Decoded(reader)
+        measured = evaluate.layer_kl(original, weights, windows, list(predicted), progress=watched)
+    return [{**row, "predicted_nats": predicted[row["name"]]} for row in measured]
+
+
+class _Decoded(dict[str, Any]):
+    """Decodes a tensor when it is asked for, so that one at a time is in memory."""
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__()
+        self._reader = reader
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._reader.entries
+
+    def __missing__(self, name: str) -> Any:
+        info = self._reader.entries[name].info
+        return to_torch(decode(self._reader, name), info.dtype)
+
+
+def _watcher(progress: Progress) -> Callable[[Iterable[T], str], Iterator[T]]:
+    def watched(items: Iterable[T], label: str) -> Iterator[T]:
+        listed = list(items)
+        for done, item in enumerate(listed, 1):
+            yield item
+            progress(label, done, len(listed))
+
+    return watched
+
+
+def _packaged_text() -> Path:
+    return Path(str(resources.files("waterfill") / "data" / "text" / "evaluation.txt"))
+
+

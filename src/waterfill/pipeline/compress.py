@@ -1,0 +1,162 @@
+"""The whole chain: calibrate -> price -> plan -> encode -> verify, resumable.
+
+Every step leaves its product in a work folder beside the output: statistics, prices, encoded
+pieces. A run that was interrupted finds them again; a run that succeeds removes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from waterfill import __version__
+from waterfill.calibrate import Statistics, calibrate
+from waterfill.container import FILE_NAME, Reader
+from waterfill.pipeline.encoding import encode
+from waterfill.pipeline.planning import (
+    Priced,
+    Progress,
+    about,
+    check_same,
+    predicted_curve,
+    prepare,
+    quiet,
+)
+from waterfill.plan.budget import budget_nbytes
+from waterfill.plan.price import Rules
+from waterfill.runtime import artifact
+from waterfill.runtime.pieces import Pieces
+from waterfill.sources import Source, open_source
+from waterfill.types import Record
+
+Texts = Sequence[Path] | Literal["self"] | None
+
+
+def compress(
+    model: str | Path | Any,
+    out: str | Path,
+    *,
+    size: str | int | None = None,
+    bits: float | None = None,
+    ratio: str | float | None = None,
+    keep: Sequence[str] = (),
+    codec: Mapping[str, str] | None = None,
+    calibration: str | Path | Sequence[str | Path] | None = None,
+    tokens: int = 32768,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    command: str = "waterfill.compress(...)",
+    progress: Progress = quiet,
+) -> Record:
+    """Compress a model to a folder whose weights file has the size you name, and not a byte more.
+
+    Parameters
+    ----------
+    model : folder in Hugging Face layout, hub id, ``"demo"``, or a transformers model in memory
+    out : folder to make
+    size, bits, ratio : the budget, exactly one of them: bytes (``"250MB"``), average bits per weight
+        with every byte counted, or the share of the original (``"20%"``)
+    keep : globs of tensors to keep exact
+    codec : glob -> codec id or specification such as ``"integer:bits=3,group=128"``
+    calibration : text files, a statistics folder, ``"self"``, or None for the packaged text
+    tokens : calibration tokens
+    force : replace `out` if it exists
+
+    Returns
+    -------
+    Record
+
+    Raises
+    ------
+    WaterfillError
+        With a message that says what to do; nothing is left at `out`.
+    """
+    out = Path(out)
+    artifact.refuse_existing(out, force)
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    work = out.with_name(out.name + ".work")
+    try:
+        statistics = statistics_for(source, work, calibration, tokens, progress)
+        rules = Rules(tuple(keep), tuple((codec or {}).items()))
+        priced = prepare(source, statistics, rules, work, progress)
+        budget = budget_nbytes(
+            params=priced.params, original_nbytes=priced.original_nbytes, size=size, bits=bits, ratio=ratio
+        )
+        pieces = Pieces(work / "pieces", f"{source.fingerprint()} {statistics.digest} {__version__}")
+        with artifact.new_folder(out, force) as folder:
+            encode(priced, budget, folder, pieces, progress)
+            record = _finish(priced, budget, folder, command, out.name)
+    except OSError as error:
+        raise artifact.explain(error, out) from error
+    shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def statistics_for(
+    source: Source,
+    work: Path,
+    calibration: str | Path | Sequence[str | Path] | None,
+    tokens: int,
+    progress: Progress,
+) -> Statistics:
+    """Statistics as the user asked: a folder made before, or a calibration run (resumed if begun)."""
+    texts: Texts = None
+    if calibration == "self":
+        texts = "self"
+    elif calibration is not None:
+        paths = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
+        texts = [Path(p) for p in paths]
+        if len(texts) == 1 and (texts[0] / "statistics.json").exists():
+            statistics = Statistics.open(texts[0])
+            check_same(statistics, source)
+            return statistics
+    return calibrate(
+        source, work / "statistics", texts, tokens=tokens, progress=lambda d, t, w: progress(w, d, t)
+    )
+
+
+def _finish(priced: Priced, budget: int, folder: Path, command: str, name: str) -> Record:
+    """Check the file as written, then put around it what an artifact needs."""
+    source = priced.source
+    with Reader(folder / FILE_NAME) as reader:
+        for _ in reader.verify():
+            pass
+        rows = artifact.ledger(reader)
+        nbytes = reader.nbytes
+    predicted = sum(r["predicted_nats"] for r in rows)
+    lossless = all(r["predicted_nats"] == 0 for r in rows)
+    facts = {
+        **about(priced),
+        "local": Path(str(source.path)).exists(),
+        "command": command,
+        "budget_nbytes": budget,
+        "original_nbytes": priced.original_nbytes,
+        "params": priced.params,
+        "lossless": lossless,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "calibration": dict(priced.statistics.protocol),
+    }
+    record = Record(
+        name=name,
+        nbytes=nbytes,
+        bits_per_weight=8 * nbytes / max(priced.params, 1),
+        predicted={"kl_nats": predicted},
+        ledger=tuple(rows),
+        curve=predicted_curve(priced, budget),
+        about=facts,
+    )
+    for file in source.files_beside:
+        if file.name not in ("README.md", "config.json"):
+            shutil.copyfile(file, folder / file.name)
+    artifact.write_config(folder, source.config)
+    stored = {**dataclasses.asdict(record), "ledger": ()}
+    artifact.write_record(folder, stored)
+    artifact.write_card(folder, stored)
+    return record

@@ -1,0 +1,93 @@
+"""Encode a planned model into one weights file of exactly the size allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from waterfill.container import FILE_NAME, describe, file_nbytes, payload_nbytes, write
+from waterfill.pipeline.planning import Priced, Progress, about, overhead_nbytes, plan, quiet, read
+from waterfill.plan.fill import Coded, fill
+from waterfill.runtime.pieces import Pieces
+from waterfill.types import (
+    Array,
+    BudgetError,
+    Encoded,
+    Point,
+    Spec,
+    TensorInfo,
+    WaterfillError,
+    Weighting,
+    make_codec,
+)
+
+
+def encode_tensor(
+    bits: Array, info: TensorInfo, weighting: Weighting | None, point: Point
+) -> tuple[Encoded, float]:
+    """Encode, decode again, and measure: the coded tensor and its predicted nats."""
+    chosen = make_codec(point.spec)
+    parts, extra = chosen.encode(bits, info, weighting or Weighting())
+    decoded = chosen.decode(parts, extra, info)
+    nats = 0.0
+    if chosen.lossy:
+        nats = (weighting or Weighting()).distortion(info.matrix(bits), info.matrix(decoded))
+    elif not np.array_equal(decoded.reshape(-1).view(np.uint8), bits.reshape(-1).view(np.uint8)):
+        raise WaterfillError(f"{info.name}: {point.spec} did not give back the same bits; please report this")
+    return Encoded(chosen.spec, info, parts, extra), nats
+
+
+def encode(
+    priced: Priced, budget: int, out: Path, pieces: Pieces, progress: Progress = quiet
+) -> dict[str, Coded]:
+    """Encode every tensor to fill the budget and write the weights file into folder `out`."""
+    plan(priced, budget)
+    provenance = about(priced)
+    described: dict[tuple[str, str], dict[str, Any]] = {}
+    done = 0
+
+    def one(name: str, point: Point) -> int:
+        nonlocal done
+        entry = pieces.get(name, point)
+        if entry is None:
+            info = priced.infos[name]
+            weighting = priced.statistics.weighting(name)
+            encoded, nats = encode_tensor(read(priced.source, info), info, weighting, point)
+            note = {"why": priced.why[name]} | ({"nats": float(f"{nats:.4g}")} if nats else {})
+            entry = pieces.put(name, point, encoded, note)
+        described[name, _key(point)] = entry
+        done += 1
+        progress("encoding", min(done, len(priced.curves.names)), len(priced.curves.names))
+        return payload_nbytes(entry)
+
+    def entries(coded: Mapping[str, Coded]) -> list[dict[str, Any]]:
+        return [
+            _repeat(info) if info.group else described[name, _key(coded[name].point)]
+            for name, info in priced.infos.items()
+        ]
+
+    overhead = overhead_nbytes(priced.infos.values(), provenance)
+    coded = fill(priced.curves, budget, overhead, one, lambda coded: file_nbytes(entries(coded), provenance))
+    payloads = (
+        () if info.group else pieces.payload(name, coded[name].point) for name, info in priced.infos.items()
+    )
+    nbytes = write(out / FILE_NAME, entries(coded), payloads, provenance)
+    if nbytes > budget:
+        raise BudgetError(
+            f"the codecs asked for have no setting that fits: {nbytes:,} bytes where {budget:,} are allowed"
+        )
+    return coded
+
+
+def _key(point: Point) -> str:
+    return json.dumps(point.spec.to_json())
+
+
+def _repeat(info: TensorInfo) -> dict[str, Any]:
+    return describe(Encoded(Spec("raw"), info, {}, {}), {"why": f"same as {info.group}"})
+
+

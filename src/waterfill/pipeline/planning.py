@@ -1,0 +1,224 @@
+"""Price a model's tensors and choose an operating point for each: no encoding."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from waterfill import __version__
+from waterfill.calibrate import Statistics
+from waterfill.container import file_nbytes, payload_nbytes
+from waterfill.plan.budget import budget_nbytes
+from waterfill.plan.hull import Curves, at_level, curves, point_on, smallest, solve_level
+from waterfill.plan.price import Rules, price
+from waterfill.sources import Source, open_source
+from waterfill.types import Array, BudgetError, Plan, Point, Spec, TensorInfo, WaterfillError
+
+Progress = Callable[[str, int, int], None]
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """The default progress: none."""
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A model with its statistics and every tensor's operating points: ready for any budget."""
+
+    source: Source
+    statistics: Statistics
+    curves: Curves
+    why: Mapping[str, str]
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, in the order of the checkpoint."""
+        return self.statistics.infos
+
+    @property
+    def params(self) -> int:
+        """Parameters, a repeated tensor counted once."""
+        return sum(i.size for i in self.infos.values() if not i.group)
+
+    @property
+    def original_nbytes(self) -> int:
+        """Bytes of the original's tensors as stored."""
+        return sum(i.nbytes for i in self.infos.values())
+
+
+def read(source: Source, info: TensorInfo) -> Array:
+    """Stored bits of a tensor or slice."""
+    return source.read(info.name) if info.index is None else source.read_slice(info.tensor, info.index)
+
+
+def check_same(statistics: Statistics, source: Source) -> None:
+    """WaterfillError unless the statistics were made from this very model."""
+    if statistics.source_fingerprint != source.fingerprint():
+        raise WaterfillError(
+            f"{statistics.folder} holds statistics of {statistics.source_name!r}, which is not (or no longer) "
+            f"the model {source.name!r}; calibrate again"
+        )
+
+
+def prepare(
+    source: Source,
+    statistics: Statistics,
+    rules: Rules,
+    cache: Path | None,
+    progress: Progress = quiet,
+) -> Priced:
+    """Price every tensor, reading and keeping prices in the folder `cache` (one JSON line each)."""
+    own = {name: info for name, info in statistics.infos.items() if not info.group}
+    weighted = {name: statistics.is_weighted(name) for name in own}
+    rules.check(own, weighted)
+    key = hashlib.sha256(f"{__version__} {statistics.digest} {rules}".encode()).hexdigest()[:16]
+    path = Path(os.devnull) if cache is None else cache / f"prices-{key}.jsonl"
+    prices = dict(_read_prices(path))
+    why: dict[str, str] = {}
+    with path.open("a", encoding="utf-8") as file:
+        for done, (name, info) in enumerate(own.items(), 1):
+            candidates, forced = rules.candidates(info, weighted[name])
+            reason = "water level" if weighted[name] else "kept exact: takes part in no matrix product"
+            why[name] = forced or statistics.notes.get(name) or reason
+            if name not in prices:
+                prices[name] = price(read(source, info), info, statistics.weighting(name), candidates)
+                points = [[p.nbytes, p.distortion_nats, p.spec.to_json()] for p in prices[name]]
+                file.write(json.dumps([name, points]) + "\n")
+                file.flush()
+            progress("pricing", done, len(own))
+    largest_first = sorted(own, key=lambda n: -own[n].size)
+    return Priced(source, statistics, curves({n: prices[n] for n in largest_first}), why)
+
+
+def _read_prices(path: Path) -> Iterator[tuple[str, list[Point]]]:
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            name, points = json.loads(line)
+        except ValueError:
+            continue  # the line that an interrupt cut off; it is priced again
+        yield name, [Point(b, d, Spec.from_json(s)) for b, d, s in points]
+
+
+def overhead_nbytes(infos: Iterable[TensorInfo], about: Mapping[str, Any]) -> int:
+    """Header and index bytes to expect: real entries with made-up checksums and sizes."""
+    random = np.random.default_rng(0)
+    described = []
+    for info in infos:
+        entry: dict[str, Any] = {
+            "name": info.name,
+            "codec": ["trellis", 1, {"step": float(random.random())}],
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "kind": info.kind,
+            "parts": {"codes": [int(random.integers(info.size + 1)), int(random.integers(2**32))]},
+            "note": {"why": "water level", "nats": float(f"{random.random():.4g}")},
+        }
+        described.append(entry)
+    header_and_index = file_nbytes(described, about) - sum(map(payload_nbytes, described))
+    return header_and_index
+
+
+def plan(priced: Priced, budget: int) -> Plan:
+    """Choose an operating point for every tensor; nothing is encoded.
+
+    Raises
+    ------
+    BudgetError
+        If the budget is smaller than the cheapest plan; the message states the smallest possible.
+    """
+    c = priced.curves
+    overhead = overhead_nbytes(priced.infos.values(), about(priced))
+    least = smallest(c) + overhead
+    if budget < least:
+        raise BudgetError(
+            f"{budget:,} bytes is too small: the smallest this model can be is about {int(least * 1.01):,} "
+            f"bytes ({8 * least * 1.01 / priced.params:.2f} bits per weight)"
+        )
+    level = solve_level(c, budget - overhead)
+    nbytes, nats, pick = at_level(c, level)
+    chosen = zip(c.names, pick, nbytes, strict=True)
+    choices = {name: point_on(c, int(s), float(b)) for name, s, b in chosen}
+    return Plan(choices, priced.why, budget, float(nats.sum()), level)
+
+
+def predicted_curve(priced: Priced, budget: int) -> tuple[dict[str, float], ...]:
+    """Predicted rate-distortion points of the whole model around a budget."""
+    overhead = overhead_nbytes(priced.infos.values(), about(priced))
+    points = []
+    for octave in np.linspace(-1.25, 1.25, 21):
+        target = budget * 2.0**octave - overhead
+        if target < smallest(priced.curves):
+            continue
+        nbytes, nats, _ = at_level(priced.curves, solve_level(priced.curves, target))
+        total = float(nbytes.sum()) + overhead
+        points.append(
+            {"nbytes": total, "bits_per_weight": 8 * total / priced.params, "predicted_nats": float(nats.sum())}
+        )
+    return tuple(p for i, p in enumerate(points) if i == 0 or p["nbytes"] > points[i - 1]["nbytes"] * 1.001)
+
+
+def about(priced: Priced) -> dict[str, Any]:
+    """Provenance inside the weights file."""
+    return {"waterfill": __version__, "model": priced.source.name}
+
+
+
+
+def price_statistics(
+    folder: Path,
+    keep: Sequence[str] = (),
+    codec: Mapping[str, str] | None = None,
+    *,
+    write: bool = True,
+    progress: Progress = quiet,
+) -> Priced:
+    """Price the model that a statistics folder was made from, keeping the prices in it."""
+    statistics = Statistics.open(folder)
+    source = open_source(statistics.source_path)
+    check_same(statistics, source)
+    rules = Rules(tuple(keep), tuple((codec or {}).items()))
+    return prepare(source, statistics, rules, folder if write else None, progress)
+
+
+def plan_json(
+    priced: Priced,
+    *,
+    size: str | int | None = None,
+    bits: float | None = None,
+    ratio: str | float | None = None,
+) -> dict[str, Any]:
+    """A plan as JSON: one row per tensor, in the order of the checkpoint."""
+    budget = budget_nbytes(
+        params=priced.params, original_nbytes=priced.original_nbytes, size=size, bits=bits, ratio=ratio
+    )
+    chosen = plan(priced, budget)
+    rows = [
+        {
+            "name": name,
+            "codec": str(chosen.choices[name].spec),
+            "nbytes": chosen.choices[name].nbytes,
+            "bits_per_weight": 8 * chosen.choices[name].nbytes / max(info.size, 1),
+            "predicted_nats": chosen.choices[name].distortion_nats,
+            "why": chosen.why[name],
+        }
+        for name, info in priced.infos.items()
+        if not info.group
+    ]
+    return {
+        "version": 1,
+        "model": priced.source.name,
+        "budget_nbytes": budget,
+        "bits_per_weight": 8 * budget / max(priced.params, 1),
+        "predicted_nats": chosen.predicted_nats,
+        "water_level_nats_per_byte": chosen.water_level,
+        "choices": rows,
+    }

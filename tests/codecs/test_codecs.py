@@ -1,0 +1,147 @@
+"""Every codec that can be found is put through the same checks, and its old bytes still decode."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from waterfill.testing import check_codec, check_round_trip, samples
+from waterfill.types import (
+    DTYPES,
+    Codec,
+    FormatError,
+    Spec,
+    SpecError,
+    TensorInfo,
+    Weighting,
+    codec_ids,
+    find_codec,
+    make_codec,
+    parse_spec,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "codecs"
+SETTINGS = (
+    "raw",
+    "lossless",
+    "integer:bits=2,group=32",
+    "integer:bits=3,group=64,solver=nearest",
+    "integer:bits=4,pack=coded",
+    "integer:bits=8,group=8",
+    "trellis",
+    "trellis:states=1,step=0.5",
+    "trellis:step=2.5,gains=yes,mmse=0.05",
+    "trellis:step=0.02,rows=no",
+)
+
+
+def test_every_codec_has_a_setting_here() -> None:
+    assert {s.partition(":")[0] for s in SETTINGS} == set(codec_ids())
+
+
+@pytest.mark.parametrize("text", SETTINGS)
+def test_conformance(text: str) -> None:
+    check_codec(parse_spec(text))
+
+
+@pytest.mark.parametrize("name", codec_ids())
+def test_ladder_prices_from_cheap_to_dear(name: str) -> None:
+    info, bits, weighting = next(samples("F32"))
+    info = TensorInfo("w", (64, 96), "F32", "linear")
+    random = np.random.default_rng(1)
+    bits = random.normal(size=info.shape).astype(np.float32)
+    weighting = Weighting(np.eye(96, dtype=np.float32))
+    sizes, harms = [], []
+    for rung in find_codec(name).ladder(info):
+        decoded = check_round_trip(rung, info, bits, weighting)
+        parts, _ = rung.encode(bits, info, weighting)
+        sizes.append(sum(map(len, parts.values())))
+        harms.append(weighting.distortion(bits, decoded))
+    assert sizes == sorted(sizes)
+    assert harms == sorted(harms, reverse=True)
+
+
+@pytest.mark.parametrize("name", codec_ids())
+def test_lossy_ladders_leave_small_and_exact_tensors_alone(name: str) -> None:
+    cls = find_codec(name)
+    for info in (TensorInfo("b", (300,), "F32"), TensorInfo("i", (32, 32), "I32")):
+        assert not cls.lossy or not list(cls.ladder(info))
+
+
+@given(
+    dtype=st.sampled_from(sorted(DTYPES)),
+    shape=st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_lossless_keeps_every_bit(dtype: str, shape: tuple[int, ...], seed: int) -> None:
+    info = TensorInfo("x", shape, dtype)
+    raw = np.random.default_rng(seed).bytes(info.nbytes)
+    if dtype == "BOOL":
+        raw = bytes(b & 1 for b in raw)
+    bits = np.frombuffer(raw, DTYPES[dtype]).reshape(shape)
+    for name in ("raw", "lossless"):
+        check_round_trip(find_codec(name)(), info, bits, Weighting())
+
+
+def test_finer_steps_cost_more_and_harm_less_whatever_the_weighting() -> None:
+    for info, bits, weighting in samples("F32"):
+        if 0 in info.shape or info.size < 100:
+            continue
+        harms = []
+        for step in (1.0, 0.25, 0.06):
+            chosen = parse_spec(f"trellis:step={step}")
+            harms.append(weighting.distortion(info.matrix(bits), info.matrix(_back(chosen, info, bits, weighting))))
+        assert harms[2] <= harms[1] * 1.05 <= harms[0] * 1.2
+
+
+def _back(chosen: Codec, info: TensorInfo, bits: np.ndarray, weighting: Weighting) -> np.ndarray:
+    parts, extra = chosen.encode(bits, info, weighting)
+    return chosen.decode(parts, extra, info)
+
+
+def test_four_states_beat_one_at_equal_bytes() -> None:
+    random = np.random.default_rng(5)
+    info = TensorInfo("w", (2048, 64), "F32", "linear")
+    bits = random.normal(size=info.shape).astype(np.float32)
+    weighting = Weighting(np.eye(64, dtype=np.float32))
+    results = {}
+    for states, step in ((1, 0.25), (4, 0.155)):
+        chosen = parse_spec(f"trellis:states={states},step={step}")
+        parts, extra = chosen.encode(bits, info, weighting)
+        harm = weighting.distortion(bits, chosen.decode(parts, extra, info))
+        results[states] = (len(parts["codes"]), harm)
+    bits_saved = 8 * (results[1][0] - results[4][0]) / info.size
+    harm_saved = 0.5 * np.log2(results[1][1] / results[4][1])
+    assert bits_saved + harm_saved > 0.1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["nothing", "integer:bits=9", "integer:bits=x", "trellis:states=3", "trellis:step", "raw:x=1", "lossless:=", "trellis:gains=maybe"],
+)  # fmt: skip
+def test_bad_specifications_are_refused(text: str) -> None:
+    with pytest.raises(SpecError):
+        parse_spec(text)
+
+
+def test_a_newer_codec_version_is_refused() -> None:
+    with pytest.raises(FormatError, match="upgrade"):
+        make_codec(Spec("trellis", {}, 99))
+
+
+@pytest.mark.parametrize("text", SETTINGS)
+def test_golden_bytes_still_decode(text: str) -> None:
+    """Bytes written when the format was fixed; a missing file is a failure, not a new golden."""
+    path = GOLDEN / (text.replace(":", "-").replace(",", "-").replace("=", "_") + ".json")
+    stored = json.loads(path.read_text())
+    chosen = make_codec(Spec.from_json(stored["codec"]))
+    info = TensorInfo("golden", tuple(stored["shape"]), stored["dtype"], "linear")
+    parts = {k: bytes.fromhex(v) for k, v in stored["parts"].items()}
+    decoded = chosen.decode(parts, stored["extra"], info)
+    assert decoded.tobytes().hex() == stored["decoded"]
