@@ -1,2 +1,74 @@
 #include <nanobind/nanobind.h>
-void bind_rans(nanobind::module_&) {}
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <optional>
+
+#include "rans_stream.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+namespace rans = waterfill::rans;
+
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Out = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Counts = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+const uint8_t* columns(const std::optional<Bytes>& classes, size_t cols) {
+    if (!classes) return nullptr;
+    if (classes->shape(0) != cols) throw std::invalid_argument("rANS: one class for each column, please");
+    return classes->data();
+}
+
+void require_known(const uint8_t* classes, size_t cols, size_t known) {
+    for (size_t i = 0; classes && i < cols; ++i)
+        if (classes[i] >= known) throw std::invalid_argument("rANS: a class without a model");
+}
+
+nb::bytes encode(const Matrix& symbols, const std::optional<Bytes>& classes, const Table& table, unsigned lanes, unsigned threads) {
+    const size_t rows = symbols.shape(0), cols = symbols.shape(1);
+    const uint8_t* ids = columns(classes, cols);
+    require_known(ids, cols, table.shape(0));
+    const waterfill::Isa isa = waterfill::chosen_isa();
+    std::string out;
+    {
+        nb::gil_scoped_release release;
+        out = rans::encode(symbols.data(), rows, cols, ids, {table.data(), table.shape(0), table.shape(1)}, lanes, threads, isa);
+    }
+    return nb::bytes(out.data(), out.size());
+}
+
+void decode(const Bytes& data, const Out& out, const std::optional<Bytes>& classes, const Table& table,
+            const std::optional<Bytes>& lut, unsigned threads) {
+    const size_t rows = out.shape(0), cols = out.shape(1);
+    const uint8_t* ids = columns(classes, cols);
+    if (lut && lut->shape(0) < table.shape(1)) throw std::invalid_argument("rANS: an output byte for each symbol, please");
+    const waterfill::Isa isa = waterfill::chosen_isa();
+    nb::gil_scoped_release release;
+    rans::decode(data.data(), data.shape(0), out.data(), rows, cols, ids, {table.data(), table.shape(0), table.shape(1)},
+                 lut ? lut->data() : nullptr, threads, isa);
+}
+
+void histogram(const Matrix& symbols, const std::optional<Bytes>& classes, const Counts& counts) {
+    const size_t rows = symbols.shape(0), cols = symbols.shape(1);
+    const uint8_t* ids = columns(classes, cols);
+    if (counts.shape(1) != 256 || counts.shape(0) == 0) throw std::invalid_argument("counts must be (classes, 256)");
+    require_known(ids, cols, counts.shape(0));
+    nb::gil_scoped_release release;
+    rans::histogram(symbols.data(), rows, cols, ids, counts.data());
+}
+
+}  // namespace
+
+void bind_rans(nb::module_& m) {
+    m.def("rans_encode", &encode, "symbols"_a.noconvert(), "classes"_a.noconvert().none(), "freqs"_a.noconvert(), "lanes"_a, "threads"_a,
+          "A rANS stream of a matrix of symbols.");
+    m.def("rans_decode", &decode, "data"_a.noconvert(), "out"_a.noconvert(), "classes"_a.noconvert().none(), "freqs"_a.noconvert(),
+          "lut"_a.noconvert().none(), "threads"_a, "Fill `out` from a rANS stream; RuntimeError on bytes that lie.");
+    m.def("rans_histogram", &histogram, "symbols"_a.noconvert(), "classes"_a.noconvert().none(), "counts"_a.noconvert(),
+          "Add the occurrences of each byte in each class to `counts`.");
+}

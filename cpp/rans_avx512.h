@@ -1,0 +1,148 @@
+// Included by rans_kernel.cpp, inside its namespace, where AVX-512 (F, BW, DQ, VL, VBMI) is on.
+
+#define WATERFILL_UNROLL _Pragma("GCC unroll 8")
+
+// Sixteen lanes take the words they need from the stream, in lane order.
+inline __m512i refill(__m512i x, __mmask16 lanes, const uint8_t*& at) {
+    const __mmask16 low = _mm512_mask_cmplt_epu32_mask(lanes, x, _mm512_set1_epi32(kLower));
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    at += 2 * size_t(__builtin_popcount(low));
+    return _mm512_or_si512(_mm512_mask_slli_epi32(x, low, x, 16), _mm512_maskz_expand_epi32(low, words));
+}
+
+// From the two candidate entries to the next state; returns the chosen entry.
+inline __m512i advance(__m512i& x, __m512i primary, __m512i alias) {
+    const __mmask16 second = _mm512_cmpge_epu32_mask(_mm512_slli_epi32(x, 32 - kBucketBits), primary);
+    const __m512i entry = _mm512_mask_mov_epi32(primary, second, alias);
+    const __m512i offset = _mm512_add_epi32(_mm512_and_si512(x, _mm512_set1_epi32(kBucketSlots - 1)),
+                                            _mm512_maskz_srai_epi32(second, alias, kBiasShift));
+    const __m512i frequency = _mm512_and_si512(entry, _mm512_set1_epi32(kFrequencyMask));
+    x = _mm512_add_epi32(_mm512_mullo_epi32(frequency, _mm512_srli_epi32(x, kScaleBits)), offset);
+    return entry;
+}
+
+inline __m512i select(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xCA); }
+
+// Packing leaves lane 16 g + i in byte g of dword i; this puts it in byte 16 g + i.
+struct LaneOrder {
+    alignas(64) uint8_t from[64];
+    constexpr LaneOrder() : from() {
+        for (unsigned i = 0; i < 64; ++i) from[i] = uint8_t(4 * (i % 16) + i / 16);
+    }
+};
+constexpr LaneOrder kLaneOrder{};
+
+// One class, whole rows of 16 * G lanes: states and both tables stay in registers, and eight
+// independent vectors of states hide the latency of each other's chains.
+template <int G>
+size_t rows_in_registers(uint32_t* states, Cursor& cursor, const Panel& panel, const DecodeTables& tables) {
+    const uint32_t* table = tables.buckets + size_t(panel.uniform) * kBucketDwords;
+    const __m512i primary0 = _mm512_loadu_si512(table), primary1 = _mm512_loadu_si512(table + 16);
+    const __m512i alias0 = _mm512_loadu_si512(table + 32), alias1 = _mm512_loadu_si512(table + 48);
+    const __m512i lut = _mm512_load_si512(tables.lut);
+    const __m512i order = _mm512_load_si512(kLaneOrder.from);
+    __m512i x[G];
+    WATERFILL_UNROLL
+    for (int g = 0; g < G; ++g) x[g] = _mm512_load_si512(states + 16 * g);
+    const uint8_t* at = cursor.at;
+    uint8_t* out = panel.out;
+    size_t row = 0;
+    for (; row < panel.rows && at <= cursor.limit; ++row, out += panel.stride) {
+        __m512i entry[G];
+        WATERFILL_UNROLL
+        for (int g = 0; g < G; ++g) {
+            const __m512i bucket = _mm512_srli_epi32(x[g], kBucketBits);
+            entry[g] = advance(x[g], _mm512_permutex2var_epi32(primary0, bucket, primary1),
+                               _mm512_permutex2var_epi32(alias0, bucket, alias1));
+            x[g] = refill(x[g], 0xFFFF, at);
+        }
+        WATERFILL_UNROLL
+        for (int g = 0; g + 1 < G; g += 4) {
+            __m512i packed = select(_mm512_set1_epi32(0xFF), _mm512_srli_epi32(entry[g], kSymbolShift),
+                                    _mm512_srli_epi32(entry[g + 1], kSymbolShift - 8));
+            if constexpr (G >= 4) {
+                const __m512i upper = select(_mm512_set1_epi32(0xFF0000), _mm512_slli_epi32(entry[g + 2], 16 - kSymbolShift),
+                                             _mm512_slli_epi32(entry[g + 3], 24 - kSymbolShift));
+                packed = select(_mm512_set1_epi32(0xFFFF), packed, upper);
+            }
+            packed = _mm512_and_si512(packed, _mm512_set1_epi32(0x1F1F1F1F));
+            packed = _mm512_permutexvar_epi8(_mm512_permutexvar_epi8(order, packed), lut);
+            if constexpr (G >= 4)
+                _mm512_storeu_si512(out + 16 * g, packed);
+            else
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(packed));
+        }
+    }
+    WATERFILL_UNROLL
+    for (int g = 0; g < G; ++g) _mm512_store_si512(states + 16 * g, x[g]);
+    cursor.at = at;
+    return row;
+}
+
+// Any widths and classes: sixteen lanes at a time, states in memory. Sixteen lanes of one class
+// still find their tables by permutation; lanes of several classes gather from them.
+size_t rows_by_group(uint32_t* states, Cursor& cursor, const Panel& panel, const DecodeTables& tables) {
+    constexpr unsigned kGroups = kMaxLanes / 16;
+    const unsigned groups = (panel.width + 15) / 16;
+    alignas(64) uint32_t base[kMaxLanes] = {};
+    bool same[kGroups];
+    __mmask16 lanes[kGroups];
+    const size_t pitch = tables.slots ? kTotal : kBucketDwords;
+    for (unsigned i = 0; i < panel.width; ++i) base[i] = uint32_t(class_of(panel, i) * pitch);
+    for (unsigned g = 0; g < groups; ++g) {
+        const unsigned width = panel.width - 16 * g < 16 ? panel.width - 16 * g : 16;
+        lanes[g] = __mmask16((1u << width) - 1);
+        same[g] = true;
+        for (unsigned i = 1; i < width; ++i) same[g] &= base[16 * g + i] == base[16 * g];
+    }
+    const __m256i lut = _mm256_load_si256(reinterpret_cast<const __m256i*>(tables.lut));
+    const uint8_t* at = cursor.at;
+    size_t row = 0;
+    for (; row < panel.rows && at <= cursor.limit; ++row) {
+        uint8_t* out = panel.out + row * panel.stride;
+        for (unsigned g = 0; g < groups; ++g) {
+            __m512i x = _mm512_load_si512(states + 16 * g);
+            __m128i symbols;
+            if (tables.slots) {
+                const __m512i slot = _mm512_and_si512(x, _mm512_set1_epi32(kTotal - 1));
+                const __m512i index = _mm512_add_epi32(slot, _mm512_load_si512(base + 16 * g));
+                const __m512i entry = _mm512_i32gather_epi32(index, tables.slots, 4);
+                const __m512i low12 = _mm512_set1_epi32(0xFFF);
+                const __m512i quotient = _mm512_srli_epi32(x, kScaleBits);
+                const __m512i product = _mm512_mullo_epi32(_mm512_and_si512(entry, low12), quotient);
+                const __m512i bias = _mm512_and_si512(_mm512_srli_epi32(entry, 12), low12);
+                x = _mm512_add_epi32(_mm512_add_epi32(product, quotient), bias);
+                symbols = _mm512_cvtepi32_epi8(_mm512_srli_epi32(entry, 24));
+            } else {
+                __m512i bucket = _mm512_srli_epi32(x, kBucketBits), primary, alias;
+                if (same[g]) {
+                    const uint32_t* table = tables.buckets + base[16 * g];
+                    primary = _mm512_permutex2var_epi32(_mm512_loadu_si512(table), bucket, _mm512_loadu_si512(table + 16));
+                    alias = _mm512_permutex2var_epi32(_mm512_loadu_si512(table + 32), bucket, _mm512_loadu_si512(table + 48));
+                } else {
+                    bucket = _mm512_and_si512(bucket, _mm512_set1_epi32(kBuckets - 1));
+                    const __m512i index = _mm512_add_epi32(bucket, _mm512_load_si512(base + 16 * g));
+                    primary = _mm512_i32gather_epi32(index, tables.buckets, 4);
+                    alias = _mm512_i32gather_epi32(index, tables.buckets + kBuckets, 4);
+                }
+                const __m512i entry = advance(x, primary, alias);
+                const __m512i symbol = _mm512_and_si512(_mm512_srli_epi32(entry, kSymbolShift), _mm512_set1_epi32(kBuckets - 1));
+                symbols = _mm256_castsi256_si128(
+                    _mm256_permutexvar_epi8(_mm256_castsi128_si256(_mm512_cvtepi32_epi8(symbol)), lut));
+            }
+            _mm512_mask_store_epi32(states + 16 * g, lanes[g], refill(x, lanes[g], at));
+            _mm_mask_storeu_epi8(out + 16 * g, lanes[g], symbols);
+        }
+    }
+    cursor.at = at;
+    return row;
+}
+
+size_t decode_rows(uint32_t* x, Cursor& cursor, const Panel& panel, const DecodeTables& tables) {
+    if (tables.buckets && !panel.classes) {
+        if (panel.width == 128) return rows_in_registers<8>(x, cursor, panel, tables);
+        if (panel.width == 64) return rows_in_registers<4>(x, cursor, panel, tables);
+        if (panel.width == 32) return rows_in_registers<2>(x, cursor, panel, tables);
+    }
+    return rows_by_group(x, cursor, panel, tables);
+}

@@ -1,0 +1,205 @@
+// A rANS stream as bytes: header, blocks, threads. Compiled once,
+// for the baseline instruction set; the fuzz driver includes it too.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+#include "rans_tables.h"
+
+namespace waterfill::rans {
+
+inline const Kernels& kernels_for(Isa isa) {
+#ifdef WATERFILL_X86
+    if (isa == Isa::avx512) return avx512::rans_kernels();
+    if (isa == Isa::avx2) return avx2::rans_kernels();
+#endif
+    (void)isa;
+    return scalar::rans_kernels();
+}
+
+// How a matrix is cut: blocks of `rows` rows and `panels` panels, numbered down each stripe of
+// panels before the next stripe.
+struct Geometry {
+    size_t total_rows, total_cols, lanes, rows, panels;
+
+    size_t stripe_cols() const { return panels * lanes; }
+    size_t down() const { return (total_rows + rows - 1) / rows; }
+    size_t across() const { return (total_cols - 1) / stripe_cols() + 1; }
+
+    struct Part { size_t row, col, rows, cols; };
+    Part part(size_t i) const {
+        const size_t row = i % down() * rows, col = i / down() * stripe_cols();
+        return {row, col, std::min(rows, total_rows - row), std::min(stripe_cols(), total_cols - col)};
+    }
+};
+
+template <class Work>
+void in_parallel(size_t count, unsigned threads, Work work) {
+    std::atomic<size_t> next{0};
+    std::exception_ptr failure;
+    std::mutex guard;
+    const auto run = [&] {
+        for (size_t i; (i = next.fetch_add(1)) < count;) {
+            try {
+                work(i);
+            } catch (...) {
+                std::lock_guard<std::mutex> lock(guard);
+                if (!failure) failure = std::current_exception();
+                next = count;
+            }
+        }
+    };
+    std::vector<std::thread> helpers;
+    const size_t wanted = std::min<size_t>(count, std::max(1u, threads));
+    try {
+        while (helpers.size() + 1 < wanted) helpers.emplace_back(run);
+    } catch (const std::system_error&) {
+        // Fewer threads than asked for: the work is the same.
+    }
+    run();
+    for (std::thread& helper : helpers) helper.join();
+    if (failure) std::rethrow_exception(failure);
+}
+
+inline void put32(std::string& out, size_t value) {
+    for (int i = 0; i < 4; ++i) out.push_back(char(value >> (8 * i) & 0xFF));
+}
+
+inline size_t get32(const uint8_t* at) { return at[0] | at[1] << 8 | at[2] << 16 | size_t(at[3]) << 24; }
+
+// A block is at least this many steps of all lanes, so that states cost little.
+constexpr size_t kBlockSteps = 8192;
+
+inline Geometry geometry_for(size_t rows, size_t cols, size_t lanes) {
+    const size_t panels = (cols + lanes - 1) / lanes;
+    if (rows >= 2 * kBlockSteps) {
+        const size_t down = rows / kBlockSteps;
+        return {rows, cols, lanes, (rows + down - 1) / down, 1};
+    }
+    const size_t least = (kBlockSteps + rows - 1) / rows;
+    const size_t across = std::max<size_t>(1, panels / least);
+    return {rows, cols, lanes, rows, (panels + across - 1) / across};
+}
+
+inline unsigned log2_of(size_t lanes) {
+    unsigned log = 0;
+    while (size_t(1) << log < lanes) ++log;
+    if (lanes == 0 || size_t(1) << log != lanes || lanes > kMaxLanes) throw std::invalid_argument("rANS: lanes must be a power of two, at most 128");
+    return log;
+}
+
+inline std::string encode(const uint8_t* in, size_t rows, size_t cols, const uint8_t* classes,
+                          const Frequencies& frequencies, size_t lanes, unsigned threads, Isa isa) {
+    const unsigned log = log2_of(lanes);
+    if (rows == 0 || cols == 0) return {};
+    const Encoder encoder(frequencies);
+    const Geometry geometry = geometry_for(rows, cols, lanes);
+    const size_t count = geometry.down() * geometry.across();
+    if (rows > UINT32_MAX || geometry.panels > UINT32_MAX) throw std::invalid_argument("rANS: too large a matrix");
+    std::vector<std::string> blocks(count);
+    in_parallel(count, threads, [&](size_t i) {
+        const Geometry::Part part = geometry.part(i);
+        const size_t most = part.rows * part.cols;
+        const std::unique_ptr<uint16_t[]> words(new uint16_t[most + 1]);
+        uint32_t states[kMaxLanes];
+        const size_t n = kernels_for(isa).encode_block({&encoder.tables(), in + part.row * cols + part.col, cols, part.rows, part.cols,
+                                                        unsigned(lanes), classes ? classes + part.col : nullptr, states,
+                                                        words.get() + most + 1});
+        if (n == SIZE_MAX) throw std::invalid_argument("rANS: a symbol that its class's model does not know");
+        for (size_t k = 0; k < std::min(lanes, part.cols); ++k) put32(blocks[i], states[k]);
+        blocks[i].append(reinterpret_cast<const char*>(words.get() + most + 1 - n), 2 * n);
+    });
+    std::string out(1, char(log | (count > 1 ? 0x10 : 0)));
+    if (count > 1) {
+        put32(out, geometry.rows);
+        put32(out, geometry.panels);
+        for (size_t i = 0; i < count; ++i) put32(out, (blocks[i].size() - 4 * std::min(lanes, geometry.part(i).cols)) / 2);
+    }
+    size_t total = out.size();
+    for (const std::string& block : blocks) total += block.size();
+    out.reserve(total);
+    for (const std::string& block : blocks) out += block;
+    return out;
+}
+
+inline void decode(const uint8_t* data, size_t size, uint8_t* out, size_t rows, size_t cols, const uint8_t* classes,
+                   const Frequencies& frequencies, const uint8_t* lut, unsigned threads, Isa isa) {
+    if (rows == 0 || cols == 0) {
+        if (size) throw FormatError("rANS: bytes where there are no symbols");
+        return;
+    }
+    if (classes)
+        for (size_t i = 0; i < cols; ++i)
+            if (classes[i] >= frequencies.classes) throw FormatError("rANS: class " + std::to_string(classes[i]) + " has no model");
+    const Decoder decoder(frequencies, lut);
+    if (size == 0) throw FormatError("rANS: empty where symbols were promised");
+    if (data[0] & 0xE8) throw FormatError("rANS: unknown header byte " + std::to_string(data[0]));
+    const bool several = data[0] & 0x10;
+    const size_t lanes = size_t(1) << (data[0] & 7), panels = (cols - 1) / lanes + 1;
+    Geometry geometry{rows, cols, lanes, rows, panels};
+    size_t at = 1, count = 1;
+    if (several) {
+        if (size < 9) throw FormatError("rANS: header cut short");
+        geometry.rows = get32(data + 1);
+        geometry.panels = get32(data + 5);
+        if (geometry.rows == 0 || geometry.rows > rows || geometry.panels == 0 || geometry.panels > panels)
+            throw FormatError("rANS: blocks larger than the matrix, or empty");
+        // Each block needs a length and a state at least, so the product below cannot overflow.
+        const size_t most = size / 8;
+        if (geometry.down() > most || geometry.across() > most || geometry.down() * geometry.across() > most)
+            throw FormatError("rANS: header cut short");
+        count = geometry.down() * geometry.across();
+        if (count < 2) throw FormatError("rANS: one block announced as several");
+        at = 9 + 4 * count;
+    }
+    struct Place { size_t states, words; };
+    std::vector<Place> places(count);
+    if (at > size) throw FormatError("rANS: header cut short");
+    size_t end = at;
+    for (size_t i = 0; i < count; ++i) {
+        const size_t n_states = std::min(lanes, geometry.part(i).cols), left = size - end;
+        if (left < 4 * n_states) throw FormatError("rANS: states of block " + std::to_string(i) + " cut short");
+        const size_t words = several ? get32(data + 9 + 4 * i) : (left - 4 * n_states) / 2;
+        if ((left - 4 * n_states) / 2 < words) throw FormatError("rANS: words of block " + std::to_string(i) + " cut short");
+        places[i] = {end, words};
+        end += 4 * n_states + 2 * words;
+    }
+    if (end != size) throw FormatError("rANS: bytes left over after the last block");
+    in_parallel(count, threads, [&](size_t i) {
+        const Geometry::Part part = geometry.part(i);
+        const unsigned n_states = unsigned(std::min(lanes, part.cols));
+        const uint8_t* block = data + places[i].states;
+        const Status status = kernels_for(isa).decode_block(
+            {&decoder.tables(), block, n_states, block + 4 * size_t(n_states), places[i].words, out + part.row * cols + part.col,
+             cols, part.rows, part.cols, unsigned(lanes), classes ? classes + part.col : nullptr});
+        if (status == Status::ok) return;
+        static const char* const reasons[] = {"", "a state below 2^16", "words run out", "words left over", "lanes do not end where they began"};
+        throw FormatError("rANS: block " + std::to_string(i) + ": " + reasons[int(status)]);
+    });
+}
+
+// Occurrences of each byte in each class: `counts` is [class][256], zeroed by the caller.
+inline void histogram(const uint8_t* in, size_t rows, size_t cols, const uint8_t* classes, int64_t* counts) {
+    if (!classes) {
+        // Four tables, so that a run of one value does not wait for its own last increment.
+        std::vector<int64_t> part(4 * 256);
+        const size_t n = rows * cols;
+        for (size_t i = 0; i < n; ++i) ++part[(i & 3) * 256 + in[i]];
+        for (size_t s = 0; s < 4 * 256; ++s) counts[s & 255] += part[s];
+        return;
+    }
+    for (size_t row = 0; row < rows; ++row)
+        for (size_t col = 0; col < cols; ++col) ++counts[size_t(classes[col]) * 256 + in[row * cols + col]];
+}
+
+}  // namespace waterfill::rans

@@ -1,0 +1,146 @@
+// What the kernels look symbols up in, built from frequencies: integers only, the same everywhere.
+#pragma once
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "rans.h"
+
+namespace waterfill::rans {
+
+struct FormatError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// Rows of `alphabet` frequencies, one per class, already known to sum to 4096 each.
+struct Frequencies {
+    const uint16_t* values;
+    size_t classes;
+    size_t alphabet;
+    bool aliased() const { return alphabet <= kBuckets; }
+};
+
+inline void check(const Frequencies& f) {
+    if (f.classes == 0 || f.classes > 256) throw FormatError("rANS: between 1 and 256 classes, not " + std::to_string(f.classes));
+    if (f.alphabet == 0 || f.alphabet > 256) throw FormatError("rANS: an alphabet of 1 to 256 symbols, not " + std::to_string(f.alphabet));
+    for (size_t k = 0; k < f.classes; ++k) {
+        uint32_t sum = 0;
+        for (size_t s = 0; s < f.alphabet; ++s) sum += f.values[k * f.alphabet + s];
+        if (sum != kTotal) throw FormatError("rANS: frequencies of class " + std::to_string(k) + " sum to " + std::to_string(sum) + ", not 4096");
+    }
+}
+
+// Walker's alias method in integers: each bucket's first `cut` slots are its own symbol's, the rest
+// belong to `alias`, whose offsets go on at `start`.
+struct AliasTable {
+    std::array<uint16_t, kBuckets> cut{}, alias{}, start{};
+
+    AliasTable(const uint16_t* frequency, size_t alphabet) {
+        std::array<uint32_t, kBuckets> rest{};
+        std::vector<unsigned> small, large;
+        for (unsigned s = 0; s < kBuckets; ++s) {
+            rest[s] = s < alphabet ? frequency[s] : 0;
+            alias[s] = uint16_t(s);
+            if (rest[s] < kBucketSlots) small.push_back(s);
+            if (rest[s] > kBucketSlots) large.push_back(s);
+        }
+        size_t donor = 0;
+        for (size_t i = 0; i < small.size(); ++i) {
+            const unsigned bucket = small[i], from = large[donor];
+            alias[bucket] = uint16_t(from);
+            rest[from] -= kBucketSlots - rest[bucket];
+            if (rest[from] <= kBucketSlots) ++donor;
+            if (rest[from] < kBucketSlots) small.push_back(from);
+        }
+        std::array<uint32_t, kBuckets> next{};
+        for (unsigned s = 0; s < kBuckets; ++s) cut[s] = uint16_t(next[s] = rest[s]);
+        for (unsigned b = 0; b < kBuckets; ++b) {
+            if (alias[b] == b) continue;
+            start[b] = uint16_t(next[alias[b]]);
+            next[alias[b]] += kBucketSlots - cut[b];
+        }
+    }
+};
+
+class Decoder {
+public:
+    // `lut` maps symbols to output bytes; null for the symbols themselves.
+    Decoder(const Frequencies& f, const uint8_t* lut) {
+        check(f);
+        for (unsigned i = 0; i < 64; ++i) tables_.lut[i] = uint8_t(lut && i < f.alphabet ? lut[i] : i);
+        for (unsigned i = 0; i < f.alphabet && i < 64; ++i) tables_.identity &= tables_.lut[i] == i;
+        entries_.resize(f.classes * (f.aliased() ? kBucketDwords : kTotal));
+        for (size_t k = 0; k < f.classes; ++k) {
+            const uint16_t* frequency = f.values + k * f.alphabet;
+            if (f.aliased()) {
+                fill_buckets(&entries_[k * kBucketDwords], frequency, f.alphabet);
+                continue;
+            }
+            uint32_t* slot = &entries_[k * kTotal];
+            for (uint32_t s = 0; s < f.alphabet; ++s)
+                for (uint32_t i = 0; i < frequency[s]; ++i)
+                    *slot++ = (lut ? lut[s] : s) << 24 | i << 12 | (frequency[s] - 1u);
+        }
+        (f.aliased() ? tables_.buckets : tables_.slots) = entries_.data();
+    }
+    Decoder(const Decoder&) = delete;
+    Decoder& operator=(const Decoder&) = delete;
+    const DecodeTables& tables() const { return tables_; }
+
+private:
+    static void fill_buckets(uint32_t* entry, const uint16_t* frequency, size_t alphabet) {
+        const AliasTable table(frequency, alphabet);
+        for (uint32_t b = 0; b < kBuckets; ++b) {
+            const uint32_t a = table.alias[b], cut = table.cut[b];
+            entry[b] = cut ? (cut - 1) << 25 | b << kSymbolShift | frequency[b] : 0;
+            // Where the bucket is whole the alias is never chosen; the zero keeps it harmless.
+            entry[kBuckets + b] = a == b ? 0 : (table.start[b] - cut) << kBiasShift | a << kSymbolShift | frequency[a];
+        }
+    }
+
+    DecodeTables tables_;
+    std::vector<uint32_t> entries_;
+};
+
+class Encoder {
+public:
+    explicit Encoder(const Frequencies& f) : symbols_(f.classes * 256), slots_(f.classes * kTotal) {
+        check(f);
+        for (size_t k = 0; k < f.classes; ++k) {
+            const uint16_t* frequency = f.values + k * f.alphabet;
+            uint16_t* slot = &slots_[k * kTotal];
+            uint32_t base = 0;
+            for (size_t s = 0; s < 256; ++s) {
+                const uint32_t n = s < f.alphabet ? frequency[s] : 0;
+                EncodeSymbol& e = symbols_[k * 256 + s];
+                e = {n ? ((uint64_t(1) << 44) + n - 1) / n : 0, n && n < kTotal ? (n << 20) - 1 : ~0u, uint16_t(n), uint16_t(base)};
+                base += n;
+            }
+            for (uint32_t i = 0; i < kTotal; ++i) slot[i] = uint16_t(i);
+            if (f.aliased()) alias_slots(slot, &symbols_[k * 256], AliasTable(frequency, f.alphabet));
+        }
+        tables_ = {symbols_.data(), slots_.data()};
+    }
+    Encoder(const Encoder&) = delete;
+    Encoder& operator=(const Encoder&) = delete;
+    const EncodeTables& tables() const { return tables_; }
+
+private:
+    static void alias_slots(uint16_t* slot, const EncodeSymbol* symbols, const AliasTable& table) {
+        for (uint32_t b = 0; b < kBuckets; ++b) {
+            const uint32_t cut = table.cut[b];
+            for (uint32_t r = 0; r < kBucketSlots; ++r) {
+                const uint32_t s = r < cut ? b : table.alias[b];
+                const uint32_t offset = r < cut ? r : table.start[b] + r - cut;
+                slot[symbols[s].base + offset] = uint16_t(b * kBucketSlots + r);
+            }
+        }
+    }
+
+    EncodeTables tables_{};
+    std::vector<EncodeSymbol> symbols_;
+    std::vector<uint16_t> slots_;
+};
+
+}  // namespace waterfill::rans
