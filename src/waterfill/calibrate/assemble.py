@@ -80,7 +80,7 @@ class Evidence:
         for about in self._about.values():
             if "use" in about:
                 use = Use(*about["use"])
-                found.setdefault((use.parameter, use.index), []).append((use, about["inputs"]))
+                found.setdefault((use.parameter, use.slice), []).append((use, about["inputs"]))
         return found
 
     @cached_property
@@ -134,7 +134,7 @@ class Evidence:
 
 def key_of(use: Use) -> str:
     """Key of a use's row sums."""
-    return f"rows {use.parameter}[{use.index}] {use.axis} {use.start}:{use.stop}"
+    return f"rows {use.parameter}[{use.slice}] {use.axis} {use.start}:{use.stop}"
 
 
 def product_role(evidence: Evidence, placements: list[Placement]) -> Role | None:

@@ -89,7 +89,7 @@ def finish(
             label = name if index is None else f"{name}[{index}]"
             own = shape if index is None else shape[1:]
             found = roles.get((name, index), []) if dtype in FLOAT_DTYPES else []
-            words = []
+            words: list[str] = []
             entry: dict[str, Any] = {}
             kind, transposed = "other", False
             if found:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -125,16 +124,16 @@ class Passes:
         tally = self.watch.tally
         for use, leader in self._leaders.items():
             rows = tally.rows.get(use)
-            held = partial(dict, {} if rows is None else {"rows": rows})
-            self.sums.add(key_of(use), (batch, LAST), {"use": list(use), "inputs": leader}, held)
+            held: dict[str, Array] = {} if rows is None else {"rows": rows}
+            self.sums.add(
+                key_of(use), (batch, LAST), {"use": list(use), "inputs": leader}, held.copy
+            )
         for name, tokens in tally.tokens.items():
             arrays = {"tokens": tokens}
             if name in tally.embedded:
                 arrays["sum"] = tally.embedded[name]
             width = self.loader.jobs[name].outputs[name][-1]
-            self.sums.add(
-                f"embedding {name}", (batch, LAST), {"width": width}, partial(dict, arrays)
-            )
+            self.sums.add(f"embedding {name}", (batch, LAST), {"width": width}, arrays.copy)
         self.sums.finish_batch(batch + 1)
 
 

@@ -92,7 +92,7 @@ class Statistics:
         if name not in self._moments:
             return None
         rows = self._rows.read(name)
-        m, n = info.matrix_shape
+        _, n = info.matrix_shape
         moment = None
         if self._moments[name]:
             file = open_safetensors(self.folder / self._moments[name])

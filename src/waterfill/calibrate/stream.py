@@ -91,7 +91,7 @@ def _meta_parameters() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -254,8 +254,11 @@ def _install(
             return inner(*args, **kwargs)
         values = loader.load({home for _, home in absent})
         before = [slot.module._parameters[slot.attribute] for slot, _ in absent]
-        for home, value in values.items():
-            watch.arrive(home, value)
+        for blank, (_, home) in zip(before, absent, strict=True):
+            scale = watch.scales.get(id(blank), 1.0)
+            if scale != 1.0:
+                values[home] *= scale
+            watch.arrive(home, values[home], scale)
         try:
             for slot, home in absent:
                 slot.module._parameters[slot.attribute] = nn.Parameter(
@@ -279,7 +282,7 @@ def _install(
             lambda *a: run(*a, **kwargs), *args, use_reentrant=False, preserve_rng_state=False
         )
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def load_all(loader: Loader) -> Mapping[str, nn.Parameter]:

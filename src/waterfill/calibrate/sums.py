@@ -58,7 +58,7 @@ class Sums:
         header = {"key": key, "at": at, "about": about}
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         with scratch.open("wb") as file:
-            np.savez(file, header=np.array(json.dumps(header)), **held)
+            np.savez(file, header=np.array(json.dumps(header)), **held)  # type: ignore[arg-type]
         scratch.replace(path)
 
     def read(self, key: str) -> dict[str, Array]:

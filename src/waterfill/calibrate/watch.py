@@ -25,17 +25,17 @@ __all__ = ["EmbeddingWatch", "Inputs", "Tally", "Use", "Watch"]
 aten = torch.ops.aten
 Sums = NDArray[np.float64]
 
-BLOCK = 1024  # tokens per float32 product; blocks are added in float64
+BLOCK = 4096  # tokens per float32 product; blocks are added in float64
 
 
 class Use(NamedTuple):
-    """Outputs [start, stop) of a parameter, or of its slice `index`, as used in a product.
+    """Outputs [start, stop) of a parameter, or of its slice `slice`, as used in a product.
 
     `axis` is the input axis of the matrix: 1 for (outputs, inputs), 0 for (inputs, outputs).
     """
 
     parameter: str
-    index: int
+    slice: int
     axis: int
     start: int
     stop: int
@@ -72,21 +72,24 @@ class Tally:
     embedded: dict[str, Sums]
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Active around the forward and the backward pass of a batch."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.backward = False
         self.tally = Tally({}, {}, {})
         self._loaded: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self.scales: dict[int, float] = {}
+        self._squared: dict[str, float] = {}
         self._leaving: list[torch.Tensor] = []
         self._calls: dict[Use, list[tuple[Any, torch.Tensor, Callable[[], torch.Tensor]]]] = {}
         self._axes: dict[tuple[str, int], set[Use]] = {}
 
-    def arrive(self, name: str, parameter: torch.Tensor) -> None:
-        """A parameter is in memory now."""
+    def arrive(self, name: str, parameter: torch.Tensor, scale: float = 1.0) -> None:
+        """A parameter is in memory now, `scale` times what it is in the checkpoint."""
         self.sweep()
+        self._squared[name] = scale**2
         if parameter.numel():
             where = parameter.untyped_storage().data_ptr()
             self._loaded[where] = (name, tuple(parameter.shape))
@@ -110,6 +113,16 @@ class Watch(TorchDispatchMode):
                 self._loaded.pop(parameter.untyped_storage().data_ptr(), None)
         self._leaving = held
 
+    def scale(self, operation: Any, parameter: torch.Tensor, *args: Any) -> None:
+        """The model changes a weight that is not in memory: scaling is made up for, later."""
+        if not parameter.is_meta:
+            return
+        factor = args[0] if len(args) == 1 and isinstance(args[0], (int, float)) else None
+        if factor is None or operation not in (aten.mul_, aten.div_):
+            raise WaterfillError("the model changes its own weights as it runs")
+        factor = factor if operation is aten.mul_ else 1 / factor
+        self.scales[id(parameter)] = self.scales.get(id(parameter), 1.0) * factor
+
     def find(self, tensor: Any) -> tuple[str, tuple[int, ...]] | None:
         """Name and shape of the parameter in whose memory a tensor lies."""
         if not self._loaded or not isinstance(tensor, torch.Tensor) or tensor.is_meta:
@@ -124,8 +137,8 @@ class Watch(TorchDispatchMode):
         found = []
         for uses in groups.values():
             make = [rows for _, _, rows in self._calls[uses[0]]]
-            groups = self._calls[uses[0]][0][0][-1]
-            found.append(Inputs(uses, partial(_moment, make, groups)))
+            shares = self._calls[uses[0]][0][0][-1]
+            found.append(Inputs(uses, partial(_moment, make, shares)))
         self._calls = {}
         return found
 
@@ -137,8 +150,7 @@ class Watch(TorchDispatchMode):
         if name in _PRODUCTS and self._loaded:
             _PRODUCTS[name](self, *args, **kwargs)
         elif func._schema.is_mutable and args and isinstance(args[0], torch.nn.Parameter):
-            if args[0].is_meta:
-                raise WaterfillError("the model changes its own weights as it runs")
+            self.scale(name, *args)
         return func(*args, **kwargs)
 
     # -- products ----------------------------------------------------------------------------
@@ -213,10 +225,10 @@ class Watch(TorchDispatchMode):
             lead = [1] if weight.ndim == 3 else []
             cols = torch.nn.functional.unfold(
                 image,
-                [*lead, *kernel],
-                dilation=[*lead, *dilation],
-                padding=[*([0] if lead else []), *padding],
-                stride=[*lead, *stride],
+                (*lead, *kernel),
+                dilation=(*lead, *dilation),
+                padding=(*([0] if lead else []), *padding),
+                stride=(*lead, *stride),
             )
             cols = cols.reshape(cols.shape[0], groups, -1, cols.shape[-1])
             return cols.permute(0, 3, 1, 2).reshape(-1, cols.shape[2])
@@ -233,8 +245,9 @@ class Watch(TorchDispatchMode):
     def add_rows(self, use: Use, gradient: torch.Tensor) -> None:
         """Output gradients (positions, m) of a weight."""
         total: Any = self.tally.rows.get(use, 0.0)
-        for block in gradient.float().split(BLOCK):
-            total = total + block.square().sum(0).double().cpu().numpy()
+        for block in torch.split(gradient.float(), BLOCK):
+            squares = block.square().sum(0).double().cpu().numpy()
+            total = total + squares * self._squared[use.parameter]
         self.tally.rows[use] = total
 
     def _record(
@@ -248,7 +261,7 @@ class Watch(TorchDispatchMode):
         # The tensor is kept alive until `collect`, so that its address cannot name another one.
         key = (x.data_ptr(), tuple(x.shape), x.stride(), x._version, how, groups)
         self._calls.setdefault(use, []).append((key, x, rows))
-        self._axes.setdefault((use.parameter, use.index), set()).add(use)
+        self._axes.setdefault((use.parameter, use.slice), set()).add(use)
 
 
 class EmbeddingWatch(TorchFunctionMode):
@@ -300,7 +313,7 @@ _PRODUCTS: dict[Any, Callable[..., None]] = {
 
 def _holders(tensor: torch.Tensor) -> int:
     """How many tensors share this one's memory (and a constant)."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 _ALONE = _holders(torch.empty(1))
@@ -332,7 +345,7 @@ def _locate(shape: tuple[int, ...], view: torch.Tensor) -> tuple[int, int, int, 
             axes = [one, 1 - one]
     if axes[0] == axes[1]:
         return None
-    index, rest = divmod(view.storage_offset(), a * b)
+    index, rest = divmod(int(view.storage_offset()), a * b)
     at = divmod(rest, b)
     return index, axes[0], at[axes[0]], at[axes[1]]
 
@@ -347,7 +360,7 @@ def _moment(make: list[Callable[[], torch.Tensor]], groups: int) -> tuple[Sums, 
     for rows in make:
         x = rows().detach().float()
         count += x.shape[0]
-        for block in x.split(BLOCK):
+        for block in torch.split(x, BLOCK):
             part = (block.T @ block).double()
             total = part if total is None else total.add_(part)
     assert total is not None

@@ -25,7 +25,7 @@ _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
 def resolve(model: str, trust_remote_code: bool = False) -> FolderSource:
-    """Open a model by folder, by hub id (``owner/name`` or ``owner/name@revision``), or ``demo``."""
+    """A model by its folder, hub id (``owner/name`` or ``owner/name@revision``), or ``demo``."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return FolderSource(folder, trust_remote_code)

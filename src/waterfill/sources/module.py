@@ -88,7 +88,8 @@ class ModuleSource:
         import torch
 
         bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return bits.view(DTYPES[self.tensors[name][0]]).reshape(tuple(tensor.shape)).copy()
+        stored = DTYPES[self.tensors[name][0]]
+        return np.array(bits.view(stored).reshape(tuple(tensor.shape)))
 
     def fingerprint(self) -> str:
         """SHA-256 of names, shapes and every byte."""

@@ -79,7 +79,7 @@ class SafetensorsFile:
     def _read(self, name: str, dtype: str, shape: tuple[int, ...], start: int) -> Array:
         array: Array = np.empty(shape, DTYPES[dtype])
         if array.nbytes:
-            view = memoryview(array.reshape(-1).view(np.uint8))
+            view = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
             with self.path.open("rb", buffering=0) as file:
                 file.seek(start)
                 while len(view):  # the system may hand over less than was asked for
@@ -101,8 +101,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             length = int.from_bytes(start, "little")
             if length > MAX_HEADER or 8 + length > size:
                 raise FormatError(
-                    f"{path}: not a safetensors file, or cut short: its header claims {length} bytes"
-                    f" and the file has {size}"
+                    f"{path}: not a safetensors file, or cut short: its header claims {length} "
+                    f"bytes and the file has {size}"
                 )
             header = file.read(length)
     except OSError as error:
