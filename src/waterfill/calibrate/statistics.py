@@ -86,6 +86,10 @@ class Statistics:
         opened._check()
         return opened
 
+    def is_weighted(self, name: str) -> bool:
+        """Whether `weighting` has something to give, without reading it."""
+        return name in self._moments
+
     def weighting(self, name: str) -> Weighting | None:
         """Local model of harm of an item, read when asked for; None: keep it exact."""
         info = self.infos[name]
