@@ -11,16 +11,13 @@ WATERFILL_THREADS : threads to use where the caller names no number.
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from waterfill.coding import rans_numpy
-from waterfill.types import FormatError, SpecError
+from waterfill.coding import native, rans_numpy
+from waterfill.types import FormatError
 
 __all__ = ["MAX_ALPHABET", "TOTAL", "choose_lanes", "decode", "encode", "histogram"]
 
@@ -32,11 +29,6 @@ Bytes = NDArray[np.uint8]
 Table = NDArray[np.uint16]
 Freqs = Sequence[Table] | Table
 Buffer = bytes | bytearray | memoryview | Bytes
-
-try:
-    _core: Any = importlib.import_module("waterfill._core")
-except ImportError:
-    _core = None
 
 
 def encode(
@@ -70,11 +62,11 @@ def encode(
     table = _table(freqs)
     symbols = np.ascontiguousarray(symbols, np.uint8)
     classes = _classes(classes, symbols.shape[1])
-    native = _native()
-    if native is None:
+    core = native.core()
+    if core is None:
         return rans_numpy.encode(symbols, classes, table, lanes)
     try:
-        coded: bytes = native.rans_encode(symbols, classes, table, lanes, _threads(threads))
+        coded: bytes = core.rans_encode(symbols, classes, table, lanes, threads or native.threads())
     except RuntimeError as error:
         raise ValueError(str(error)) from None
     return coded
@@ -116,12 +108,12 @@ def decode(
     classes = _classes(classes, cols)
     source = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
     out = np.empty((rows, cols), np.uint8)
-    native = _native()
-    if native is None:
+    core = native.core()
+    if core is None:
         rans_numpy.decode(source, out, classes, table)
         return out if lut is None else lut[out]
     try:
-        native.rans_decode(source, out, classes, table, lut, _threads(threads))
+        core.rans_decode(source, out, classes, table, lut, threads or native.threads())
     except RuntimeError as error:
         raise FormatError(str(error)) from None
     return out
@@ -130,10 +122,10 @@ def decode(
 def histogram(symbols: Bytes, classes: Bytes | None = None, n_classes: int = 1) -> NDArray[np.int64]:
     """Occurrences of each byte in each class of columns, (n_classes, 256)."""
     symbols = np.ascontiguousarray(np.atleast_2d(symbols))
-    native = _native()
+    core = native.core()
     counts = np.zeros((n_classes, MAX_ALPHABET), np.int64)
-    if native is not None:
-        native.rans_histogram(symbols, classes, counts)
+    if core is not None:
+        core.rans_histogram(symbols, classes, counts)
         return counts
     step = max(1, (1 << 20) // max(symbols.shape[1], 1))
     base = 0 if classes is None else classes.astype(np.int64) * MAX_ALPHABET
@@ -168,18 +160,3 @@ def _classes(classes: Bytes | None, cols: int) -> Bytes | None:
         raise ValueError(f"classes has shape {classes.shape}, there are {cols} columns")
     ids = np.ascontiguousarray(classes, np.uint8)
     return ids if ids.any() else None
-
-
-def _native() -> Any:
-    return None if os.environ.get("WATERFILL_SIMD") == "numpy" else _core
-
-
-def _threads(threads: int | None) -> int:
-    if threads is not None:
-        return max(1, threads)
-    named = os.environ.get("WATERFILL_THREADS", "")
-    if not named:
-        return os.cpu_count() or 1
-    if not named.isdigit() or named == "0":
-        raise SpecError(f"WATERFILL_THREADS must be a positive whole number, not {named!r}")
-    return int(named)
