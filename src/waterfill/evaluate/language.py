@@ -27,7 +27,11 @@ CHUNK_VALUES = 1 << 22
 
 
 def compare(
-    original: Any, compressed: Any, windows: Windows | NDArray[np.int64], *, progress: Progress | None = None
+    original: Any,
+    compressed: Any,
+    windows: Windows | NDArray[np.int64],
+    *,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measured harm of a compressed model.
 
@@ -57,7 +61,9 @@ def compare(
             p = scored_logits(original, rows, i, masked)
             q = scored_logits(compressed, rows, i, masked)
             if p.shape != q.shape:
-                raise WaterfillError(f"logits differ in shape: {tuple(p.shape)} and {tuple(q.shape)}")
+                raise WaterfillError(
+                    f"logits differ in shape: {tuple(p.shape)} and {tuple(q.shape)}"
+                )
             targets = rows.tokens[i][rows.scored[i]]
             loss, kl, same = _compare_logits(p, q, targets)
             if np.isnan(kl).any():
@@ -85,7 +91,9 @@ def perplexity(
 ) -> float:
     """Exp of the mean negative log-likelihood of the scored tokens (causal models)."""
     if is_masked(model):
-        raise WaterfillError("a masked model has no perplexity; compare() gives its KL and agreement")
+        raise WaterfillError(
+            "a masked model has no perplexity; compare() gives its KL and agreement"
+        )
     rows = as_windows(windows, masked=False)
     losses = []
     with evaluating(model):
@@ -135,7 +143,7 @@ def check_vocabularies(original: Any, compressed: Any) -> None:
     sizes = [int(m.config.get_text_config().vocab_size) for m in (original, compressed)]
     if sizes[0] != sizes[1]:
         raise WaterfillError(
-            f"the vocabularies differ: {sizes[0]} tokens in the original, {sizes[1]} in the compressed model"
+            f"the vocabularies differ: {sizes[0]} tokens in the original, {sizes[1]} compressed"
         )
 
 
@@ -170,7 +178,7 @@ def scored_logits(model: Any, rows: Windows, i: int, masked: bool) -> Any:
         # The unscored context needs no logits: with large vocabularies they are most of the work.
         start = int(positions[0])
         options["logits_to_keep"] = tokens.shape[1] - start
-    logits = model(input_ids=tokens, **options).logits[0]
+    logits = model(input_ids=tokens, **options).logits[0].detach()
     return logits[torch.from_numpy(positions - start).to(logits.device)]
 
 
@@ -216,7 +224,9 @@ def _compare_logits(p: Any, q: Any, targets: NDArray[np.int64]) -> tuple[Floats,
         same[a:b] = (log_p.argmax(-1) == log_q.argmax(-1)).cpu().numpy()
         weight = log_p.exp()
         # A token that the original rules out (-inf) weighs nothing, whatever the other says.
-        term = torch.where(weight > 0, weight * (log_p - log_q), torch.where(log_p.isnan(), log_p, 0.0))
+        term = torch.where(
+            weight > 0, weight * (log_p - log_q), torch.where(log_p.isnan(), log_p, 0.0)
+        )
         kl[a:b] = term.sum(-1).cpu().numpy()
     # Rounding can leave -1e-17 where the distributions are equal.
     return loss, np.maximum(kl, 0.0), same
@@ -242,7 +252,9 @@ def _stderr(groups: list[Floats]) -> float:
     """
     values = np.concatenate(groups)
     total, mean = len(values), float(values.mean())
-    sums = values - mean if len(groups) == 1 else np.array([g.sum() - len(g) * mean for g in groups])
+    sums = (
+        values - mean if len(groups) == 1 else np.array([g.sum() - len(g) * mean for g in groups])
+    )
     if len(sums) < 2:
         return 0.0
     return float(np.sqrt(np.sum(sums**2) * len(sums) / (len(sums) - 1)) / total)

@@ -71,7 +71,9 @@ def layer_errors(
                 x = [a.float() if a.is_floating_point() else a for a in arguments]
                 # The layer is linear in its weight: W - Q in place of W gives the error itself,
                 # without the cancellation of subtracting two outputs.
-                zero = {} if module.bias is None else {"bias": torch.zeros_like(module.bias.float())}
+                zero = (
+                    {} if module.bias is None else {"bias": torch.zeros_like(module.bias.float())}
+                )
                 for slot, value in enumerate((error, weight)):
                     made = functional_call(module, {leaf: value, **zero}, tuple(x))
                     sums[name][slot] += float(made.double().square().sum())
@@ -169,20 +171,26 @@ def layer_kl(
 
 
 def weight_of(compressed: Any, name: str, like: Any) -> Any:
-    """The compressed tensor of this name as a torch tensor of the dtype, shape, device of `like`."""
+    """The compressed tensor of this name, with the dtype, shape and device of `like`."""
     import torch
 
     if isinstance(compressed, Mapping):
         value = compressed.get(name)
     else:
-        value = dict(compressed.named_parameters(remove_duplicate=False)).get(name.partition("[")[0])
+        value = dict(compressed.named_parameters(remove_duplicate=False)).get(
+            name.partition("[")[0]
+        )
         if value is not None and name.endswith("]"):
             value = value[int(name[name.rindex("[") + 1 : -1])]
     if value is None:
-        raise WaterfillError(f"the compressed model has no plain tensor {name}; pass decoded arrays instead")
+        raise WaterfillError(
+            f"the compressed model has no plain tensor {name}; pass decoded arrays instead"
+        )
     tensor = torch.as_tensor(np.asarray(value)) if isinstance(value, np.ndarray) else value
     if tuple(tensor.shape) != tuple(like.shape):
-        raise WaterfillError(f"{name} is {tuple(tensor.shape)} compressed, {tuple(like.shape)} originally")
+        raise WaterfillError(
+            f"{name} is {tuple(tensor.shape)} compressed, {tuple(like.shape)} originally"
+        )
     return tensor.detach().to(device=like.device, dtype=like.dtype)
 
 

@@ -85,9 +85,13 @@ def strided_windows(
     bos = 0 if bos_id is None else 1
     stride = max(1, window // 2) if stride is None else stride
     if len(ids) < 2:
-        raise WaterfillError(f"the text has {len(ids)} tokens; two are the least that can be scored")
+        raise WaterfillError(
+            f"the text has {len(ids)} tokens; two are the least that can be scored"
+        )
     if window < 2 or not 1 <= stride < window:
-        raise WaterfillError(f"stride {stride} must be at least 1 and below the window, {window} tokens")
+        raise WaterfillError(
+            f"stride {stride} must be at least 1 and below the window, {window} tokens"
+        )
     span = min(window - bos, len(ids))
     ends = [*range(span, len(ids), stride), len(ids)]
     tokens = np.full((len(ends), span + bos), -1 if bos_id is None else bos_id, np.int64)
@@ -178,29 +182,46 @@ def text_windows(
         For masked models: plain windows instead of strided ones.
     """
     if tokenizer is None:
-        raise WaterfillError("evaluation needs the model's tokenizer (tokenizer.json); there is none")
+        raise WaterfillError(
+            "evaluation needs the model's tokenizer (tokenizer.json); there is none"
+        )
     prefix, suffix = _frame(tokenizer)
     bos = tokenizer.bos_token_id if prefix and prefix[0] == tokenizer.bos_token_id else None
     mark = bos if bos is not None else tokenizer.eos_token_id
-    texts, documents = [], []
+    texts: list[dict[str, Any]] = []
+    documents: list[list[int]] = []
     for path in map(Path, paths):
         data = path.read_bytes()
-        texts.append({"name": path.name, "nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+        texts.append(
+            {"name": path.name, "nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        )
         pieces = _decode(data, path).split(DOCUMENT_BREAK)
-        documents += [tokenizer.encode(p, add_special_tokens=False, verbose=False) for p in pieces if p.strip()]
+        documents += [
+            tokenizer.encode(p, add_special_tokens=False, verbose=False)
+            for p in pieces
+            if p.strip()
+        ]
     if not documents:
-        raise WaterfillError(f"no text to evaluate on in {', '.join(t['name'] for t in texts) or 'no files'}")
+        raise WaterfillError(
+            f"no text to evaluate on in {', '.join(str(t['name']) for t in texts) or 'no files'}"
+        )
     ids, counts = _join(documents, None if masked else mark)
     limit = len(ids) if max_tokens is None else max_tokens
     longest = LONGEST_MASKED if masked else LONGEST
     size = window or min(longest, max_positions or longest)
     if max_positions is not None and size > max_positions:
-        raise WaterfillError(f"a window of {size} tokens exceeds the {max_positions} positions of the model")
+        raise WaterfillError(
+            f"a window of {size} tokens exceeds the {max_positions} positions of the model"
+        )
     if masked:
         made = plain_windows(ids[:limit], size, prefix, suffix)
     else:
         made = strided_windows(ids[:limit], size, stride, bos, counts=counts[:limit])
-    extra = {"texts": texts, "documents": len(documents), "document_break": None if masked else mark}
+    extra = {
+        "texts": texts,
+        "documents": len(documents),
+        "document_break": None if masked else mark,
+    }
     return Windows(made.tokens, made.scored, {**made.protocol, **extra})
 
 
@@ -211,7 +232,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WaterfillError(f"{folder} has no tokenizer that transformers can load: {error}") from error
+        raise WaterfillError(
+            f"{folder} has no tokenizer that transformers can load: {error}"
+        ) from error
 
 
 def _join(documents: Sequence[Sequence[int]], mark: int | None) -> tuple[Ids, Mask]:
