@@ -64,6 +64,10 @@ def test_transposed_layers_and_biases(disturbed: Callable[..., Any], rows: Any) 
     name = "transformer.h.0.mlp.c_fc.weight"
     (got,) = layer_errors(model, disturbed(model, 0.1, ".weight"), rows, [name])
     assert got["relative_output_error"] == pytest.approx(0.01, rel=0.3)
+    short = name.removeprefix("transformer.")  # as checkpoints of the trunk alone have it
+    weights = {short: disturbed(model, 0.1).get_parameter(name).detach()}
+    assert layer_errors(model, weights, rows, [short])[0]["relative_output_error"] > 0
+    assert layer_kl(model, weights, rows, [short])[0]["measured_nats"] > 0
 
 
 def test_one_tensor_at_a_time_equals_the_model_with_that_tensor(
@@ -94,6 +98,16 @@ def test_decoded_arrays_and_slices_serve_as_the_compressed_model(
     slices = {f"{NAME}[3]": q[3], NAME: q}
     whole, part = layer_kl(llama, slices, rows, [NAME, f"{NAME}[3]"])
     assert 0 < part["measured_nats"] < whole["measured_nats"]
+
+    class Lazy(dict[str, Any]):  # decodes when asked, as the pipeline's does
+        def __contains__(self, name: object) -> bool:
+            return name == NAME
+
+        def __missing__(self, name: str) -> Any:
+            return torch.from_numpy(q).bfloat16()
+
+    (lazy,) = layer_kl(llama, Lazy(), rows, [NAME])
+    assert lazy["measured_nats"] == pytest.approx(whole["measured_nats"], rel=0.1)
     with pytest.raises(WaterfillError, match="pass decoded arrays"):
         layer_kl(llama, {}, rows, [NAME])
     with pytest.raises(WaterfillError, match="no tensor"):

@@ -175,18 +175,16 @@ def weight_of(compressed: Any, name: str, like: Any) -> Any:
     import torch
 
     if isinstance(compressed, Mapping):
-        value = compressed.get(name)
+        value = compressed[name] if name in compressed else None
     else:
-        value = dict(compressed.named_parameters(remove_duplicate=False)).get(
-            name.partition("[")[0]
-        )
-        if value is not None and name.endswith("]"):
-            value = value[int(name[name.rindex("[") + 1 : -1])]
+        tensor, _, index = name.partition("[")
+        value = dict(compressed.named_parameters(remove_duplicate=False)).get(tensor)
+        value = value[int(index[:-1])] if value is not None and index else value
     if value is None:
         raise WaterfillError(
             f"the compressed model has no plain tensor {name}; pass decoded arrays instead"
         )
-    tensor = torch.as_tensor(np.asarray(value)) if isinstance(value, np.ndarray) else value
+    tensor = torch.as_tensor(value)
     if tuple(tensor.shape) != tuple(like.shape):
         raise WaterfillError(
             f"{name} is {tuple(tensor.shape)} compressed, {tuple(like.shape)} originally"
@@ -197,19 +195,24 @@ def weight_of(compressed: Any, name: str, like: Any) -> Any:
 def _replacement(original: Any, compressed: Any, name: str) -> tuple[str, Any]:
     """(parameter name, its value with this tensor, or slice of a tensor, compressed)."""
     tensor, _, index = name.partition("[")
-    parameter = _parameter(original, tensor).detach()
+    full = _full_name(original, tensor)
+    parameter = original.get_parameter(full).detach()
     if not index:
-        return tensor, weight_of(compressed, name, parameter)
+        return full, weight_of(compressed, name, parameter)
     value = parameter.clone()
     value[int(index[:-1])] = weight_of(compressed, name, value[int(index[:-1])])
-    return tensor, value
+    return full, value
 
 
-def _parameter(model: Any, name: str) -> Any:
-    try:
-        return model.get_parameter(name)
-    except AttributeError as error:
-        raise WaterfillError(f"the original model has no tensor {name}") from error
+def _full_name(model: Any, name: str) -> str:
+    """The parameter's name in the model; checkpoints of a bare trunk lack its prefix."""
+    for full in (name, f"{model.base_model_prefix}.{name}"):
+        try:
+            model.get_parameter(full)
+        except AttributeError:
+            continue
+        return full
+    raise WaterfillError(f"the original model has no tensor {name}")
 
 
 def _linear_module(model: Any, name: str) -> Any:
@@ -217,10 +220,9 @@ def _linear_module(model: Any, name: str) -> Any:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    owner, _, leaf = name.rpartition(".")
-    if leaf != "weight":
+    if not name.endswith(".weight"):
         return None
-    _parameter(model, name)
+    owner = _full_name(model, name).removesuffix(".weight")
     module = model.get_submodule(owner)
     kinds = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return module if isinstance(module, kinds) else None
