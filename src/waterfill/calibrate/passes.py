@@ -79,7 +79,7 @@ class Passes:
                 if not loss.requires_grad:
                     raise NoGradient("its output does not depend on a look-up table")
                 with self._going_back():
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    torch.autograd.backward([loss])
         self._finish()
 
     @contextmanager

@@ -8,7 +8,7 @@ outermost module lists) load all they contain at once, and are recomputed in the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from waterfill.calibrate.names import Job, jobs_for
-from waterfill.calibrate.watch import Watch
+from waterfill.calibrate.watch import EmbeddingWatch, Watch
 from waterfill.sources.base import Source
 from waterfill.types import FLOAT_DTYPES, WaterfillError, to_float32
 
@@ -264,7 +264,9 @@ def _install(
                 slot.module._parameters[slot.attribute] = nn.Parameter(
                     values[home], requires_grad=False
                 )
-            return inner(*args, **kwargs)
+            # Calling backward() switches function modes off, so a recomputed block brings its own.
+            with EmbeddingWatch(watch, gradients=True) if watch.backward else nullcontext():
+                return inner(*args, **kwargs)
         finally:
             for (slot, _), blank in zip(absent, before, strict=True):
                 slot.module._parameters[slot.attribute] = blank
