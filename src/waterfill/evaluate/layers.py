@@ -177,8 +177,8 @@ def weight_of(compressed: Any, name: str, like: Any) -> Any:
     if isinstance(compressed, Mapping):
         value = compressed[name] if name in compressed else None
     else:
-        tensor, _, index = name.partition("[")
-        value = dict(compressed.named_parameters(remove_duplicate=False)).get(tensor)
+        whole, _, index = name.partition("[")
+        value = dict(compressed.named_parameters(remove_duplicate=False)).get(whole)
         value = value[int(index[:-1])] if value is not None and index else value
     if value is None:
         raise WaterfillError(
