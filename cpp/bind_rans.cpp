@@ -62,6 +62,44 @@ void histogram(const Matrix& symbols, const std::optional<Bytes>& classes, const
     rans::histogram(symbols.data(), rows, cols, ids, counts.data());
 }
 
+using Order = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Values = nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// out[:, order] = symbols + low
+void place_columns(const Matrix& symbols, const Order& order, int32_t low, const Values& out, unsigned threads) {
+    const size_t rows = symbols.shape(0), cols = symbols.shape(1);
+    if (order.shape(0) != cols || out.shape(0) != rows || out.shape(1) != cols) throw std::invalid_argument("shapes differ");
+    std::vector<uint32_t> place(cols);
+    for (size_t i = 0; i < cols; ++i) {
+        if (order.data()[i] < 0 || size_t(order.data()[i]) >= cols) throw std::invalid_argument("order is no permutation");
+        place[i] = uint32_t(order.data()[i]);
+    }
+    const uint8_t* from = symbols.data();
+    int32_t* to = out.data();
+    nb::gil_scoped_release release;
+    constexpr size_t kRows = 64;
+    rans::in_parallel((rows + kRows - 1) / kRows, threads, [&](size_t part) {
+        for (size_t row = part * kRows; row < std::min(rows, (part + 1) * kRows); ++row)
+            for (size_t i = 0; i < cols; ++i) to[row * cols + place[i]] = int32_t(from[row * cols + i]) + low;
+    });
+}
+
+// Where a rare byte occurs: memchr runs at the speed of memory.
+nb::ndarray<nb::numpy, int64_t, nb::ndim<1>> find_byte(const Bytes& plane, uint8_t value) {
+    auto* found = new std::vector<int64_t>();
+    const nb::capsule owner(found, [](void* p) noexcept { delete static_cast<std::vector<int64_t>*>(p); });
+    {
+        nb::gil_scoped_release release;
+        const uint8_t *first = plane.data(), *end = first + plane.shape(0);
+        for (const uint8_t* at = first; at < end; ++at) {
+            at = static_cast<const uint8_t*>(std::memchr(at, value, size_t(end - at)));
+            if (!at) break;
+            found->push_back(at - first);
+        }
+    }
+    return {found->data(), {found->size()}, owner};
+}
+
 }  // namespace
 
 void bind_rans(nb::module_& m) {
@@ -71,4 +109,7 @@ void bind_rans(nb::module_& m) {
           "lut"_a.noconvert().none(), "threads"_a, "Fill `out` from a rANS stream; RuntimeError on bytes that lie.");
     m.def("rans_histogram", &histogram, "symbols"_a.noconvert(), "classes"_a.noconvert().none(), "counts"_a.noconvert(),
           "Add the occurrences of each byte in each class to `counts`.");
+    m.def("place_columns", &place_columns, "symbols"_a.noconvert(), "order"_a.noconvert(), "low"_a, "out"_a.noconvert(), "threads"_a,
+          "Fill out[:, order] with symbols + low.");
+    m.def("find_byte", &find_byte, "plane"_a.noconvert(), "value"_a, "Places of a byte in an array.");
 }

@@ -15,9 +15,10 @@ constexpr Expansions kExpansions{};
 
 inline __m256i load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 
+inline __m256i below_lower(__m256i x) { return _mm256_cmpeq_epi32(_mm256_srli_epi32(x, 16), _mm256_setzero_si256()); }
+
 // Eight lanes take the words they need from the stream, in lane order.
-inline __m256i refill(__m256i x, __m256i lanes, const uint8_t*& at) {
-    const __m256i low = _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_srli_epi32(x, 16), _mm256_setzero_si256()), lanes);
+inline __m256i refill(__m256i x, __m256i low, const uint8_t*& at) {
     const unsigned mask = unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(low)));
     const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
     const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kExpansions.words[mask])));
@@ -66,7 +67,7 @@ size_t rows_of_one_class(uint32_t* states, Cursor& cursor, const Panel& panel, c
     const uint32_t* table = tables.buckets + size_t(panel.uniform) * kBucketDwords;
     const __m256i low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(tables.lut)));
     const __m256i high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(tables.lut + 16)));
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), all = _mm256_set1_epi32(-1);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const uint8_t* at = cursor.at;
     size_t row = 0;
     for (; row < panel.rows && at <= cursor.limit; ++row) {
@@ -77,7 +78,7 @@ size_t rows_of_one_class(uint32_t* states, Cursor& cursor, const Panel& panel, c
             for (unsigned j = 0; j < 4; ++j) {
                 __m256i x = load(states + i + 8 * j);
                 symbols[j] = symbols_of(one_class(x, table));
-                x = refill(x, all, at);
+                x = refill(x, below_lower(x), at);
                 _mm256_storeu_si256(reinterpret_cast<__m256i*>(states + i + 8 * j), x);
             }
             const __m256i packed = _mm256_packus_epi16(_mm256_packus_epi32(symbols[0], symbols[1]),
@@ -128,8 +129,9 @@ size_t rows_by_group(uint32_t* states, Cursor& cursor, const Panel& panel, const
                                              _mm256_i32gather_epi32(table + kBuckets, index, 4)));
             }
             // A lane beyond the panel's width keeps its state for the end check.
-            _mm256_maskstore_epi32(reinterpret_cast<int*>(states + 8 * g), load(active + 8 * g),
-                                   refill(x, load(active + 8 * g), at));
+            const __m256i lanes = load(active + 8 * g);
+            x = refill(x, _mm256_and_si256(below_lower(x), lanes), at);
+            _mm256_maskstore_epi32(reinterpret_cast<int*>(states + 8 * g), lanes, x);
             const __m256i pairs = _mm256_packus_epi32(symbols, symbols);
             const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(pairs, pairs), _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
             const uint64_t eight = uint64_t(_mm_cvtsi128_si64(_mm256_castsi256_si128(bytes)));

@@ -48,27 +48,30 @@ size_t rows_in_registers(uint32_t* states, Cursor& cursor, const Panel& panel, c
     uint8_t* out = panel.out;
     size_t row = 0;
     for (; row < panel.rows && at <= cursor.limit; ++row, out += panel.stride) {
-        __m512i entry[G];
         WATERFILL_UNROLL
-        for (int g = 0; g < G; ++g) {
-            const __m512i bucket = _mm512_srli_epi32(x[g], kBucketBits);
-            entry[g] = advance(x[g], _mm512_permutex2var_epi32(primary0, bucket, primary1),
-                               _mm512_permutex2var_epi32(alias0, bucket, alias1));
-            x[g] = refill(x[g], 0xFFFF, at);
-        }
-        WATERFILL_UNROLL
-        for (int g = 0; g + 1 < G; g += 4) {
-            __m512i packed = select(_mm512_set1_epi32(0xFF), _mm512_srli_epi32(entry[g], kSymbolShift),
-                                    _mm512_srli_epi32(entry[g + 1], kSymbolShift - 8));
+        for (int first = 0; first < G; first += 4) {
+            // Packed as soon as four are there: more entries in flight would not fit in registers.
+            constexpr int kTogether = G < 4 ? G : 4;
+            __m512i entry[kTogether];
+            WATERFILL_UNROLL
+            for (int j = 0; j < kTogether; ++j) {
+                __m512i& state = x[first + j];
+                const __m512i bucket = _mm512_srli_epi32(state, kBucketBits);
+                entry[j] = advance(state, _mm512_permutex2var_epi32(primary0, bucket, primary1),
+                                   _mm512_permutex2var_epi32(alias0, bucket, alias1));
+                state = refill(state, 0xFFFF, at);
+            }
+            __m512i packed = select(_mm512_set1_epi32(0xFF), _mm512_srli_epi32(entry[0], kSymbolShift),
+                                    _mm512_srli_epi32(entry[1], kSymbolShift - 8));
             if constexpr (G >= 4) {
-                const __m512i upper = select(_mm512_set1_epi32(0xFF0000), _mm512_slli_epi32(entry[g + 2], 16 - kSymbolShift),
-                                             _mm512_slli_epi32(entry[g + 3], 24 - kSymbolShift));
+                const __m512i upper = select(_mm512_set1_epi32(0xFF0000), _mm512_slli_epi32(entry[2], 16 - kSymbolShift),
+                                             _mm512_slli_epi32(entry[3], 24 - kSymbolShift));
                 packed = select(_mm512_set1_epi32(0xFFFF), packed, upper);
             }
             packed = _mm512_and_si512(packed, _mm512_set1_epi32(0x1F1F1F1F));
             packed = _mm512_permutexvar_epi8(_mm512_permutexvar_epi8(order, packed), lut);
             if constexpr (G >= 4)
-                _mm512_storeu_si512(out + 16 * g, packed);
+                _mm512_storeu_si512(out + 16 * first, packed);
             else
                 _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(packed));
         }

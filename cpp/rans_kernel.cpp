@@ -31,24 +31,24 @@ struct Panel {
     unsigned uniform;
 };
 
+inline unsigned class_of(const Panel& panel, unsigned lane) {
+    return panel.classes ? panel.classes[lane] : panel.uniform;
+}
+
+#if !defined(WATERFILL_ISA_avx2) && !defined(WATERFILL_ISA_avx512)
+
 inline uint32_t read_word(const uint8_t* at) {
     uint16_t word;
     std::memcpy(&word, at, 2);
     return word;
 }
 
+// Without a branch: which lanes are low is as good as random.
 inline void refill(uint32_t& x, const uint8_t*& at) {
-    const bool low = x < kLower;
-    const uint32_t fed = (x << 16) | read_word(at);
-    x = low ? fed : x;
-    at += low ? 2 : 0;
+    const uint32_t low = x < kLower, mask = 0 - low;
+    x = (x << (16 & mask)) | (read_word(at) & mask);
+    at += 2 * low;
 }
-
-inline unsigned class_of(const Panel& panel, unsigned lane) {
-    return panel.classes ? panel.classes[lane] : panel.uniform;
-}
-
-#if !defined(WATERFILL_ISA_avx2) && !defined(WATERFILL_ISA_avx512)
 
 size_t decode_rows(uint32_t* x, Cursor& cursor, const Panel& panel, const DecodeTables& tables) {
     const uint8_t* at = cursor.at;
@@ -71,9 +71,9 @@ size_t decode_rows(uint32_t* x, Cursor& cursor, const Panel& panel, const Decode
             for (unsigned i = 0; i < panel.width; ++i) {
                 const uint32_t bucket = (x[i] >> kBucketBits) & (kBuckets - 1);
                 const uint32_t primary = table[i][bucket], alias = table[i][kBuckets + bucket];
-                const bool second = (x[i] << (32 - kBucketBits)) >= primary;
-                const uint32_t entry = second ? alias : primary;
-                const uint32_t bias = second ? uint32_t(int32_t(alias) >> kBiasShift) : 0;
+                const uint32_t second = 0 - uint32_t((x[i] << (32 - kBucketBits)) >= primary);
+                const uint32_t entry = primary ^ ((primary ^ alias) & second);
+                const uint32_t bias = uint32_t(int32_t(alias) >> kBiasShift) & second;
                 x[i] = (entry & kFrequencyMask) * (x[i] >> kScaleBits) + (x[i] & (kBucketSlots - 1)) + bias;
                 refill(x[i], at);
                 out[i] = tables.lut[(entry >> kSymbolShift) & (kBuckets - 1)];
@@ -191,10 +191,10 @@ size_t encode_block(const EncodeBlock& block) {
             for (unsigned i = width; i-- > 0;) {
                 const EncodeSymbol& s = symbols[i][in[i]];
                 uint32_t state = x[i];
-                const bool full = state > s.limit;
+                const uint32_t full = state > s.limit;
                 at[-1] = uint16_t(state);
-                at -= full ? 1 : 0;
-                state = full ? state >> 16 : state;
+                at -= full;
+                state >>= 16 & (0 - full);
                 const uint32_t quotient = uint32_t((state * s.reciprocal) >> 44);
                 const uint32_t offset = state - quotient * s.frequency;
                 x[i] = (quotient << kScaleBits) | slots[i][(s.base + offset) & (kTotal - 1)];

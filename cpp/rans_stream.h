@@ -78,7 +78,7 @@ inline void put32(std::string& out, size_t value) {
 inline size_t get32(const uint8_t* at) { return at[0] | at[1] << 8 | at[2] << 16 | size_t(at[3]) << 24; }
 
 // A block is at least this many steps of all lanes, so that states cost little.
-constexpr size_t kBlockSteps = 8192;
+constexpr size_t kBlockSteps = 1 << 14;
 
 inline Geometry geometry_for(size_t rows, size_t cols, size_t lanes) {
     const size_t panels = (cols + lanes - 1) / lanes;
@@ -141,7 +141,8 @@ inline void decode(const uint8_t* data, size_t size, uint8_t* out, size_t rows, 
     if (classes)
         for (size_t i = 0; i < cols; ++i)
             if (classes[i] >= frequencies.classes) throw FormatError("rANS: class " + std::to_string(classes[i]) + " has no model");
-    const Decoder decoder(frequencies, lut);
+    constexpr size_t kFewClasses = 8;  // whose unrolled tables stay in a cache
+    const Decoder decoder(frequencies, lut, isa == Isa::scalar && frequencies.classes <= kFewClasses);
     if (size == 0) throw FormatError("rANS: empty where symbols were promised");
     if (data[0] & 0xE8) throw FormatError("rANS: unknown header byte " + std::to_string(data[0]));
     const bool several = data[0] & 0x10;

@@ -65,30 +65,45 @@ struct AliasTable {
 
 class Decoder {
 public:
-    // `lut` maps symbols to output bytes; null for the symbols themselves.
-    Decoder(const Frequencies& f, const uint8_t* lut) {
+    // `lut` maps symbols to output bytes; null for the symbols themselves. `by_slot` unrolls even
+    // the alias layout into 4096 entries a class, which suits a decoder without vectors.
+    Decoder(const Frequencies& f, const uint8_t* lut, bool by_slot) {
         check(f);
+        by_slot |= !f.aliased();
         for (unsigned i = 0; i < 64; ++i) tables_.lut[i] = uint8_t(lut && i < f.alphabet ? lut[i] : i);
         for (unsigned i = 0; i < f.alphabet && i < 64; ++i) tables_.identity &= tables_.lut[i] == i;
-        entries_.resize(f.classes * (f.aliased() ? kBucketDwords : kTotal));
+        entries_.resize(f.classes * (by_slot ? kTotal : kBucketDwords));
         for (size_t k = 0; k < f.classes; ++k) {
             const uint16_t* frequency = f.values + k * f.alphabet;
-            if (f.aliased()) {
+            if (by_slot)
+                fill_slots(&entries_[k * kTotal], frequency, f.alphabet, lut);
+            else
                 fill_buckets(&entries_[k * kBucketDwords], frequency, f.alphabet);
-                continue;
-            }
-            uint32_t* slot = &entries_[k * kTotal];
-            for (uint32_t s = 0; s < f.alphabet; ++s)
-                for (uint32_t i = 0; i < frequency[s]; ++i)
-                    *slot++ = (lut ? lut[s] : s) << 24 | i << 12 | (frequency[s] - 1u);
         }
-        (f.aliased() ? tables_.buckets : tables_.slots) = entries_.data();
+        (by_slot ? tables_.slots : tables_.buckets) = entries_.data();
     }
     Decoder(const Decoder&) = delete;
     Decoder& operator=(const Decoder&) = delete;
     const DecodeTables& tables() const { return tables_; }
 
 private:
+    static void fill_slots(uint32_t* entry, const uint16_t* frequency, size_t alphabet, const uint8_t* lut) {
+        const auto put = [&](uint32_t symbol, uint32_t offset) {
+            *entry++ = (lut ? lut[symbol] : symbol) << 24 | offset << 12 | (frequency[symbol] - 1u);
+        };
+        if (alphabet > kBuckets) {
+            for (uint32_t s = 0; s < alphabet; ++s)
+                for (uint32_t i = 0; i < frequency[s]; ++i) put(s, i);
+            return;
+        }
+        const AliasTable table(frequency, alphabet);
+        for (uint32_t b = 0; b < kBuckets; ++b)
+            for (uint32_t r = 0; r < kBucketSlots; ++r) {
+                const bool own = r < table.cut[b];
+                put(own ? b : table.alias[b], own ? r : table.start[b] + r - table.cut[b]);
+            }
+    }
+
     static void fill_buckets(uint32_t* entry, const uint16_t* frequency, size_t alphabet) {
         const AliasTable table(frequency, alphabet);
         for (uint32_t b = 0; b < kBuckets; ++b) {

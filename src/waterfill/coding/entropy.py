@@ -12,7 +12,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from waterfill.coding import gamma, rans
+from waterfill.coding import gamma, native, rans
+from waterfill.coding.alphabets import (
+    RARE,
+    choose_alphabet,
+    pack_escapes,
+    read_escapes,
+    to_symbols,
+)
 from waterfill.coding.classes import choose_classes, pack_classes, read_classes
 from waterfill.coding.models import Alphabet, fit, read_models
 from waterfill.types import FormatError
@@ -24,13 +31,13 @@ Ints = NDArray[np.int64]
 
 STORED, CONSTANT, CODED, FLAT, ESCAPES = 0, 1, 2, 4, 8
 # A small alphabet decodes several times faster: worth so much in bytes.
-INTS_TOLERANCE, BYTES_TOLERANCE = 1.001, 1.002
-CHUNK = 1 << 20
-REACH = 1 << 15
+TOLERANCE = 1.002
 
 
 def encode_ints(
-    values: NDArray[Any], classes: Bytes | Literal["auto"] | None = "auto", threads: int | None = None
+    values: NDArray[Any],
+    classes: Bytes | Literal["auto"] | None = "auto",
+    threads: int | None = None,
 ) -> bytes:
     """Code a matrix of signed integers of any size.
 
@@ -49,7 +56,8 @@ def encode_ints(
     bytes
         Self-contained but for the shape, which the reader must know.
     """
-    rows, cols = values.shape
+    if values.ndim != 2:
+        raise ValueError(f"a matrix of integers, please, not an array of {values.ndim} dimensions")
     if not values.size:
         return b""
     least, most = int(values.min()), int(values.max())
@@ -57,26 +65,35 @@ def encode_ints(
         raise ValueError("integers must fit in 32 bits")
     if least == most:
         return bytes([CONSTANT]) + gamma.varint(int(gamma.zigzag(least)))
-    alphabet = _choose_alphabet(values, least, most)
-    symbols, escaped = _to_symbols(values, alphabet)
+    alphabet = choose_alphabet(values, least, most)
+    symbols = to_symbols(values, alphabet)
     if isinstance(classes, str):
         ids = choose_classes(values, symbols, alphabet)
     else:
-        ids = None if classes is None else np.unique(classes, return_inverse=True)[1].astype(np.uint8)
+        ids = None if classes is None else _renumber(classes, values.shape[1])
     n_classes = 1 if ids is None else int(ids.max()) + 1
-    if n_classes == 1:
+    order, packed_ids = None, b""
+    if ids is None or n_classes == 1:
         ids, symbols = None, symbols.reshape(1, -1)
-    counts = rans.histogram(symbols, ids, n_classes)[:, : alphabet.size]
-    models = fit(counts, alphabet)
+    else:
+        packed_ids = pack_classes(ids, n_classes)
+        # Side by side, columns of one class are decoded from registers instead of by gathering.
+        order = np.argsort(ids, kind="stable")
+        ids, symbols = ids[order], np.take(symbols, order, axis=1)
+    models = fit(rans.histogram(symbols, ids, n_classes)[:, : alphabet.size], alphabet)
+    escapes = b""
+    if alphabet.escape:
+        places = _unsorted(rans.find(symbols, alphabet.size - 1), order)
+        escapes = pack_escapes(values.reshape(-1)[places].astype(np.int64), alphabet)
     lanes = min(rans.choose_lanes(values.size), 1 << (symbols.shape[1] - 1).bit_length())
     kind = CODED | (FLAT if ids is None else 0) | (ESCAPES if alphabet.escape else 0)
     parts = [
         bytes([kind]),
         gamma.varint(int(gamma.zigzag(alphabet.low))),
         bytes([alphabet.size - 1]),
-        b"" if ids is None else pack_classes(ids, n_classes),
+        packed_ids,
         models.data,
-        _pack_escapes(escaped, alphabet) if alphabet.escape else b"",
+        escapes,
         rans.encode(symbols, ids, models.freqs, lanes, threads),
     ]
     return b"".join(parts)
@@ -103,24 +120,46 @@ def decode_ints(
     alphabet = Alphabet(low, int(source[at]) + 1, bool(kind & ESCAPES))
     _int32(low + alphabet.direct)
     at += 1
-    ids, n_classes = None, 1
+    ids, order, n_classes = None, None, 1
     if not kind & FLAT:
         ids, n_classes, at = read_classes(source, at, cols)
+        order = np.argsort(ids, kind="stable")
+        ids = ids[order]
     freqs, at = read_models(source, at, n_classes, alphabet.size, alphabet)
     escaped = np.zeros(0, np.int64)
     if alphabet.escape:
-        escaped, at = _read_escapes(source, at, alphabet, rows * cols)
+        escaped, at = read_escapes(source, at, alphabet, rows * cols)
     shape = (1, rows * cols) if kind & FLAT else (rows, cols)
     symbols = rans.decode(source[at:], *shape, ids, freqs, threads)
-    out = symbols.astype(np.int32)
+    out = _to_values(symbols, order, low, threads)
     if alphabet.escape:
-        where = np.flatnonzero(symbols == alphabet.size - 1)
-        if where.size != escaped.size:
+        places = rans.find(symbols, alphabet.size - 1)
+        if places.size != escaped.size:
             raise FormatError("escapes and their values differ in number")
-    out += np.int32(low)
-    if escaped.size:
-        out.reshape(-1)[where] = escaped
+        out.reshape(-1)[_unsorted(places, order)] = escaped
     return out.reshape(rows, cols)
+
+
+def _unsorted(places: Ints, order: Ints | None) -> Ints:
+    """Places in a matrix whose columns were put in `order` -> places in the matrix as it was."""
+    if order is None:
+        return places
+    return places // order.size * order.size + order[places % order.size]
+
+
+def _to_values(
+    symbols: Bytes, order: Ints | None, low: int, threads: int | None
+) -> NDArray[np.int32]:
+    if order is None:
+        return np.add(symbols, np.int32(low), dtype=np.int32)
+    out = np.empty(symbols.shape, np.int32)
+    core = native.core()
+    if core is None:
+        out[:, order] = symbols
+        out += np.int32(low)
+    else:
+        core.place_columns(symbols, order, low, out, threads or native.threads())
+    return out
 
 
 def encode_bytes(plane: Bytes, threads: int | None = None) -> bytes:
@@ -140,13 +179,7 @@ def encode_bytes(plane: Bytes, threads: int | None = None) -> bytes:
     present = np.flatnonzero(counts)
     if present.size == 1:
         return bytes([CONSTANT, present[0]])
-    direct, escape = present, False
-    if present.size > rans.FAST_ALPHABET:
-        top = np.sort(np.argsort(-counts, kind="stable")[: rans.FAST_ALPHABET - 1])
-        rest = n - int(counts[top].sum())
-        fast = float(fit(np.append(counts[top], rest)[None]).bits[0]) + 8 * rest
-        if fast <= BYTES_TOLERANCE * float(fit(counts[present][None]).bits[0]):
-            direct, escape = top, True
+    direct, escape = _direct_bytes(counts, present)
     to_symbol = np.full(256, direct.size if escape else 0, np.uint8)
     to_symbol[direct] = np.arange(direct.size)
     symbols = np.frombuffer(plane.tobytes().translate(to_symbol.tobytes()), np.uint8).reshape(1, -1)
@@ -158,11 +191,28 @@ def encode_bytes(plane: Bytes, threads: int | None = None) -> bytes:
             bytes([CODED | (ESCAPES if escape else 0), direct.size - 1, direct[0]]),
             gamma.pack(np.diff(direct) - 1, 0),
             models.data,
-            plane[symbols == direct.size].tobytes() if escape else b"",
+            gamma.varint(rest_count) + plane[symbols == direct.size].tobytes() if escape else b"",
             rans.encode(symbols, None, models.freqs, rans.choose_lanes(n), threads),
         )
     )
     return coded if len(coded) <= n else bytes([STORED]) + plane.tobytes()
+
+
+def _direct_bytes(counts: Ints, present: Ints) -> tuple[Ints, bool]:
+    """Which bytes get symbols of their own, and whether others are left to escape."""
+    by_count = present[np.argsort(-counts[present], kind="stable")]
+    common = int(np.count_nonzero(counts[present] > counts.sum() // RARE))
+    options = []
+    for few in {present.size, common, min(common, rans.FAST_ALPHABET - 1)}:
+        direct = np.sort(by_count[:few])
+        rest = int(counts.sum() - counts[direct].sum())
+        if rest and few == 256:
+            continue
+        table = np.append(counts[direct], rest) if rest else counts[direct]
+        handicap = 1.0 if table.size <= rans.FAST_ALPHABET else TOLERANCE
+        options.append((handicap * (float(fit(table[None]).bits[0]) + 8 * rest), few, rest > 0))
+    _, few, escape = min(options)
+    return np.sort(by_count[:few]), escape
 
 
 def decode_bytes(data: rans.Buffer, n: int, threads: int | None = None) -> Bytes:
@@ -202,12 +252,19 @@ def decode_bytes(data: rans.Buffer, n: int, threads: int | None = None) -> Bytes
         raise FormatError("escaped bytes are cut short")
     escaped, at = source[at : at + count], at + count
     out = rans.decode(source[at:], 1, n, None, freqs, threads, np.append(lut, np.uint8(marker)))
-    where = np.flatnonzero(out == marker)
+    where = rans.find(out, int(marker))
     if where.size != count:
         raise FormatError("escapes and their values differ in number")
     out = out.reshape(-1)
     out[where] = escaped
     return out
+
+
+def _renumber(classes: Bytes, cols: int) -> Bytes:
+    if classes.shape != (cols,):
+        raise ValueError(f"classes has shape {classes.shape}, there are {cols} columns")
+    ids: Bytes = np.unique(classes, return_inverse=True)[1].astype(np.uint8)
+    return ids
 
 
 def _kind(source: Bytes) -> int:
@@ -220,80 +277,3 @@ def _int32(value: int) -> int:
     if not -(2**31) <= value < 2**31:
         raise FormatError(f"{value} does not fit in 32 bits")
     return value
-
-
-def _chunks(values: NDArray[Any]) -> list[slice]:
-    step = max(1, CHUNK // max(values.shape[1], 1))
-    return [slice(row, row + step) for row in range(0, len(values), step)]
-
-
-def _choose_alphabet(values: NDArray[Any], least: int, most: int) -> Alphabet:
-    """The alphabet with the fewest estimated bytes, of those that a stream can have."""
-    if most - least < rans.FAST_ALPHABET:
-        return Alphabet(least, most - least + 1, False)
-    # Values far from the bulk are all alike here: they will be escaped in any case.
-    middle = int(np.median(values[:: max(1, len(values) // 64)]))
-    first, last = max(least, middle - REACH), min(most, middle + REACH)
-    counts = np.zeros(last - first + 1, np.int64)
-    for part in _chunks(values):
-        near = np.clip(values[part].astype(np.int64), first, last) - first
-        counts += np.bincount(near.reshape(-1), minlength=counts.size)
-    best, fewest = None, np.inf
-    for size in (rans.FAST_ALPHABET, rans.MAX_ALPHABET):
-        if most - least < size:
-            choice, start = Alphabet(least, most - least + 1, False), least - first
-        else:
-            sums = np.cumsum(np.concatenate([[0], counts]))
-            width = min(size - 1, counts.size)
-            start = int(np.argmax(sums[width:] - sums[:-width]))
-            choice = Alphabet(first + start, width + 1, True)
-        inside = counts[start : start + choice.direct]
-        rest = counts.copy()
-        rest[start : start + choice.direct] = 0
-        places = np.flatnonzero(rest)
-        excess = _excess(places, start, start + choice.direct)
-        share = np.append(inside, rest.sum())
-        share = share[share > 0] / counts.sum()
-        bits = -counts.sum() * float((share * np.log2(share)).sum())
-        bits += gamma.best_order(excess, rest[places])[1]
-        if bits * INTS_TOLERANCE < fewest:
-            best, fewest = choice, bits
-    assert best is not None
-    return best
-
-
-def _excess(values: Ints, low: int, end: int) -> Ints:
-    """Values outside [low, end) as 0, 1, 2, ...: odd below, even above, by distance."""
-    return np.where(values < low, 2 * (low - 1 - values) + 1, 2 * (values - end))
-
-
-def _to_symbols(values: NDArray[Any], alphabet: Alphabet) -> tuple[Bytes, Ints]:
-    """Symbols of a matrix, and the values that have none of their own."""
-    symbols = np.empty(values.shape, np.uint8)
-    escaped = [np.zeros(0, np.int64)]
-    for part in _chunks(values):
-        place = values[part].astype(np.int64) - alphabet.low
-        if alphabet.escape:
-            outside = (place < 0) | (place >= alphabet.direct)
-            escaped.append(place[outside] + alphabet.low)
-            place[outside] = alphabet.direct
-        symbols[part] = place
-    return symbols, np.concatenate(escaped)
-
-
-def _pack_escapes(escaped: Ints, alphabet: Alphabet) -> bytes:
-    excess = _excess(escaped, alphabet.low, alphabet.low + alphabet.direct)
-    order = gamma.best_order(excess)[0]
-    return gamma.varint(escaped.size) + bytes([order]) + gamma.pack(excess, order)
-
-
-def _read_escapes(source: Bytes, at: int, alphabet: Alphabet, most: int) -> tuple[Ints, int]:
-    count, at = gamma.read_varint(source, at)
-    if at >= source.size or source[at] > 30 or count > most or count > 8 * source.size:
-        raise FormatError("escaped values are cut short")
-    excess, at = gamma.unpack(source, at + 1, count, int(source[at]))
-    below = alphabet.low - 1 - (excess >> 1)
-    values = np.where(excess & 1, below, alphabet.low + alphabet.direct + (excess >> 1))
-    if values.size and (int(values.min()) < -(2**31) or int(values.max()) >= 2**31):
-        raise FormatError("an escaped value does not fit in 32 bits")
-    return values, at

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from waterfill.types import FormatError
 
 __all__ = [
+    "MAX_ORDER",
     "best_order",
     "bit_lengths",
     "pack",
@@ -31,6 +32,7 @@ __all__ = [
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 MAX_BITS = 40
+MAX_ORDER = 32
 
 
 def zigzag(values: Any) -> Ints:
@@ -96,17 +98,15 @@ def unpack_unary(data: Bytes, at: int, count: int, most: int) -> tuple[Ints, int
     return values, at + int(ends[-1]) // 8 + 1
 
 
-def _places(widths: Ints) -> tuple[Ints, Ints]:
-    """For each bit of each field: which field, and the bit's weight in it."""
-    field = np.repeat(np.arange(widths.size), widths)
-    ends = np.cumsum(widths)
-    return field, ends[field] - 1 - np.arange(field.size)
-
-
 def pack_fixed(values: Ints, widths: Ints) -> bytes:
     """The lowest `widths[i]` bits of each value, highest first."""
-    field, weight = _places(widths)
-    return np.packbits(((values[field] >> weight) & 1).astype(np.uint8)).tobytes()
+    ends = np.cumsum(widths)
+    bits = np.zeros(int(widths.sum()), np.uint8)
+    # By bit, not by field: memory stays near the number of fields, however wide they are.
+    for weight in range(int(widths.max(initial=0))):
+        wide = np.flatnonzero(widths > weight)
+        bits[ends[wide] - 1 - weight] = values[wide] >> weight & 1
+    return np.packbits(bits).tobytes()
 
 
 def unpack_fixed(data: Bytes, at: int, widths: Ints) -> tuple[Ints, int]:
@@ -115,9 +115,12 @@ def unpack_fixed(data: Bytes, at: int, widths: Ints) -> tuple[Ints, int]:
     end = at + (total + 7) // 8
     if end > data.size:
         raise FormatError("packed numbers are cut short")
-    field, weight = _places(widths)
-    bits = np.unpackbits(data[at:end], count=total) * np.ldexp(1.0, weight.astype(np.int32))
-    values = np.bincount(field, weights=bits, minlength=widths.size).astype(np.int64)
+    ends = np.cumsum(widths)
+    bits = np.unpackbits(data[at:end], count=total)
+    values = np.zeros(widths.size, np.int64)
+    for weight in range(int(widths.max(initial=0))):
+        wide = np.flatnonzero(widths > weight)
+        values[wide] |= bits[ends[wide] - 1 - weight].astype(np.int64) << weight
     return values, end
 
 
@@ -137,10 +140,9 @@ def unpack(data: Bytes, at: int, count: int, order: int) -> tuple[Ints, int]:
 
 
 def best_order(values: Ints, weights: Ints | None = None) -> tuple[int, int]:
-    """The order with the fewest bits for these values (each counted `weights` times), and the bits."""
+    """The order with the fewest bits for values that occur `weights` times each, and the bits."""
     times = np.ones_like(values) if weights is None else weights
-    sizes = [
-        int((times * (2 * bit_lengths(values + (1 << k)) - 1 - k)).sum()) for k in range(12)
-    ]
+    orders = range(MAX_ORDER + 1)
+    sizes = [int((times * (2 * bit_lengths(values + (1 << k)) - 1 - k)).sum()) for k in orders]
     order = int(np.argmin(sizes))
     return order, sizes[order]

@@ -29,7 +29,9 @@ EXPLICIT, CONSTANT = 0, 255
 MAX_SHAPE = 16
 # Quarter steps of the exponent worth trying: peaked, Laplace (4), Gaussian (8), flat-topped.
 SHAPES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
-SCALES = 256
+# Scales tried first, from 2**-3 to 2**9 in half octaves; then all around the best of them.
+SCALE_STEP = 4
+COARSE_SCALES = np.arange(40, 137, SCALE_STEP)
 WEIGHT_BITS = 40
 # 2**-f for f in [0, 1), by powers of f: (-ln 2)**n / n!.
 EXP2 = (
@@ -63,17 +65,22 @@ def quantise(counts: Ints) -> Table:
     total = rows.sum(axis=1, keepdims=True)
     if (total <= 0).any():
         raise ValueError("a class without a single symbol has no model")
-    freqs = np.maximum((rows * (2 * TOTAL) + total) // (2 * total), rows > 0)
+    rare = (rows > 0) & (rows * TOTAL < total)
+    common = np.where(rare, 0, rows)
+    shared = TOTAL - rare.sum(axis=1, keepdims=True)
+    weight = common.sum(axis=1, keepdims=True)
+    freqs = np.maximum((common * (2 * shared) + weight) // (2 * weight), rows > 0)
     missing = TOTAL - freqs.sum(axis=1)
     while missing.any():
         # One step for each row that is off: up where a count gains most bits, down where least.
-        gain = np.where(rows > 0, rows / (freqs + 0.5), -1.0)
-        loss = np.where(freqs > 1, rows / np.maximum(freqs - 0.5, 0.5), np.inf)
-        for row in np.flatnonzero(missing):
-            up = missing[row] > 0
-            freqs[row, gain[row].argmax() if up else loss[row].argmin()] += 1 if up else -1
+        up, down = np.flatnonzero(missing > 0), np.flatnonzero(missing < 0)
+        gain = np.where(rows[up] > 0, rows[up] / (freqs[up] + 0.5), -1.0)
+        freqs[up, gain.argmax(axis=1)] += 1
+        loss = np.where(freqs[down] > 1, rows[down] / np.maximum(freqs[down] - 0.5, 0.5), np.inf)
+        freqs[down, loss.argmin(axis=1)] -= 1
         missing = TOTAL - freqs.sum(axis=1)
-    return freqs.astype(np.uint16).reshape(np.shape(counts))
+    out: Table = freqs.astype(np.uint16).reshape(np.shape(counts))
+    return out
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class Alphabet:
         return self.size - self.escape
 
 
-def _weights(alphabet: Alphabet, shape: int, scale: NDArray[np.int64]) -> Ints:
+def _weights(alphabet: Alphabet, shape: int, scale: Ints) -> Ints:
     """Integer weights ``2**(40 - (|k| / s)**(shape / 4))``, one row per scale index.
 
     ``s = 2**(scale / 8 - 8)``. The escape gets the weight of one alphabet's length of values on
@@ -116,7 +123,7 @@ def _weights(alphabet: Alphabet, shape: int, scale: NDArray[np.int64]) -> Ints:
     power = np.full_like(fraction, EXP2[-1])
     for coefficient in EXP2[-2::-1]:
         power = power * fraction + coefficient
-    weights = np.ldexp(power, (WEIGHT_BITS - whole).astype(np.int32)).astype(np.int64)
+    weights: Ints = np.ldexp(power, (WEIGHT_BITS - whole).astype(np.int32)).astype(np.int64)
     if not alphabet.escape:
         return weights
     inner = weights[:, wing : wing + alphabet.direct]
@@ -124,19 +131,38 @@ def _weights(alphabet: Alphabet, shape: int, scale: NDArray[np.int64]) -> Ints:
     return np.concatenate([inner, outer], axis=1)
 
 
-def parametric(alphabet: Alphabet, shape: int, scale: int) -> Table:
-    """Frequencies (A,) of the generalised Gaussian with exponent shape / 4 and this scale index."""
-    weights = np.maximum(_weights(alphabet, shape, np.array([scale]))[0], 1)
-    return quantise(weights)
+def parametric(alphabet: Alphabet, shape: Ints, scale: Ints) -> Table:
+    """Frequencies (n, A) of generalised Gaussians: exponents shape / 4, scales by index."""
+    weights = np.empty((len(shape), alphabet.size), np.int64)
+    for one in np.unique(shape):
+        rows = np.flatnonzero(shape == one)
+        weights[rows] = _weights(alphabet, int(one), scale[rows])
+    return quantise(np.maximum(weights, 1))
 
 
-@lru_cache(maxsize=16)
-def _bank(alphabet: Alphabet) -> Floats:
-    """Bits of each symbol under every parametric model, (shapes * scales, A); for fitting only."""
-    rows = [_weights(alphabet, shape, np.arange(SCALES)) for shape in SHAPES]
-    weights = np.concatenate(rows).astype(np.float64)
+def _bits(alphabet: Alphabet, shape: int, scales: Ints) -> Floats:
+    """Bits of each symbol under parametric models, before rounding to frequencies; (scales, A)."""
+    weights = _weights(alphabet, shape, scales).astype(np.float64)
     share = weights / weights.sum(axis=1, keepdims=True)
-    return -np.log2(share * ((TOTAL - alphabet.size) / TOTAL) + 1.0 / TOTAL)
+    bits: Floats = -np.log2(share * ((TOTAL - alphabet.size) / TOTAL) + 1.0 / TOTAL)
+    return bits
+
+
+@lru_cache(maxsize=64)
+def _bank(alphabet: Alphabet) -> Floats:
+    """Bits of each symbol under every shape at coarse scales, (shapes * scales, A)."""
+    return np.concatenate([_bits(alphabet, shape, COARSE_SCALES) for shape in SHAPES])
+
+
+def _nearest(counts: Ints, alphabet: Alphabet) -> tuple[Ints, Ints]:
+    """Shape and scale index of the parametric model that codes each row in the fewest bits."""
+    best = (counts.astype(np.float64) @ _bank(alphabet).T).argmin(axis=1)
+    shape = np.array(SHAPES)[best // COARSE_SCALES.size]
+    scale = COARSE_SCALES[best % COARSE_SCALES.size]
+    for row, count in enumerate(counts):
+        near = scale[row] + np.arange(1 - SCALE_STEP, SCALE_STEP)
+        scale[row] = near[(_bits(alphabet, int(shape[row]), near) @ count).argmin()]
+    return shape, scale
 
 
 @dataclass(frozen=True)
@@ -176,14 +202,12 @@ def fit(counts: Ints, alphabet: Alphabet | None = None) -> Models:
     single = freqs.max(axis=1) == TOTAL
     tag[single], small[single], bits[single] = CONSTANT, freqs[single].argmax(axis=1), 16
     if alphabet is not None and alphabet.low <= 0 < alphabet.low + alphabet.direct:
-        costs = counts @ _bank(alphabet).T
-        best = costs.argmin(axis=1)
-        for row in np.flatnonzero(costs.min(axis=1) * 0.999 + 16 < bits):
-            shape, scale = SHAPES[best[row] // SCALES], int(best[row] % SCALES)
-            candidate = parametric(alphabet, shape, scale)
-            cost = _payload(counts[row], candidate) + 16
-            if cost < bits[row]:
-                freqs[row], bits[row], tag[row], small[row] = candidate, cost, shape, scale
+        shape, scale = _nearest(counts, alphabet)
+        candidates = parametric(alphabet, shape, scale)
+        costs = _payload(counts, candidates) + 16
+        won = costs < bits
+        freqs[won], bits[won] = candidates[won], costs[won]
+        tag[won], small[won] = shape[won], scale[won]
     return Models(freqs, bits, _write(freqs, tag, small))
 
 
@@ -199,11 +223,13 @@ def _table_fields(freqs: Table) -> tuple[Ints, Ints]:
 
 
 def _write(freqs: Table, tag: Ints, small: Ints) -> bytes:
-    out = tag.astype(np.uint8).tobytes() + small[tag != EXPLICIT].astype(np.uint8).tobytes()
+    numbers = small[tag != EXPLICIT].astype(np.uint8)
+    kinds: bytes = tag.astype(np.uint8).tobytes() + numbers.tobytes()
     explicit = freqs[tag == EXPLICIT]
     lengths, widths = _table_fields(explicit)
     fields = explicit.astype(np.int64).ravel()
-    return out + gamma.pack_unary(lengths.ravel()) + gamma.pack_fixed(fields, widths.ravel())
+    below = gamma.pack_fixed(fields, widths.ravel())
+    return kinds + gamma.pack_unary(lengths.ravel()) + below
 
 
 def read_models(
@@ -219,15 +245,17 @@ def read_models(
         raise FormatError("models are cut short")
     at += small.size
     freqs = np.zeros((n_classes, size), np.uint16)
-    for row, number in zip(np.flatnonzero(tags != EXPLICIT), small, strict=True):
-        if tags[row] == CONSTANT:
-            if number >= size:
-                raise FormatError(f"a constant of symbol {number}, of {size}")
-            freqs[row, number] = TOTAL
-        elif tags[row] <= MAX_SHAPE and alphabet is not None:
-            freqs[row] = parametric(alphabet, int(tags[row]), int(number))
-        else:
-            raise FormatError(f"a model of unknown kind {tags[row]}")
+    number = np.zeros(n_classes, np.int64)
+    number[tags != EXPLICIT] = small
+    fitted = np.flatnonzero((tags > EXPLICIT) & (tags <= MAX_SHAPE))
+    single = np.flatnonzero(tags == CONSTANT)
+    if np.count_nonzero(tags) != fitted.size + single.size or (fitted.size and alphabet is None):
+        raise FormatError("a model of unknown kind")
+    if (number[single] >= size).any():
+        raise FormatError("a constant beyond the alphabet")
+    freqs[single, number[single]] = TOTAL
+    if fitted.size and alphabet is not None:
+        freqs[fitted] = parametric(alphabet, tags[fitted], number[fitted])
     rows = np.flatnonzero(tags == EXPLICIT)
     steps, at = gamma.unpack_unary(data, at, rows.size * size, 26)
     lengths = np.cumsum(gamma.unzigzag(steps).reshape(rows.size, size), axis=1)

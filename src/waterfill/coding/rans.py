@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from waterfill.coding import native, rans_numpy
 from waterfill.types import FormatError
 
-__all__ = ["MAX_ALPHABET", "TOTAL", "choose_lanes", "decode", "encode", "histogram"]
+__all__ = ["MAX_ALPHABET", "TOTAL", "choose_lanes", "decode", "encode", "find", "histogram"]
 
 TOTAL = 4096
 MAX_ALPHABET = 256
@@ -119,7 +119,9 @@ def decode(
     return out
 
 
-def histogram(symbols: Bytes, classes: Bytes | None = None, n_classes: int = 1) -> NDArray[np.int64]:
+def histogram(
+    symbols: Bytes, classes: Bytes | None = None, n_classes: int = 1
+) -> NDArray[np.int64]:
     """Occurrences of each byte in each class of columns, (n_classes, 256)."""
     symbols = np.ascontiguousarray(np.atleast_2d(symbols))
     core = native.core()
@@ -135,8 +137,17 @@ def histogram(symbols: Bytes, classes: Bytes | None = None, n_classes: int = 1) 
     return counts
 
 
+def find(plane: Bytes, value: int) -> NDArray[np.int64]:
+    """Where a rare byte occurs in a contiguous array."""
+    core = native.core()
+    if core is None:
+        return np.flatnonzero(plane == value)
+    places: NDArray[np.int64] = core.find_byte(plane.reshape(-1), value)
+    return places
+
+
 def choose_lanes(count: int) -> int:
-    """Lanes for so many symbols: enough for speed while the states stay a small part of the bytes."""
+    """Lanes for so many symbols: enough for speed, few enough that states cost little."""
     for least, lanes in ((1 << 20, 128), (1 << 14, 32), (1 << 11, 8), (1 << 8, 4), (1 << 5, 2)):
         if count >= least:
             return lanes

@@ -21,7 +21,7 @@ TOTAL = 1 << SCALE_BITS
 LOWER = 1 << 16
 BUCKETS = 32
 BUCKET_SLOTS = 128
-BLOCK_STEPS = 8192
+BLOCK_STEPS = 1 << 14
 MAX_LANES = 128
 
 Bytes = NDArray[np.uint8]
@@ -92,7 +92,7 @@ class Geometry:
 
     @classmethod
     def choose(cls, rows: int, cols: int, lanes: int) -> Geometry:
-        """The encoder's choice: blocks of about 8192 steps of all lanes, or a little more."""
+        """The encoder's choice: blocks of about 16384 steps of all lanes, or a little more."""
         panels = -(-cols // lanes)
         if rows >= 2 * BLOCK_STEPS:
             return cls(rows, cols, lanes, -(-rows // (rows // BLOCK_STEPS)), 1)
