@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from waterfill.calibrate.names import Placement, place
 from waterfill.calibrate.statistics import VERSION, Statistics, entry_of
 from waterfill.calibrate.stream import Loader
 from waterfill.calibrate.sums import write_json
-from waterfill.types import FLOAT_DTYPES, TensorInfo, WaterfillError
+from waterfill.types import FLOAT_DTYPES, TensorInfo, WaterfillError, Weighting
 
 __all__ = ["finish"]
 
 Item = tuple[str, int | None]
+# Items that are one tensor, what is known of it, a first weighting -> factor for its rows
+Rescale = Callable[[list[Item], TensorInfo, Weighting], float]
 
 
 @dataclass
@@ -67,6 +69,7 @@ def finish(
     protocol: Mapping[str, Any],
     notes: list[str],
     fingerprint: str,
+    rescale: Rescale | None = None,
 ) -> Statistics:
     """Normalise the sums, give each item of the checkpoint its weighting, and write it all."""
     source = loader.source
@@ -95,6 +98,15 @@ def finish(
             if found:
                 role = _agree(evidence, found)
                 kind, transposed = role.kind, role.transposed
+                if rescale is not None and name not in groups:
+                    info = TensorInfo(label, own, dtype, kind, "", index, transposed)
+                    square = evidence.square(role.square)
+                    first_guess = Weighting(
+                        None if square is None else square.astype(np.float32),
+                        role.rows.astype(np.float32),
+                    )
+                    same = [(name, index), *((n, index) for n, f in groups.items() if f == name)]
+                    role = replace(role, rows=role.rows * rescale(same, info, first_guess))
                 rows[label] = role.rows.astype(np.float32)
                 if not np.isfinite(rows[label]).all():
                     raise WaterfillError(

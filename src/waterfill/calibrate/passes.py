@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ class Passes:
         self.sums.finish_batch(batch + 1)
 
 
-def model_inputs(model: Any, ids: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+def model_inputs(model: Any, ids: NDArray[np.int64]) -> dict[str, Any]:
     """Keyword arguments of a model's forward for token numbers (windows, window)."""
     if model.main_input_name != "input_ids":
         raise WaterfillError(
@@ -145,7 +146,9 @@ def model_inputs(model: Any, ids: NDArray[np.int64]) -> dict[str, torch.Tensor]:
             "calibrated here"
         )
     tokens = torch.from_numpy(np.ascontiguousarray(ids))
-    inputs = {"input_ids": tokens}
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if "use_cache" in inspect.signature(type(model).forward).parameters:
+        inputs["use_cache"] = False  # a cache would be filled twice where blocks are recomputed
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
     return inputs

@@ -10,14 +10,22 @@ from typing import Any, Literal
 import numpy as np
 
 from waterfill.calibrate.assemble import Evidence
-from waterfill.calibrate.finish import finish
+from waterfill.calibrate.differences import Trial, scale_of
+from waterfill.calibrate.finish import Rescale, finish
+from waterfill.calibrate.names import place
 from waterfill.calibrate.passes import NoGradient, Passes
 from waterfill.calibrate.statistics import Statistics
-from waterfill.calibrate.stream import Loader, block_names, build_skeleton
+from waterfill.calibrate.stream import Loader, block_names, build_skeleton, load_all
 from waterfill.calibrate.sums import Sums, open_sums
-from waterfill.calibrate.text import Windows, default_text, default_window, read_windows
+from waterfill.calibrate.text import (
+    Windows,
+    default_text,
+    default_window,
+    read_windows,
+    write_itself,
+)
 from waterfill.sources.base import Source
-from waterfill.types import WaterfillError
+from waterfill.types import TensorInfo, WaterfillError, Weighting, to_float32
 
 __all__ = ["METHODS", "calibrate"]
 
@@ -70,7 +78,16 @@ def calibrate(
     if longest and size > longest:
         raise WaterfillError(f"{source.name} takes {longest} tokens at once, not {size}")
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    windows = _windows(source, texts, tokens, size, vocabulary, seed)
+    if texts == "self":
+        writer = build_skeleton(source)
+        load_all(Loader(writer, source))
+        windows = write_itself(writer, tokens, size, seed)
+        del writer
+    else:
+        chosen = [default_text()] if texts is None else [Path(t) for t in texts]
+        if not chosen:
+            raise WaterfillError("name at least one text")
+        windows = read_windows(source, chosen, tokens, size, vocabulary)
     protocol = {
         "texts": windows.texts,
         "tokens": int(windows.ids.size),
@@ -105,7 +122,8 @@ def calibrate(
         note = _run(loader, sums, batches, gradients, seed, progress)
     notes += [note] if note else []
     evidence = Evidence(sums, int(windows.ids.size), gradients)
-    done = finish(loader, folder, evidence, protocol, notes, fingerprint)
+    rescale = _trials(source, windows, seed, progress) if method == "differences" else None
+    done = finish(loader, folder, evidence, protocol, notes, fingerprint, rescale)
     shutil.rmtree(sums.folder)
     return done
 
@@ -135,17 +153,22 @@ def _run(
     return passes.note
 
 
-def _windows(
-    source: Source,
-    texts: Sequence[Path | str] | Literal["self"] | None,
-    tokens: int,
-    window: int,
-    vocabulary: int | None,
-    seed: int,
-) -> Windows:
-    if texts == "self":
-        raise WaterfillError("not yet")
-    chosen = [default_text()] if texts is None else [Path(t) for t in texts]
-    if not chosen:
-        raise WaterfillError("name at least one text")
-    return read_windows(source, chosen, tokens, window, vocabulary)
+def _trials(source: Source, windows: Windows, seed: int, progress: Progress | None) -> Rescale:
+    """For method="differences": the whole model in memory, one tensor disturbed at a time."""
+    model = build_skeleton(source)
+    loader = Loader(model, source)
+    shapes = {name: shape for name, (_, shape) in source.tensors.items()}
+    plain = {job.files[0]: job.key for job in loader.all_jobs if job.converter is None}
+    trial = Trial(
+        model, load_all(loader), place(loader.all_jobs, shapes, model), plain, windows.ids, seed
+    )
+
+    def rescale(items: list[tuple[str, int | None]], info: TensorInfo, first: Weighting) -> float:
+        if progress is not None:
+            progress(list(shapes).index(info.tensor), len(shapes), info.name)
+        name, index = items[0]
+        bits = source.read(name) if index is None else source.read_slice(name, index)
+        size = float(to_float32(bits, info.dtype).std())
+        return scale_of(lambda noise: trial.kl(items, noise), info, first, trial.generator, size)
+
+    return rescale

@@ -58,10 +58,7 @@ def build_skeleton(source: Source) -> Any:
         raise WaterfillError(
             f"transformers {transformers.__version__} cannot build {names[0]}: {error}"
         ) from error
-    model.eval()
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    return model
+    return model.eval()
 
 
 def _config(source: Source) -> Any:

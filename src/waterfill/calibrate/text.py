@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from waterfill.sources.base import Source
 from waterfill.types import WaterfillError
 
-__all__ = ["Windows", "default_text", "read_windows"]
+__all__ = ["Windows", "default_text", "default_window", "read_windows", "write_itself"]
 
 SHORTEST = 64  # tokens; a window below this says little about a model
 LONGEST_DEFAULT = 512
+SELF_ROWS = 16  # windows written at once
 MOST_BYTES = 32 << 20  # of one text; more than any sensible budget of tokens
 
 
@@ -52,6 +53,41 @@ def default_text() -> Path:
 def default_window(longest: int | None) -> int:
     """Tokens per window for a model of at most `longest` positions (None: no limit known)."""
     return min(LONGEST_DEFAULT, longest or LONGEST_DEFAULT)
+
+
+def write_itself(model: Any, tokens: int, window: int, seed: int) -> Windows:
+    """Windows that a model in memory draws from its own distribution; no tokenizer is needed.
+
+    Parameters
+    ----------
+    model : with real parameters
+    tokens, window : as in `read_windows`
+    seed : of the draws
+    """
+    import torch
+
+    if not model.can_generate():
+        raise WaterfillError(f"{type(model).__name__} cannot write text itself; name a text")
+    config = model.config.get_text_config()
+    first = config.bos_token_id
+    first = first[0] if isinstance(first, list) else first
+    rows = max(1, tokens // window)
+    done = []
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for start in range(0, rows, SELF_ROWS):
+            count = min(SELF_ROWS, rows - start)
+            begin = torch.randint(config.vocab_size, (count, 1))
+            if first is not None:
+                begin.fill_(first)
+            options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+            length = {"max_new_tokens": window - 1, "min_new_tokens": window - 1}
+            mask = torch.ones_like(begin)
+            ids = model.generate(input_ids=begin, attention_mask=mask, **options, **length)
+            done.append(ids.numpy().astype(np.int64))
+    ids = np.concatenate(done)
+    about = [{"name": "self", "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}]
+    return Windows(ids, first is not None, about, [])
 
 
 def tokenizer_of(source: Source) -> Any:
