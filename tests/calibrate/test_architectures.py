@@ -151,7 +151,7 @@ def file_items(source: FolderSource, parameter: str, e: int, rows: int) -> list[
 
 
 def test_shared_inputs_are_stored_once(tmp_path: Path) -> None:
-    _, _, _ = prepare("llama", tmp_path)
+    prepare("llama", tmp_path)
     files = list((tmp_path / "statistics" / "moments").iterdir())
     # per layer: attention, its output, gate and up, down; then the embedding and the head
     assert len(files) == 2 * 4 + 2
