@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from waterfill.report.words import DASH, TIMES, big, count, figure, is_number, nats, size
+from waterfill.report.words import DASH, TIMES, big, count, error, figure, is_number, nats, size
 from waterfill.types import Record
 
 __all__ = ["Figure", "headline", "lead", "prediction"]
@@ -105,9 +105,13 @@ def _perplexity(metrics: Mapping[str, Any]) -> Figure:
 
 def _divergence(record: Record) -> Figure:
     explain = "How far its next-token distribution moved from the original's; 0 is identical."
-    measured, error = record.metrics.get("kl_nats"), record.metrics.get("kl_nats_stderr")
+    measured, stderr = record.metrics.get("kl_nats"), record.metrics.get("kl_nats_stderr")
     predicted = record.predicted.get("kl_nats")
-    beside = [f"\u00b1 {nats(error)}"] if is_number(error) and is_number(measured) else []
+    beside = (
+        [f"\u00b1 {error(stderr)}"]
+        if is_number(stderr) and stderr > 0 and is_number(measured)
+        else []
+    )
     beside += [f"predicted {nats(predicted)}"] if is_number(predicted) else []
     value = f"{nats(measured)} nats" if is_number(measured) else UNMEASURED
     return Figure("KL divergence", value, ", ".join(beside), explain, not is_number(measured))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -45,7 +46,7 @@ def render(records: Sequence[Record]) -> str:
     """
     try:
         from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
+        from markupsafe import Markup, escape
     except ImportError as error:
         raise WaterfillError("reports need jinja2: pip install 'waterfill[cli]'") from error
     if not records:
@@ -53,8 +54,19 @@ def render(records: Sequence[Record]) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+
+    def breaks(text: str) -> Markup:
+        """Escaped, with places where a long name may go on in the next line."""
+        return Markup(re.sub(r"(\.(?=[A-Za-z])|,)", r"\1<wbr>", str(escape(text))))
+
     environment.filters.update(
-        {"count": words.count, "size": words.size, "figure": words.figure, "nats": words.nats}
+        {
+            "count": words.count,
+            "size": words.size,
+            "figure": words.figure,
+            "nats": words.nats,
+            "breaks": breaks,
+        }
     )
     template = environment.from_string(_asset("template.html"))
     chapters = [_chapter(record, i) for i, record in enumerate(records)]

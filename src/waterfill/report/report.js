@@ -17,7 +17,7 @@ function size(v) {
   while (Math.abs(v) >= 1000 && u < 4) { v /= 1000; u++; }
   return `${+v.toPrecision(4)} ${units[u]}`;
 }
-const nats = (v) => (!known(v) ? "–" : v === 0 ? "0" : Math.abs(v) >= 1e-3 ? String(+v.toPrecision(3)) : v.toExponential(2));
+const nats = (v) => (!known(v) ? "–" : v === 0 ? "0" : Math.abs(v) >= 1e-3 ? (v >= 1000 ? count(v) : v.toPrecision(3)) : v.toExponential(2));
 const power = (e) => "10" + String(e).replace(/./g, (c) => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]));
 const tick = (v) => (v >= 1e-3 && v < 1e5 ? String(+v.toPrecision(3)) : Math.log10(v) % 1 === 0 ? power(Math.log10(v)) : v.toExponential(0));
 
@@ -75,7 +75,7 @@ function frame(svg, box, x, y, labelX, labelY, showX, showY) {
   }
   add(svg, "line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom });
   add(svg, "text", { x: box.right, y: box.bottom + 40, "text-anchor": "end" }, labelX);
-  add(svg, "text", { x: box.left - 9, y: box.top - 14, "text-anchor": box.left > 60 ? "middle" : "start" }, labelY);
+  add(svg, "text", { x: 0, y: box.top - 16 }, labelY);
 }
 function canvas(holder, height, label) {
   const width = Math.max(280, holder.clientWidth || 900);
@@ -224,13 +224,13 @@ function curve(holder, record, state = {}) {
   for (const { r, v, kind, error } of spots) {
     const [px, py] = [x(place(r)), y(v)];
     if (error > 0 && v > error) for (const sign of [-1, 1]) add(svg, "line", { class: "error", x1: px, x2: px, y1: py, y2: y(v + sign * error) });
-    add(svg, "circle", { class: kind, cx: px, cy: py, r: 6 });
-    const words = { ring: "predicted", full: "measured", other: r.name }[kind];
+    add(svg, "circle", { class: kind, cx: px, cy: py, r: { ring: 8.5, full: 4.5, other: 5.5 }[kind] });
+    const words = { ring: "predicted", full: `measured ${nats(v)}`, other: r.name }[kind];
     if (kind !== "ring") {
-      const before = px > (box.left + box.right) / 2 && kind === "other";
-      add(svg, "text", { class: "strong halo", x: px + (before ? -12 : 12), y: py - 9, "text-anchor": before ? "end" : "start" }, kind === "full" ? `measured ${nats(v)}` : words);
+      const before = px + 7.5 * words.length > box.right; // the curve falls: free above right and below left
+      add(svg, "text", { class: "strong halo", x: px + (before ? -12 : 12), y: py + (before ? 19 : -9), "text-anchor": before ? "end" : "start" }, words);
     }
-    items.push({ x: px, y: py, lines: [r.name, `${size(r.nbytes)}, ${nats(r.bits_per_weight)} bits per weight`, `${kind === "other" ? (r.measured.kl_nats ? "measured" : "predicted") : words} ${nats(v)} nats${error ? ` ± ${nats(error)}` : ""}`], mark: circle(px, py, 10) });
+    items.push({ x: px, y: py, lines: [r.name, `${size(r.nbytes)}, ${nats(r.bits_per_weight)} bits per weight`, `${kind === "ring" || !known(r.measured.kl_nats) ? "predicted" : "measured"} ${nats(v)} nats${error ? ` ± ${nats(error)}` : ""}`], mark: circle(px, py, 10) });
   }
   follow(svg, items, near(40));
 }
@@ -249,7 +249,9 @@ function bars(holder, record, state = {}) {
   const [svg, width] = canvas(holder, 300, `Bits per weight of ${rows.length} tensors in the order of the model`);
   const box = { left: 40, right: width - 4, top: 34, bottom: 300 - 46 };
   const params = rows.reduce((s, r) => s + r.params, 0);
-  const high = Math.max(...rows.filter((r) => r.params >= params * 1e-3).map((r) => r.bits_per_weight)) * 1.12;
+  // Norms and biases are kept at 16 or 32 bits; were the axis to reach them, the rest would be a stripe.
+  const large = rows.filter((r) => r.params >= (0.2 * params) / rows.length);
+  const high = large.reduce((m, r) => Math.max(m, r.bits_per_weight), 0) * 1.12;
   const y = linearScale(0, high, box.bottom, box.top, 5);
   frame(svg, box, null, y, "", "bits per weight", null, String);
   const paths = new Map(), items = [], blocks = [];
@@ -273,12 +275,11 @@ function bars(holder, record, state = {}) {
     at += w;
   }
   for (const [value, d] of paths) add(svg, "path", { d, style: `fill:${colour(value)}` });
-  let free = 0;
+  const room = (box.right - box.left) / Math.max(blocks.length, 1);
+  const every = [1, 2, 5, 10, 20, 50, 100, 200, 500].find((n) => n * room > 34) || 1000;
   for (const { block, from, to } of blocks) {
-    add(svg, "line", { class: "axis", x1: from, x2: from, y1: box.bottom, y2: box.bottom + 6 });
-    if ((from + to) / 2 < free) continue;
-    add(svg, "text", { x: (from + to) / 2, y: box.bottom + 20, "text-anchor": "middle" }, block);
-    free = (from + to) / 2 + 26;
+    if (room > 5 || block % every === 0) add(svg, "line", { class: "axis", x1: from, x2: from, y1: box.bottom, y2: box.bottom + 6 });
+    if (block % every === 0) add(svg, "text", { x: (from + to) / 2, y: box.bottom + 20, "text-anchor": "middle" }, block);
   }
   add(svg, "text", { x: box.right, y: box.bottom + 40, "text-anchor": "end" }, blocks.length ? "block" : "tensors in order");
   if (cut && !area) add(svg, "text", { x: box.right, y: box.top - 14, "text-anchor": "end" }, `${count(cut)} small tensors reach above the top`);
@@ -289,41 +290,54 @@ function bars(holder, record, state = {}) {
 function jump(record, name) {
   const row = record.lines?.get(name);
   if (!row) return;
+  row.hidden = false; // it may be filtered out, or beyond the rows shown
   row.scrollIntoView({ block: "center" });
   row.classList.add("hit");
   setTimeout(() => row.classList.remove("hit"), 2500);
 }
+const PAGE = 400; // rows laid out at once: ten thousand take seconds, and nobody reads them all
 function ledger(table, record) {
   const body = table.tBodies[0], lines = [...body.rows];
   const texts = record.rows.map((r) => `${r.name} ${r.kind} ${r.codec} ${r.why}`.toLowerCase());
   record.lines = new Map(record.rows.map((r, i) => [r.name, lines[i]]));
-  const key = { shape: (r) => r.params };
+  const form = $("form", table.closest("section"));
+  const [search, select, said] = [$("input", form), $("select", form), $("output", form)];
+  const more = make(table.closest("section"), "button", { type: "button", className: "quiet more" });
+  let order = lines.map((_, i) => i), limit = PAGE;
+  function show(all = false) {
+    const wanted = search.value.trim().toLowerCase().split(/\s+/), kind = select.value;
+    let fit = 0, bytes = 0;
+    for (const i of order) {
+      const fits = (!kind || record.rows[i].kind === kind) && wanted.every((w) => texts[i].includes(w));
+      lines[i].hidden = !fits || (fit >= limit && !all);
+      if (fits) { fit++; bytes += record.rows[i].nbytes || 0; }
+    }
+    said.textContent = fit === lines.length ? "" : `${count(fit)} of ${count(lines.length)} rows, ${count(bytes)} bytes`;
+    more.hidden = fit <= limit;
+    more.textContent = `Show all ${count(fit)} rows`;
+  }
+  const value = (r, key) => (key === "shape" ? r.params : r[key]);
+  const natural = new Intl.Collator("en", { numeric: true }).compare;
+  const compare = (a, b) => (known(a) || known(b) ? (a ?? -Infinity) - (b ?? -Infinity) || 0 : natural(String(a ?? ""), String(b ?? "")));
   for (const button of $$("thead button", table)) button.addEventListener("click", () => {
-    const head = button.parentElement, k = button.dataset.key;
-    const value = key[k] || ((r) => r[k]);
+    const head = button.parentElement, key = button.dataset.key;
     const up = head.ariaSort ? head.ariaSort === "descending" : !head.classList.contains("n");
     for (const h of head.parentElement.children) h.removeAttribute("aria-sort");
     head.ariaSort = up ? "ascending" : "descending";
-    const order = record.rows.map((r, i) => [value(r), i]);
-    const natural = new Intl.Collator("en", { numeric: true }).compare;
-    const compare = (a, b) => (known(a) || known(b) ? (a ?? -Infinity) - (b ?? -Infinity) : natural(String(a ?? ""), String(b ?? "")));
-    order.sort(([a, i], [b, j]) => (up ? 1 : -1) * compare(a, b) || i - j);
-    body.append(...order.map(([, i]) => lines[i]));
+    const values = record.rows.map((r) => value(r, key));
+    order = lines.map((_, i) => i).sort((i, k) => (up ? 1 : -1) * compare(values[i], values[k]) || i - k);
+    show();
+    body.remove(); // moving rows is far quicker while nobody looks
+    body.append(...order.map((i) => lines[i]));
+    table.tHead.after(body);
   });
-  const form = $("form", table.closest("section"));
-  const [search, select, said] = [$("input", form), $("select", form), $("output", form)];
   form.hidden = false;
   form.addEventListener("submit", (e) => e.preventDefault());
-  form.addEventListener("input", () => {
-    const wanted = search.value.trim().toLowerCase().split(/\s+/), kind = select.value;
-    let shown = 0, bytes = 0;
-    record.rows.forEach((r, i) => {
-      const fits = (!kind || r.kind === kind) && wanted.every((w) => texts[i].includes(w));
-      lines[i].hidden = !fits;
-      if (fits) { shown++; bytes += r.nbytes || 0; }
-    });
-    said.textContent = shown === lines.length ? "" : `${count(shown)} of ${count(lines.length)} rows, ${count(bytes)} bytes`;
-  });
+  form.addEventListener("input", () => show());
+  more.addEventListener("click", () => { limit = Infinity; show(); });
+  addEventListener("beforeprint", () => show(true));
+  addEventListener("afterprint", () => show());
+  show();
 }
 
 // ---- the page ---------------------------------------------------------------------------------------

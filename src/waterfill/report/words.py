@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-__all__ = ["DASH", "TIMES", "big", "count", "figure", "flat", "is_number", "nats", "size"]
+__all__ = ["DASH", "TIMES", "big", "count", "error", "figure", "flat", "is_number", "nats", "size"]
 
 DASH = "\u2013"  # stands for a figure that is not there
 TIMES = "\u00d7"
@@ -60,9 +60,14 @@ def nats(value: Any) -> str:
     if value == 0:
         return "0"
     if abs(value) >= 1e-3:
-        return f"{value:.3g}"
+        return f"{value:#.3g}".removesuffix(".")
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def error(value: float) -> str:
+    """The uncertainty of a figure, two significant digits: ``0.00051``."""
+    return f"{value:.2g}" if value < 1e-5 else f"{value:.{1 - math.floor(math.log10(value))}f}"
 
 
 def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
