@@ -249,7 +249,7 @@ def test_no_backward_pass_is_no_disaster(
         def backward(ctx: Any, g: Any) -> Any:
             raise NotImplementedError("no derivative")
 
-    monkeypatch.setattr(passes, "sampled_loss", lambda out, g: (Broken.apply(out.logits), ""))
+    monkeypatch.setattr(passes, "sampled_loss", lambda out, g: (Broken.apply(out.logits), None, ""))
     statistics = small(FolderSource(home / "llama"), tmp_path / "s", home)
     assert "no derivative" in statistics.notes[""] and statistics.protocol["method"] == "none"
     weighting = statistics.weighting("lm_head.weight")

@@ -75,9 +75,9 @@ def test_the_ledger_is_whole_and_sums_to_the_file() -> None:
     rows = Cells(render([r])).rows
     body = {row[0]: row for row in rows[1:-1]}
     assert list(body) == [row["name"] for row in r.ledger]
-    assert sum(int(row[5].replace(",", "")) for row in body.values()) == r.nbytes
-    assert body["(container)"][5] == f"{OVERHEAD:,}"
-    assert rows[-1][0] == "Total" and rows[-1][5] == f"{r.nbytes:,}"
+    assert sum(int(row[4].replace(",", "")) for row in body.values()) == r.nbytes
+    assert body["(container)"][4] == f"{OVERHEAD:,}"
+    assert rows[-1][0] == "Total" and rows[-1][4] == f"{r.nbytes:,}"
 
 
 def test_a_ledger_that_does_not_sum_says_so() -> None:

@@ -124,8 +124,8 @@ class Trellis(Codec):
         moment = weighting.second_moment
         lower = np.ones(n, np.float32) if moment is None else factor(weighting, self.damping)
         diagonal = lower if lower.ndim == 1 else lower.diagonal()
-        energy = float(np.mean(np.square(scaled, dtype=np.float64)))
-        spread = np.exp(np.mean(np.log(diagonal, dtype=np.float64)))
+        energy = float(np.sum(np.square(scaled, dtype=np.float64))) / max(scaled.size, 1)
+        spread = np.exp(np.sum(np.log(diagonal, dtype=np.float64)) / max(n, 1))
         a = self.step * (np.sqrt(energy) or 1.0) * spread
         target = scaled
         if self.mmse and lower.ndim == 2:
@@ -146,6 +146,6 @@ def _fit_gains(weight: Floats, values: Floats, weighting: Weighting) -> Array:
     else:
         left = (values.T @ values).astype(np.float64) * moment
         right = np.einsum("ij,ij->j", values, weight @ moment, dtype=np.float64)
-        ridge = 1e-6 * (np.trace(left) / n or 1.0)
+        ridge = 1e-6 * (np.trace(left) / max(n, 1) or 1.0)
         gains = 1 + np.linalg.solve(left + ridge * np.eye(n), right - left.sum(axis=1))
     return np.clip(gains, 0.25, 4.0).astype("<f2")

@@ -41,12 +41,12 @@ def factor(weighting: Weighting, damping: float) -> Floats:
         level = float(np.mean(moment, dtype=np.float64)) or 1.0
         return np.sqrt(np.maximum(moment, 0) + damping * level).astype(np.float32)
     symmetric = moment.astype(np.float64)
-    level = float(np.trace(symmetric)) / len(symmetric) or 1.0
+    level = float(np.trace(symmetric)) / max(len(symmetric), 1) or 1.0
     while damping < 1e6:
         try:
             damped = symmetric + damping * level * np.eye(len(symmetric))
             lower = np.linalg.cholesky(damped).astype(np.float32)
-            if np.isfinite(lower).all() and lower.diagonal().min() > 0:
+            if np.isfinite(lower).all() and lower.diagonal().min(initial=1) > 0:
                 return lower
         except np.linalg.LinAlgError:
             pass  # raised damping below is the answer
