@@ -22,8 +22,8 @@ FILES = [
 ]
 WINDOW = 512
 
-# The untrained model would score 2048, the vocabulary size.
-PERPLEXITY_BOUND = 150.0
+# Measured: 77.0. An untrained model would score about 2048, the vocabulary size.
+PERPLEXITY_BOUND = 90.0
 
 
 @pytest.fixture(scope="module")
