@@ -111,6 +111,8 @@ def test_decoded_arrays_and_slices_serve_as_the_compressed_model(
     with pytest.raises(WaterfillError, match="pass decoded arrays"):
         layer_kl(llama, {}, rows, [NAME])
     with pytest.raises(WaterfillError, match="no tensor"):
-        layer_kl(llama, {}, rows, ["model.nothing.weight"])
+        layer_errors(llama, {}, rows, ["model.nothing.weight"])
+    (absent,) = layer_kl(llama, {}, rows, ["model.nothing.weight"])
+    assert absent["measured_nats"] is None and "not a tensor" in absent["note"]
     with pytest.raises(WaterfillError, match="originally"):
         layer_kl(llama, {NAME: q[:, :5]}, rows, [NAME])

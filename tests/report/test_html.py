@@ -111,6 +111,22 @@ def test_every_metric_may_be_absent_or_infinite(key: str, value: Any) -> None:
     )
 
 
+def test_layers_that_could_not_be_measured_draw_nothing() -> None:
+    r = record()
+    layers = [{"name": "a", "predicted_nats": 0.1, "measured_nats": None}]
+    page = render([dataclasses.replace(r, metrics={**r.metrics, "layers": layers})])
+    assert "No tensor was measured alone" in page and 'data-chart="scatter"' not in page
+
+
+def test_long_numbers_of_a_codec_are_cut_for_the_eye_only() -> None:
+    r = record()
+    rows = ({**r.ledger[0], "codec": "trellis:step=0.145989095138,states=8"}, *r.ledger[1:])
+    page = render([dataclasses.replace(r, ledger=rows)])
+    assert "step=0.146" in page and "step=0.1459" not in page.split("<script")[0]
+    assert "trellis has states=8." in html.unescape(page)  # what all rows share is said once
+    assert data_of(page)[0]["rows"][0][2] == "trellis:step=0.145989095138,states=8"
+
+
 def test_a_bare_record_is_a_page() -> None:
     page = render([Record("bare", 1000, 4.0, ledger=({"name": "only"},))])
     assert "1 kB" in page and "only" in page

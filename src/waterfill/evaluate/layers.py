@@ -138,7 +138,8 @@ def layer_kl(
     -------
     list of dict
         `name`, `measured_nats` per token, `measured_nats_stderr` (tokens as independent),
-        `tokens`.
+        `tokens`. A tensor that the loaded model does not have under its name (checkpoints whose
+        experts are fused at load) has None for `measured_nats` and a `note`.
     """
     from torch.func import functional_call
 
@@ -146,7 +147,8 @@ def layer_kl(
     rows = as_windows(windows, masked)
     rows = rows[_spread(len(rows), window_limit)]
     chosen = [names[i] for i in _spread(len(names), limit)]
-    values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in chosen}
+    present = [name for name in chosen if _has(original, name.partition("[")[0])]
+    values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in present}
 
     class Swapped:
         """The original as `scored_logits` sees a model, one tensor replaced."""
@@ -163,11 +165,16 @@ def layer_kl(
     with evaluating(original):
         for i in order if progress is None else progress(order, "layer by layer"):
             before = scored_logits(original, rows, i, masked)
-            for name in chosen:
+            for name in present:
                 swapped = Swapped(*_replacement(original, compressed, name))
                 _, kl = mean_divergence(before, scored_logits(swapped, rows, i, masked))
                 values[name].append(kl)
-    return [_kl_row(name, np.concatenate(kl)) for name, kl in values.items()]
+    return [
+        _kl_row(name, np.concatenate(values[name]))
+        if name in values
+        else {"name": name, "measured_nats": None, "note": "not a tensor of the loaded model"}
+        for name in chosen
+    ]
 
 
 def weight_of(compressed: Any, name: str, like: Any) -> Any:
@@ -213,6 +220,14 @@ def _full_name(model: Any, name: str) -> str:
             continue
         return full
     raise WaterfillError(f"the original model has no tensor {name}")
+
+
+def _has(model: Any, name: str) -> bool:
+    try:
+        _full_name(model, name)
+    except WaterfillError:
+        return False
+    return True
 
 
 def _linear_module(model: Any, name: str) -> Any:

@@ -121,12 +121,13 @@ def _chapter(record: Record, number: int) -> dict[str, Any]:
     ]
     for row in rows:
         row["family"] = _family(row)
-        row["options"] = (
-            "" if row["family"] in ("tied", "container") else str(row["codec"]).partition(":")[2]
-        )
         row["shape_text"] = f" {words.TIMES} ".join(str(n) for n in row["shape"] or ())
+    shared = _set_options(rows)
     total = _total(rows, record)
     layers = [r for r in metrics.get("layers") or () if isinstance(r, Mapping)]
+    drawn = [
+        r for r in layers if all(_positive(r.get(k)) for k in ("predicted_nats", "measured_nats"))
+    ]
     measured = {k: metrics.get(k) for k in ("kl_nats", "kl_nats_stderr")}
     model = str(about.get("model") or record.name)
     return {
@@ -137,9 +138,10 @@ def _chapter(record: Record, number: int) -> dict[str, Any]:
         "lead": lead(record, total),
         "figures": headline(record, total),
         "prediction": prediction(record, layers),
-        "has_layers": bool(layers),
+        "has_layers": bool(drawn),
         "has_curve": bool(record.curve),
         "rows": rows,
+        "shared": shared,
         "total": total,
         "kinds": sorted({str(r["kind"]) for r in rows if r["kind"]}),
         "command": str(about.get("command") or ""),
@@ -176,6 +178,36 @@ def _family(row: Mapping[str, Any]) -> str:
         return "container"
     codec = str(row["codec"])
     return "tied" if codec.startswith("same as ") else codec.partition(":")[0] or "unknown"
+
+
+def _set_options(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Give each row the options of its codec; those that a codec's rows all share are said once.
+
+    Returns (codec, its shared options). Long numbers are cut to four digits for the eye; the
+    page's JSON keeps them whole.
+    """
+    families: dict[str, list[tuple[dict[str, Any], list[str]]]] = {}
+    for row in rows:
+        row["options"] = ""
+        if row["family"] not in ("tied", "container"):
+            text = re.sub(
+                r"\d+\.\d{5,}(e-?\d+)?", lambda m: f"{float(m[0]):.4g}", str(row["codec"])
+            )
+            options = [o for o in text.partition(":")[2].split(",") if o]
+            families.setdefault(row["family"], []).append((row, options))
+    shared = []
+    for family, members in families.items():
+        common = [o for o in members[0][1] if all(o in options for _, options in members)]
+        common = common if len(members) > 1 else []
+        for row, options in members:
+            row["options"] = ",".join(o for o in options if o not in common)
+        if common:
+            shared.append((family, ", ".join(common)))
+    return shared
+
+
+def _positive(value: Any) -> bool:
+    return words.is_number(value) and value > 0
 
 
 def _sum(values: Iterable[Any]) -> float:

@@ -156,7 +156,7 @@ function toggle(parent, label, options, value, change) {
 
 // ---- picture 1 ------------------------------------------------------------------------------------
 function scatter(holder, record) {
-  const points = record.layers.filter(([, p, m]) => p > 0 && m > 0);
+  const points = record.layers.filter(([, p, m]) => p > 0 && m > 0); // null > 0 is false
   const whole = record.predicted_nats > 0 && record.measured.kl_nats > 0 ? [record.predicted_nats, record.measured.kl_nats] : null;
   const [order, colour] = palette(record, "kind");
   legend(make(holder, "div", { className: "tools" }), order.filter((k) => points.some(([n]) => record.kindOf.get(n) === k)), colour);
@@ -282,7 +282,7 @@ function bars(holder, record, state = {}) {
     if (block % every === 0) add(svg, "text", { x: (from + to) / 2, y: box.bottom + 20, "text-anchor": "middle" }, block);
   }
   add(svg, "text", { x: box.right, y: box.bottom + 40, "text-anchor": "end" }, blocks.length ? "block" : "tensors in order");
-  if (cut && !area) add(svg, "text", { x: box.right, y: box.top - 14, "text-anchor": "end" }, `${count(cut)} small tensors reach above the top`);
+  if (cut) add(svg, "text", { x: box.right, y: box.top - 14, "text-anchor": "end" }, `${count(cut)} small tensors reach beyond the top`);
   follow(svg, items, (item, x) => (x >= item.from && x <= item.to ? 0 : Infinity), (item) => jump(record, item.name));
 }
 
