@@ -246,13 +246,15 @@ def decode_bytes(data: rans.Buffer, n: int, threads: int | None = None) -> Bytes
     if not escape:
         return rans.decode(source[at:], 1, n, None, freqs, threads, lut).reshape(-1)
     # The escape is decoded to a byte that no symbol stands for, and found again by it.
-    marker = np.setdiff1d(np.arange(256), values)[0]
+    taken = np.zeros(256, bool)
+    taken[values] = True
+    marker = int(taken.argmin())
     count, at = gamma.read_varint(source, at)
     if count > source.size - at:
         raise FormatError("escaped bytes are cut short")
     escaped, at = source[at : at + count], at + count
     out = rans.decode(source[at:], 1, n, None, freqs, threads, np.append(lut, np.uint8(marker)))
-    where = rans.find(out, int(marker))
+    where = rans.find(out, marker)
     if where.size != count:
         raise FormatError("escapes and their values differ in number")
     out = out.reshape(-1)
