@@ -93,7 +93,9 @@ def observe(monkeypatch: pytest.MonkeyPatch, model: Any, ids: Any) -> dict[int, 
         )
         patch.setattr(torch, "addmm", lambda b, x, w: note(x, w, addmm(b, x, w)))
         model.requires_grad_(True)
-        loss, _, _ = sampled_loss(model(**model_inputs(model, ids)), torch.Generator().manual_seed(0))
+        loss, _, _ = sampled_loss(
+            model(**model_inputs(model, ids)), torch.Generator().manual_seed(0)
+        )
         loss.backward()
     return seen
 

@@ -17,6 +17,7 @@ from waterfill.calibrate.watch import Use
 __all__ = ["Evidence", "Role", "Square", "combine", "product_role"]
 
 Vector = NDArray[np.float64]
+PRIOR = 2.0  # look-ups that the mean over all rows counts for in each
 FLOOR = 0.2  # of a count, given to tokens that the text never showed
 
 
@@ -128,6 +129,13 @@ class Evidence:
         never = int((counts == 0).sum())
         notes = (f"{never} of {len(counts)} rows never looked up",) if never else ()
         if "sum" in held:
+            # Some rows matter more each time they are looked up (rare words more than commas).
+            # What few look-ups say of a row is drawn towards the mean of all.
+            mean = float(held["energy"].sum()) / max(seen, 1)
+            each = (held["energy"] + PRIOR * mean) / ((counts + PRIOR) * (mean or 1.0))
+            total = rows.sum()
+            rows = rows * each
+            rows *= total / (rows.sum() or 1.0)
             return Role("embedding", False, rows, Square((key,)), notes)
         return Role("embedding", False, rows / int(self._about[key]["width"]), Square(), notes)
 

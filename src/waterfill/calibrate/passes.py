@@ -60,7 +60,7 @@ class Passes:
     def run(self, batch: int, ids: NDArray[np.int64]) -> None:
         """Add the batch of this number, ids (windows, window), to the sums."""
         self._at = (batch, 0)
-        self.watch.tally = Tally({}, {}, {})
+        self.watch.tally = Tally({}, {}, {}, {})
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + batch)
         model = self.loader.model
         with ExitStack() as stack:
@@ -76,7 +76,7 @@ class Passes:
                     f"{type(model).__name__} could not run the text: {error}"
                 ) from error
             if self.gradients:
-                loss, self.note = sampled_loss(out, generator)
+                loss, self.watch.expected, self.note = sampled_loss(out, generator)
                 if not loss.requires_grad:
                     raise NoGradient("its output does not depend on a look-up table")
                 with self._going_back():
@@ -133,6 +133,7 @@ class Passes:
             arrays = {"tokens": tokens}
             if name in tally.embedded:
                 arrays["sum"] = tally.embedded[name]
+                arrays["energy"] = tally.energy[name]
             width = self.loader.jobs[name].outputs[name][-1]
             self.sums.add(f"embedding {name}", (batch, LAST), {"width": width}, arrays.copy)
         self.sums.finish_batch(batch + 1)
@@ -154,26 +155,36 @@ def model_inputs(model: Any, ids: NDArray[np.int64]) -> dict[str, Any]:
     return inputs
 
 
-def sampled_loss(out: Any, generator: torch.Generator) -> tuple[torch.Tensor, str]:
-    """A loss whose squared gradients estimate the Fisher information, and a note if it is unusual.
+def sampled_loss(
+    out: Any, generator: torch.Generator
+) -> tuple[torch.Tensor, NDArray[np.float64] | None, str]:
+    """A loss whose squared gradients estimate the Fisher information.
 
     With logits: cross entropy, in nats summed over positions, with labels drawn from the model's
     own distribution. Without: the last hidden state is taken for the mean of a Gaussian of unit
     variance, and the label drawn from that.
+
+    Returns
+    -------
+    loss : scalar
+    expected : float64 (V,), sum over positions of p (1 - p): what the squared gradients at the
+        logits are in the mean over all labels
+    note : str
+        What is unusual about it, or "".
     """
     logits = getattr(out, "logits", None)
     if logits is None:
         hidden = out.last_hidden_state
         noise = torch.randn(hidden.shape, generator=generator)
-        return (hidden * noise).sum(), (
-            "the model has no logits: harm is half the squared error of its last hidden state"
-        )
+        note = "the model has no logits: harm is half the squared error of its last hidden state"
+        return (hidden * noise).sum(), None, note
     flat = logits.reshape(-1, logits.shape[-1]).float()
     with torch.no_grad():
-        labels = torch.cat(
-            [
-                torch.multinomial(rows.softmax(-1), 1, generator=generator)[:, 0]
-                for rows in flat.split(512)
-            ]
-        )
-    return torch.nn.functional.cross_entropy(flat, labels, reduction="sum"), ""
+        labels = []
+        expected = np.zeros(flat.shape[-1])
+        for rows in flat.split(512):
+            p = rows.softmax(-1)
+            labels.append(torch.multinomial(p, 1, generator=generator)[:, 0])
+            expected += (p * (1 - p)).sum(0).double().numpy()
+    loss = torch.nn.functional.cross_entropy(flat, torch.cat(labels), reduction="sum")
+    return loss, expected, ""

@@ -65,11 +65,13 @@ class Tally:
     rows : Use -> (m,) sum over positions of squared output gradients
     tokens : embedding parameter -> (V,) how often each row was looked up
     embedded : embedding parameter -> (d, d) sum of g g^T at its output
+    energy : embedding parameter -> (V,) sum of |g|^2 over the look-ups of each row
     """
 
     rows: dict[Use, Sums]
     tokens: dict[str, Sums]
     embedded: dict[str, Sums]
+    energy: dict[str, Sums]
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -78,8 +80,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.backward = False
-        self.tally = Tally({}, {}, {})
+        self.tally = Tally({}, {}, {}, {})
         self._loaded: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self.expected: Sums | None = None
         self.scales: dict[int, float] = {}
         self._squared: dict[str, float] = {}
         self._leaving: list[torch.Tensor] = []
@@ -244,11 +247,16 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def add_rows(self, use: Use, gradient: torch.Tensor) -> None:
         """Output gradients (positions, m) of a weight."""
-        total: Any = self.tally.rows.get(use, 0.0)
+        total: Any = 0.0
         for block in torch.split(gradient.float(), BLOCK):
             squares = block.square().sum(0).double().cpu().numpy()
             total = total + squares * self._squared[use.parameter]
-        self.tally.rows[use] = total
+        expected, self.expected = self.expected, None
+        if expected is not None and expected.shape == total.shape and expected.sum() > 0:
+            # The first weight on the way back makes the logits. Of a token whose turn never came
+            # the sampled labels say too little; what they would say in the mean is known.
+            total = expected * (total.sum() / expected.sum())
+        self.tally.rows[use] = self.tally.rows.get(use, 0.0) + total
 
     def _record(
         self,
@@ -283,19 +291,24 @@ class EmbeddingWatch(TorchFunctionMode):
         if found is None:
             return out
         name, shape = found
+        rows = ids.reshape(-1).cpu().numpy()
         if not self.watch.backward:
-            counts = np.bincount(ids.reshape(-1).cpu().numpy(), minlength=shape[0])
+            counts = np.bincount(rows, minlength=shape[0])
             tokens = self.watch.tally.tokens
             tokens[name] = tokens.get(name, np.zeros(shape[0])) + counts
         if self.gradients and torch.is_grad_enabled():
             out = out.detach().requires_grad_()
-            out.register_hook(lambda g: self._gradient(name, g))
+            out.register_hook(lambda g: self._gradient(name, g, rows, shape[0]))
         return out
 
-    def _gradient(self, name: str, gradient: torch.Tensor) -> None:
-        embedded = self.watch.tally.embedded
-        sums, _ = _moment([lambda: gradient.reshape(-1, gradient.shape[-1])], 1)
-        embedded[name] = embedded.get(name, 0.0) + sums
+    def _gradient(self, name: str, gradient: torch.Tensor, rows: Any, count: int) -> None:
+        tally = self.watch.tally
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        sums, _ = _moment([lambda: gradient], 1)
+        tally.embedded[name] = tally.embedded.get(name, 0.0) + sums
+        each = gradient.square().sum(-1).cpu().numpy()
+        energy = np.bincount(rows, each, minlength=count)
+        tally.energy[name] = tally.energy.get(name, 0.0) + energy
 
 
 _PRODUCTS: dict[Any, Callable[..., None]] = {
