@@ -68,7 +68,7 @@ def _weighting(info: TensorInfo, random: np.random.Generator, plain: bool) -> We
 def check_spec(codec: Codec) -> None:
     """Specification -> JSON -> specification and -> string -> codec give back the same codec."""
     assert make_codec(Spec.from_json(json.loads(json.dumps(codec.spec.to_json())))) == codec
-    assert parse_spec(str(codec.spec)) == codec
+    assert parse_spec(str(codec.spec)) == codec == parse_spec(str(codec))
 
 
 def check_round_trip(codec: Codec, info: TensorInfo, bits: Array, weighting: Weighting) -> Array:

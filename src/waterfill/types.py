@@ -359,9 +359,15 @@ class Codec:
         """Inverse of `encode`: bits of shape `info.shape`; FormatError on bytes that lie."""
         raise NotImplementedError
 
+    def __str__(self) -> str:
+        """For people: the id and the options that differ from their defaults."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        own = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+        return str(Spec(self.id, own, self.version))
+
     @property
     def spec(self) -> Spec:
-        """This codec as data."""
+        """This codec as data, every option included."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         return Spec(self.id, {f.name: getattr(self, f.name) for f in fields}, self.version)
 

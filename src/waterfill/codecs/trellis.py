@@ -74,7 +74,8 @@ class Trellis(Codec):
 
     def between(self, other: Self, t: float) -> Self:
         """Steps in geometric progression."""
-        step = float(self.step ** (1 - t) * other.step**t)
+        # Six digits: far finer than any budget asks for, and short where people read it.
+        step = float(f"{self.step ** (1 - t) * other.step**t:.6g}")
         return type(self)(step, self.states, self.mmse, self.gains, self.rows, self.damping)
 
     def encode(

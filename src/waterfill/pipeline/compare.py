@@ -83,6 +83,8 @@ def compare(
     source = open_source(against, trust_remote_code=trust_remote_code)
     if source.path is None:
         raise WaterfillError("compare with a folder, a hub id or demo; or call waterfill.evaluate.compare")
+    if "quantization_config" in source.config:
+        raise WaterfillError(f"{source.name} is itself quantised; compare with the original")
     shown = show(folder)
     original = load_original(source.path, trust_remote_code)
     compressed = load_model(folder, dtype="float32", trust_remote_code=trust_remote_code)

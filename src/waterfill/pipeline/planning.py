@@ -19,7 +19,7 @@ from waterfill.plan.budget import budget_nbytes
 from waterfill.plan.hull import Curves, at_level, curves, point_on, smallest, solve_level
 from waterfill.plan.price import Rules, price
 from waterfill.sources import Source, open_source
-from waterfill.types import Array, BudgetError, Plan, Point, Spec, TensorInfo, WaterfillError
+from waterfill.types import Array, BudgetError, Plan, Point, Spec, TensorInfo, WaterfillError, make_codec
 
 Progress = Callable[[str, int, int], None]
 
@@ -204,7 +204,7 @@ def plan_json(
     rows = [
         {
             "name": name,
-            "codec": str(chosen.choices[name].spec),
+            "codec": str(make_codec(chosen.choices[name].spec)),
             "nbytes": chosen.choices[name].nbytes,
             "bits_per_weight": 8 * chosen.choices[name].nbytes / max(info.size, 1),
             "predicted_nats": chosen.choices[name].distortion_nats,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from waterfill.container import Reader
-from waterfill.types import WaterfillError
+from waterfill.types import WaterfillError, make_codec
 
 RECORD_FILE = "waterfill.json"
 
@@ -72,7 +72,7 @@ def ledger(reader: Reader) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "kind": info.kind,
-                "codec": f"same as {info.group}" if info.group else str(entry.spec),
+                "codec": f"same as {info.group}" if info.group else str(make_codec(entry.spec)),
                 "shape": list(info.shape),
                 "params": 0 if info.group else info.size,
                 "nbytes": entry.nbytes,

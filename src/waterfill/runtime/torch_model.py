@@ -37,6 +37,7 @@ def load_model(path: str | Path, *, dtype: str | None = None, trust_remote_code:
         If the file is damaged.
     """
     path = Path(path)
+    silence()
     config = plain_config(path, trust_remote_code)
     with Reader(path) as reader:
         state = {name: to_torch(bits, kind) for name, kind, bits in read_tensors(reader)}
@@ -51,12 +52,19 @@ def load_model(path: str | Path, *, dtype: str | None = None, trust_remote_code:
     return model.eval()
 
 
-def plain_config(path: Path, trust_remote_code: bool) -> Any:
-    """The transformers configuration without its quantisation entry."""
+def silence() -> None:
+    """Keep transformers' own bars off stderr: progress is ours to show, or not."""
     try:
-        from transformers import AutoConfig
+        from transformers.utils import logging
     except ImportError as error:
         raise WaterfillError("this needs torch and transformers: pip install 'waterfill[hf]'") from error
+    logging.disable_progress_bar()
+
+
+def plain_config(path: Path, trust_remote_code: bool) -> Any:
+    """The transformers configuration without its quantisation entry."""
+    from transformers import AutoConfig
+
     file = path / "config.json"
     if not file.exists():
         raise WaterfillError(f"{path} has no config.json; waterfill.load gives its arrays all the same")
@@ -96,6 +104,7 @@ def load_original(path: Path, trust_remote_code: bool) -> Any:
     """The uncompressed model in float32, in evaluation mode."""
     from transformers import AutoConfig
 
+    silence()
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     cls = model_class(config)
     return cls.from_pretrained(path, dtype="float32", trust_remote_code=trust_remote_code).eval()

@@ -25,14 +25,17 @@ _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
 def resolve(model: str, trust_remote_code: bool = False) -> FolderSource:
-    """A model by its folder, hub id (``owner/name`` or ``owner/name@revision``), or ``demo``."""
+    """A model by its folder, hub id (``owner/name`` or ``owner/name@revision``), or ``demo``.
+
+    ``demo`` is always the packaged model; a folder of that name is ``./demo``.
+    """
+    if model == "demo":
+        return FolderSource(_demo(), name="demo")
     folder = Path(model).expanduser()
     if folder.is_dir():
         return FolderSource(folder, trust_remote_code)
     if folder.is_file():
         raise WaterfillError(f"{model} is a file; name the folder it lies in")
-    if model == "demo":
-        return FolderSource(_demo(), name="demo")
     name, _, revision = model.partition("@")
     if not _HUB_ID.match(name):
         raise WaterfillError(f"there is no folder {model}")
