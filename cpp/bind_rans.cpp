@@ -69,18 +69,23 @@ using Values = nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 void place_columns(const Matrix& symbols, const Order& order, int32_t low, const Values& out, unsigned threads) {
     const size_t rows = symbols.shape(0), cols = symbols.shape(1);
     if (order.shape(0) != cols || out.shape(0) != rows || out.shape(1) != cols) throw std::invalid_argument("shapes differ");
-    std::vector<uint32_t> place(cols);
+    std::vector<uint32_t> source(cols);
     for (size_t i = 0; i < cols; ++i) {
-        if (order.data()[i] < 0 || size_t(order.data()[i]) >= cols) throw std::invalid_argument("order is no permutation");
-        place[i] = uint32_t(order.data()[i]);
+        const int64_t place = order.data()[i];
+        if (place < 0 || size_t(place) >= cols) throw std::invalid_argument("order is no permutation");
+        source[size_t(place)] = uint32_t(i);
     }
     const uint8_t* from = symbols.data();
     int32_t* to = out.data();
     nb::gil_scoped_release release;
     constexpr size_t kRows = 64;
-    rans::in_parallel((rows + kRows - 1) / kRows, threads, [&](size_t part) {
-        for (size_t row = part * kRows; row < std::min(rows, (part + 1) * kRows); ++row)
-            for (size_t i = 0; i < cols; ++i) to[row * cols + place[i]] = int32_t(from[row * cols + i]) + low;
+    rans::in_parallel((rows + kRows - 1) / kRows, threads, [=, &source](size_t part) {
+        for (size_t row = part * kRows; row < std::min(rows, (part + 1) * kRows); ++row) {
+            const uint8_t* __restrict in = from + row * cols;
+            const uint32_t* __restrict place = source.data();
+            int32_t* __restrict line = to + row * cols;
+            for (size_t i = 0; i < cols; ++i) line[i] = int32_t(in[place[i]]) + low;
+        }
     });
 }
 
