@@ -29,9 +29,8 @@ Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 
 
-def _chunks(values: NDArray[Any]) -> list[slice]:
-    step = max(1, CHUNK // max(values.shape[1], 1))
-    return [slice(row, row + step) for row in range(0, len(values), step)]
+def _chunks(count: int) -> list[slice]:
+    return [slice(at, at + CHUNK) for at in range(0, count, CHUNK)]
 
 
 def choose_alphabet(values: NDArray[Any], least: int, most: int) -> Alphabet:
@@ -39,12 +38,14 @@ def choose_alphabet(values: NDArray[Any], least: int, most: int) -> Alphabet:
     if most - least < rans.FAST_ALPHABET:
         return Alphabet(least, most - least + 1, False)
     # Values far from the bulk are all alike here: they will be escaped in any case.
-    middle = int(np.median(values[:: max(1, len(values) // 64)]))
+    sample = np.sort(values.reshape(-1)[:: values.size // 4096 + 1])
+    middle = int(sample[sample.size // 2])
     first, last = max(least, middle - REACH), min(most, middle + REACH)
     counts = np.zeros(last - first + 1, np.int64)
-    for part in _chunks(values):
-        near = np.clip(values[part].astype(np.int64), first, last) - first
-        counts += np.bincount(near.reshape(-1), minlength=counts.size)
+    flat = values.reshape(-1)
+    for part in _chunks(flat.size):
+        near = np.clip(flat[part].astype(np.int64), first, last) - first
+        counts += np.bincount(near, minlength=counts.size)
     sums = np.cumsum(np.concatenate([[0], counts]))
     common = np.flatnonzero(counts > values.size // RARE)
     spans = [(first, last, True)] if most - least < rans.MAX_ALPHABET else []
@@ -78,13 +79,14 @@ def _excess(values: Ints, low: int, end: int) -> Ints:
 
 def to_symbols(values: NDArray[Any], alphabet: Alphabet) -> Bytes:
     """Symbols of a matrix."""
-    symbols = np.empty(values.shape, np.uint8)
-    for part in _chunks(values):
-        place = values[part].astype(np.int64) - alphabet.low
+    symbols = np.empty(values.size, np.uint8)
+    flat = values.reshape(-1)
+    for part in _chunks(flat.size):
+        place = flat[part].astype(np.int64) - alphabet.low
         if alphabet.escape:
             place[(place < 0) | (place >= alphabet.direct)] = alphabet.direct
         symbols[part] = place
-    return symbols
+    return symbols.reshape(values.shape)
 
 
 def pack_escapes(escaped: Ints, alphabet: Alphabet) -> bytes:
