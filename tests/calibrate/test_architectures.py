@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny  # noqa: E402
 
 from waterfill.calibrate import Statistics, calibrate  # noqa: E402
+from waterfill.calibrate.loader import Loader  # noqa: E402
 from waterfill.calibrate.passes import model_inputs, sampled_loss  # noqa: E402
-from waterfill.calibrate.stream import Loader, build_skeleton, install_doors  # noqa: E402
+from waterfill.calibrate.stream import build_skeleton, install_doors  # noqa: E402
 from waterfill.calibrate.text import read_windows  # noqa: E402
 from waterfill.calibrate.watch import Watch  # noqa: E402
 from waterfill.sources import FolderSource, ModuleSource  # noqa: E402
@@ -72,10 +73,11 @@ def test_every_tensor_is_accounted_for(name: str, tmp_path: Path) -> None:
     assert all(p.is_meta for p in skeleton.parameters())
 
 
-def observe(monkeypatch: pytest.MonkeyPatch, model: Any, ids: Any) -> dict[int, Any]:
+def observe(monkeypatch: pytest.MonkeyPatch, model: Any, ids: Any) -> tuple[dict[int, Any], Any]:
     """Inputs and output gradients of every product with a weight, seen above autograd.
 
-    Returns weight's address -> [(inputs (p, n), output gradients (p, m))], float64.
+    Returns weight's address -> [(inputs (p, n), output gradients (p, m))], float64, and the
+    squared gradients at the logits that labels cause in the mean, (V,) summed over positions.
     """
     seen: dict[int, list[Any]] = {}
     linear, addmm = torch.nn.functional.linear, torch.addmm
@@ -93,14 +95,17 @@ def observe(monkeypatch: pytest.MonkeyPatch, model: Any, ids: Any) -> dict[int, 
         )
         patch.setattr(torch, "addmm", lambda b, x, w: note(x, w, addmm(b, x, w)))
         model.requires_grad_(True)
-        loss, _, _ = sampled_loss(
-            model(**model_inputs(model, ids)), torch.Generator().manual_seed(0)
-        )
+        out = model(**model_inputs(model, ids))
+        loss, expected, _ = sampled_loss(out, torch.Generator().manual_seed(0))
+        p = out.logits.detach().double().softmax(-1).reshape(TOKENS, -1)
+        np.testing.assert_allclose(expected, (p * (1 - p)).sum(0).numpy(), rtol=1e-4)
         loss.backward()
-    return seen
+    return seen, expected
 
 
-def check(statistics: Statistics, name: str, calls: Any, rows: slice = slice(None)) -> None:
+def check(
+    statistics: Statistics, name: str, calls: Any, rows: slice = slice(None), expected: Any = None
+) -> None:
     x = torch.cat([c[0] for c in calls]).numpy()
     g = torch.cat([c[1] for c in calls]).numpy()[:, rows]
     weighting = statistics.weighting(name)
@@ -110,6 +115,9 @@ def check(statistics: Statistics, name: str, calls: Any, rows: slice = slice(Non
         weighting.second_moment, moment, rtol=1e-3, atol=1e-5 * np.abs(moment).max()
     )
     squares = (g**2).mean(0)
+    if expected is not None and len(expected) == len(squares):
+        assert 0.5 < expected.sum() / squares.sum() / TOKENS < 2
+        squares = expected * squares.sum() / expected.sum()
     np.testing.assert_allclose(weighting.row_weights, squares, rtol=2e-3, atol=1e-5 * squares.max())
 
 
@@ -118,7 +126,7 @@ def test_moments_and_sensitivities(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, source, statistics = prepare(name, tmp_path)
-    seen = observe(monkeypatch, model, windows(source, tmp_path))
+    seen, expected = observe(monkeypatch, model, windows(source, tmp_path))
     checked = 0
     for parameter, value in model.named_parameters():
         if value.ndim == 3:
@@ -133,7 +141,7 @@ def test_moments_and_sensitivities(
             info = statistics.infos[parameter]
             assert info.transposed == (name == "gpt2" and "wte" not in parameter)
             if info.kind != "embedding":
-                check(statistics, parameter, calls)
+                check(statistics, parameter, calls, expected=expected)
                 checked += 1
     assert checked >= 8
 
@@ -169,13 +177,17 @@ def test_tied_embedding_keeps_marginals(tmp_path: Path, monkeypatch: pytest.Monk
         out.register_hook(lambda g: gradients.append(g.double()))
 
     table.register_forward_hook(hook)
-    seen = observe(monkeypatch, model, ids)
+    seen, expected = observe(monkeypatch, model, ids)
     ((x, g),) = seen[table.weight.data_ptr()]
     counts = np.bincount(ids.reshape(-1), minlength=tiny.VOCABULARY)
     frequency = (counts + 0.2) / (TOKENS + 0.2 * tiny.VOCABULARY)
     back = gradients[0].reshape(-1, tiny.HIDDEN)
-    a_rows, a = frequency, (back.T @ back / TOKENS).numpy()
-    b_rows, b = (g**2).mean(0).numpy(), (x.T @ x / TOKENS).numpy()
+    energy = np.bincount(ids.reshape(-1), (back**2).sum(1).numpy(), tiny.VOCABULARY)
+    mean = energy.sum() / TOKENS
+    a_rows = frequency * (energy + 2 * mean) / (counts + 2)
+    a_rows /= a_rows.sum() / frequency.sum()
+    a, b = (back.T @ back / TOKENS).numpy(), (x.T @ x / TOKENS).numpy()
+    b_rows = expected * (g**2).sum().item() / expected.sum() / TOKENS
     weighting = statistics.weighting("model.embed_tokens.weight")
     assert weighting is not None
     s, r = weighting.second_moment, weighting.row_weights

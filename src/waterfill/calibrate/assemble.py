@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from waterfill.calibrate.names import Placement
 from waterfill.calibrate.sums import Sums
-from waterfill.calibrate.watch import Use
+from waterfill.calibrate.tallies import Use
 
 __all__ = ["Evidence", "Role", "Square", "combine", "product_role"]
 
@@ -105,13 +105,15 @@ class Evidence:
             total = total + held["sum"] / (per * len(square.keys))
         return np.asarray(total, np.float64)
 
-    def rows(self, use: Use, inputs: str) -> Vector:
-        """(outputs,) mean over positions of the squared output gradient."""
+    def rows(self, use: Use, inputs: str) -> Vector | None:
+        """(outputs,) mean over positions of the squared output gradient; None if there was none."""
         size = use.stop - use.start
         if not self.gradients:
             return np.full(size, 1.0 / size)
         held = self.sums.read(key_of(use))
-        return np.asarray(held.get("rows", np.zeros(size)) / self.positions(inputs))
+        if "rows" not in held or not held["rows"].any():
+            return None
+        return np.asarray(held["rows"] / self.positions(inputs))
 
     def positions(self, inputs: str) -> float:
         """How many input vectors the sums under a key hold."""
@@ -192,12 +194,16 @@ def _uses(
     parameter, index = placement.parameter, placement.index or 0
     own = evidence.uses.get((parameter, index), [])
     if own:
-        return [(use, (inputs,), evidence.rows(use, inputs)) for use, inputs in own], ()
+        seen = [(use, (inputs,), evidence.rows(use, inputs)) for use, inputs in own]
+        return [(use, keys, rows) for use, keys, rows in seen if rows is not None], ()
     siblings = evidence.slices.get(parameter, [])
     if not siblings:
         return [], ()
     pairs = [evidence.uses[parameter, i][0] for i in siblings]
-    rows = np.mean([evidence.rows(use, inputs) for use, inputs in pairs], axis=0)
+    known = [r for use, inputs in pairs if (r := evidence.rows(use, inputs)) is not None]
+    if not known:
+        return [], ()
+    rows = np.mean(known, axis=0)
     note = f"no token came here: judged by the mean of its {len(siblings)} siblings"
     return [(pairs[0][0], tuple(inputs for _, inputs in pairs), rows)], (note,)
 

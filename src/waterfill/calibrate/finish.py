@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.calibrate.assemble import Evidence, Role, Square, combine, product_role
+from waterfill.calibrate.loader import Loader
 from waterfill.calibrate.names import Placement, place
 from waterfill.calibrate.statistics import VERSION, Statistics, entry_of
-from waterfill.calibrate.stream import Loader
 from waterfill.calibrate.sums import write_json
 from waterfill.types import FLOAT_DTYPES, TensorInfo, WaterfillError, Weighting
 
@@ -122,7 +122,7 @@ def finish(
                 if name not in used:
                     words.append("the model does not use it")
                 elif len(own) > 1:
-                    words.append("took part in no matrix product that was seen: kept exact")
+                    words.append("no product with a gradient was seen: kept exact")
             group = groups.get(name, "")
             if group and index is not None:
                 group = f"{group}[{index}]"
@@ -165,6 +165,8 @@ def _roles(
             for use, inputs in evidence.uses.get((job.key, 0), []):
                 if use.kind == "conv":
                     rows = evidence.rows(use, inputs)
+                    if rows is None:
+                        continue
                     role = Role("conv", False, rows, Square((inputs,)))
                     roles.setdefault((job.files[0], None), []).append(role)
     return roles

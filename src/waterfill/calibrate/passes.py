@@ -13,9 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from waterfill.calibrate.assemble import key_of
-from waterfill.calibrate.stream import Loader, block_names, install_doors
+from waterfill.calibrate.loader import Loader
+from waterfill.calibrate.lookups import EmbeddingWatch
+from waterfill.calibrate.stream import block_names, install_doors
 from waterfill.calibrate.sums import Sums
-from waterfill.calibrate.watch import EmbeddingWatch, Inputs, Tally, Use, Watch
+from waterfill.calibrate.tallies import Inputs, Tally, Use
+from waterfill.calibrate.watch import Watch
 from waterfill.types import Array, WaterfillError
 
 __all__ = ["NoGradient", "Passes", "model_inputs"]

@@ -12,10 +12,11 @@ import numpy as np
 from waterfill.calibrate.assemble import Evidence
 from waterfill.calibrate.differences import Trial, scale_of
 from waterfill.calibrate.finish import Rescale, finish
+from waterfill.calibrate.loader import Loader, load_all
 from waterfill.calibrate.names import place
 from waterfill.calibrate.passes import NoGradient, Passes
 from waterfill.calibrate.statistics import Statistics
-from waterfill.calibrate.stream import Loader, block_names, build_skeleton, load_all
+from waterfill.calibrate.stream import block_names, build_skeleton
 from waterfill.calibrate.sums import Sums, open_sums
 from waterfill.calibrate.text import (
     Windows,

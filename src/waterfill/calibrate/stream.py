@@ -7,22 +7,21 @@ outermost module lists) load all they contain at once, and are recomputed in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from waterfill.calibrate.names import Job, jobs_for
-from waterfill.calibrate.watch import EmbeddingWatch, Watch
+from waterfill.calibrate.loader import Loader, Slot, own_name
+from waterfill.calibrate.lookups import EmbeddingWatch
+from waterfill.calibrate.watch import Watch
 from waterfill.sources.base import Source
-from waterfill.types import FLOAT_DTYPES, WaterfillError, to_float32
+from waterfill.types import WaterfillError
 
-__all__ = ["Loader", "block_names", "build_skeleton", "install_doors", "load_all"]
+__all__ = ["block_names", "build_skeleton", "install_doors"]
 
 
 def build_skeleton(source: Source) -> Any:
@@ -95,90 +94,6 @@ def _meta_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where a parameter hangs: ``module._parameters[attribute]``, known under several names."""
-
-    module: nn.Module
-    attribute: str
-    names: tuple[str, ...]
-
-
-class Loader:
-    """Reads parameters of a skeleton from a source, as float32.
-
-    Attributes
-    ----------
-    jobs : parameter name -> the Job that makes it
-    """
-
-    def __init__(self, model: Any, source: Source) -> None:
-        self.model = model
-        self.source = source
-        shapes = {name: shape for name, (_, shape) in source.tensors.items()}
-        self.all_jobs = jobs_for(model, shapes)
-        self.jobs: dict[str, Job] = {out: job for job in self.all_jobs for out in job.outputs}
-        self._checked: set[str] = set()
-        names: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        self._names = names
-        self._load_buffers()
-
-    def slots(self, module: nn.Module, deep: bool) -> list[Slot]:
-        """Parameters of a module, with those of the modules inside it where `deep`."""
-        owners = module.modules() if deep else [module]
-        return [
-            Slot(owner, attribute, tuple(self._names[id(parameter)]))
-            for owner in owners
-            for attribute, parameter in owner._parameters.items()
-            if parameter is not None
-        ]
-
-    def home(self, slot: Slot, own: str) -> str:
-        """The name under which the checkpoint has a slot's parameter."""
-        for name in (own, *slot.names):
-            if name in self.jobs:
-                return name
-        raise WaterfillError(f"the checkpoint has no tensor for the parameter {slot.names[0]}")
-
-    def load(self, names: set[str]) -> dict[str, torch.Tensor]:
-        """Parameters by name, each float32 in memory of its own."""
-        found: dict[str, torch.Tensor] = {}
-        for name in sorted(names):
-            if name not in found:
-                job = self.jobs[name]
-                made = job.run((self._tensor(file) for file in job.files), self.model)
-                found.update({n: _own(t) for n, t in made.items() if n in names})
-        return found
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        dtype, _ = self.source.tensors[name]
-        bits = self.source.read(name)
-        if dtype not in FLOAT_DTYPES:
-            if dtype.startswith("F8"):
-                raise WaterfillError(f"tensor {name} is {dtype}: start from the unquantised model")
-            return torch.from_numpy(np.ascontiguousarray(bits))
-        values = to_float32(bits, dtype)
-        if name not in self._checked:
-            if not np.isfinite(values).all():
-                raise WaterfillError(f"tensor {name} has NaN or infinite values")
-            self._checked.add(name)
-        return torch.from_numpy(values)
-
-    def _load_buffers(self) -> None:
-        for name, buffer in self.model.named_buffers():
-            if name in self.jobs:
-                buffer.copy_(self.load({name})[name])
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, contiguous and alone in its storage: the watch knows parameters by storage."""
-    tensor = tensor.contiguous()
-    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if alone else tensor.clone()
-
-
 def block_names(model: nn.Module) -> list[str]:
     """Items of the outermost module lists, in order: what is loaded and recomputed as one."""
     found: list[str] = []
@@ -217,21 +132,12 @@ def install_doors(
         if not slots:
             continue
         leaf = not any(True for _ in module.children())
-        homes = [(slot, loader.home(slot, _own_name(loader.model, slot))) for slot in slots]
+        homes = [(slot, loader.home(slot, own_name(loader.model, slot))) for slot in slots]
         _install(module, name, homes, loader, watch, gradients if deep or leaf else _never, leave)
 
 
 def _never() -> bool:
     return False
-
-
-def _own_name(model: nn.Module, slot: Slot) -> str:
-    if len(slot.names) == 1:
-        return slot.names[0]
-    for name in slot.names:
-        if model.get_submodule(name.rpartition(".")[0]) is slot.module:
-            return name
-    return slot.names[0]
 
 
 def _install(
@@ -282,14 +188,3 @@ def _install(
         )
 
     module.forward = forward
-
-
-def load_all(loader: Loader) -> Mapping[str, nn.Parameter]:
-    """Put every parameter in its place for good, for a model that fits in memory."""
-    placed: dict[str, nn.Parameter] = {}
-    for slot in loader.slots(loader.model, deep=True):
-        home = loader.home(slot, _own_name(loader.model, slot))
-        if home not in placed:
-            placed[home] = nn.Parameter(loader.load({home})[home], requires_grad=False)
-        slot.module._parameters[slot.attribute] = placed[home]
-    return placed

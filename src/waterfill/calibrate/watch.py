@@ -8,70 +8,26 @@ is multiplied by the same weight, summed over the other axis: its rows are the o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from waterfill.calibrate.tallies import BLOCK, Array64, Inputs, Tally, Use, locate, moment_of
 from waterfill.types import WaterfillError
 
-__all__ = ["EmbeddingWatch", "Inputs", "Tally", "Use", "Watch"]
+__all__ = ["Watch"]
 
 aten = torch.ops.aten
-Sums = NDArray[np.float64]
-
-BLOCK = 4096  # tokens per float32 product; blocks are added in float64
 
 
-class Use(NamedTuple):
-    """Outputs [start, stop) of a parameter, or of its slice `slice`, as used in a product.
-
-    `axis` is the input axis of the matrix: 1 for (outputs, inputs), 0 for (inputs, outputs).
-    """
-
-    parameter: str
-    slice: int
-    axis: int
-    start: int
-    stop: int
-    kind: str
+def _holders(tensor: torch.Tensor) -> int:
+    """How many tensors share this one's memory (and a constant)."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
-@dataclass
-class Inputs:
-    """Inputs that one or several weights share.
-
-    Attributes
-    ----------
-    uses : who got them
-    moment : () -> float64 (n, n), sum of x x^T, and the number of input vectors x
-    """
-
-    uses: list[Use]
-    moment: Callable[[], tuple[Sums, int]]
-
-
-@dataclass
-class Tally:
-    """What one batch's gradients say, summed in float64.
-
-    Attributes
-    ----------
-    rows : Use -> (m,) sum over positions of squared output gradients
-    tokens : embedding parameter -> (V,) how often each row was looked up
-    embedded : embedding parameter -> (d, d) sum of g g^T at its output
-    energy : embedding parameter -> (V,) sum of |g|^2 over the look-ups of each row
-    """
-
-    rows: dict[Use, Sums]
-    tokens: dict[str, Sums]
-    embedded: dict[str, Sums]
-    energy: dict[str, Sums]
+_ALONE = _holders(torch.empty(1))
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -82,7 +38,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.backward = False
         self.tally = Tally({}, {}, {}, {})
         self._loaded: dict[int, tuple[str, tuple[int, ...]]] = {}
-        self.expected: Sums | None = None
+        self.expected: Array64 | None = None
         self.scales: dict[int, float] = {}
         self._squared: dict[str, float] = {}
         self._leaving: list[torch.Tensor] = []
@@ -100,8 +56,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def leave(self, parameter: torch.Tensor) -> None:
         """A parameter is no longer needed by its module.
 
-        The backward pass needs the weights of a recomputed block for some time after. Until its
-        last view is gone a parameter is held here, so that no other tensor gets its address.
+        The backward pass may need it for some time after. Until its last view is gone a parameter
+        is held here, so that it is known and no other tensor gets its address.
         """
         self._leaving.append(parameter)
         self.sweep()
@@ -110,7 +66,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Forget parameters that nothing but this watch still holds."""
         held = []
         for parameter in self._leaving:
-            if self.backward and _holders(parameter) > _ALONE:
+            if _holders(parameter) > _ALONE:
                 held.append(parameter)
             else:
                 self._loaded.pop(parameter.untyped_storage().data_ptr(), None)
@@ -141,7 +97,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for uses in groups.values():
             make = [rows for _, _, rows in self._calls[uses[0]]]
             shares = self._calls[uses[0]][0][0][-1]
-            found.append(Inputs(uses, partial(_moment, make, shares)))
+            found.append(Inputs(uses, partial(moment_of, make, shares)))
         self._calls = {}
         return found
 
@@ -187,7 +143,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = self.find(weight)
         assert found is not None
         name, shape = found
-        where = _locate(shape, weight)
+        where = locate(shape, weight)
         if where is None:
             return
         index, axis, first, start = where
@@ -272,45 +228,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._axes.setdefault((use.parameter, use.slice), set()).add(use)
 
 
-class EmbeddingWatch(TorchFunctionMode):
-    """Sees embedding look-ups; their outputs are where the backward graph starts."""
-
-    def __init__(self, watch: Watch, gradients: bool) -> None:
-        super().__init__()
-        self.watch = watch
-        self.gradients = gradients
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is not torch.nn.functional.embedding:
-            return out
-        ids, weight = args[0], args[1]
-        found = self.watch.find(weight)
-        if found is None:
-            return out
-        name, shape = found
-        rows = ids.reshape(-1).cpu().numpy()
-        if not self.watch.backward:
-            counts = np.bincount(rows, minlength=shape[0])
-            tokens = self.watch.tally.tokens
-            tokens[name] = tokens.get(name, np.zeros(shape[0])) + counts
-        if self.gradients and torch.is_grad_enabled():
-            out = out.detach().requires_grad_()
-            out.register_hook(lambda g: self._gradient(name, g, rows, shape[0]))
-        return out
-
-    def _gradient(self, name: str, gradient: torch.Tensor, rows: Any, count: int) -> None:
-        tally = self.watch.tally
-        gradient = gradient.reshape(-1, gradient.shape[-1])
-        sums, _ = _moment([lambda: gradient], 1)
-        tally.embedded[name] = tally.embedded.get(name, 0.0) + sums
-        each = gradient.square().sum(-1).cpu().numpy()
-        energy = np.bincount(rows, each, minlength=count)
-        tally.energy[name] = tally.energy.get(name, 0.0) + energy
-
-
+# Registered as operations of torch, not as layers.
 _PRODUCTS: dict[Any, Callable[..., None]] = {
     aten.mm: lambda w, a, b, **k: w.mm(a, b),
     aten.addmm: lambda w, bias, a, b, **k: w.mm(a, b),
@@ -322,59 +240,3 @@ _PRODUCTS: dict[Any, Callable[..., None]] = {
     aten.convolution_backward: Watch.convolve_back,
     aten._grouped_mm: Watch.grouped_mm,
 }
-
-
-def _holders(tensor: torch.Tensor) -> int:
-    """How many tensors share this one's memory (and a constant)."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
-
-
-_ALONE = _holders(torch.empty(1))
-
-
-def _locate(shape: tuple[int, ...], view: torch.Tensor) -> tuple[int, int, int, int] | None:
-    """(slice, contracted axis, where the view starts along it, and along the other axis).
-
-    For a view (k, q) of a parameter, contracted over k. None for one that is not made of rows and
-    columns of one slice.
-    """
-    a, b = shape[-2:]
-    axes = []
-    for size, stride in zip(view.shape, view.stride(), strict=True):
-        if size == 1:
-            axes.append(-1)  # may have any stride
-        elif stride == b:
-            axes.append(0)
-        elif stride == 1:
-            axes.append(1)
-        else:
-            return None
-    match axes:
-        case [-1, -1]:
-            axes = [1, 0] if b == 1 else [0, 1]
-        case [-1, other]:
-            axes = [1 - other, other]
-        case [one, -1]:
-            axes = [one, 1 - one]
-    if axes[0] == axes[1]:
-        return None
-    index, rest = divmod(int(view.storage_offset()), a * b)
-    at = divmod(rest, b)
-    return index, axes[0], at[axes[0]], at[axes[1]]
-
-
-def _moment(make: list[Callable[[], torch.Tensor]], groups: int) -> tuple[Sums, int]:
-    """Sum of x x^T over all rows in float64, and their number.
-
-    The groups of a convolution count as one: both are divided by them.
-    """
-    total: torch.Tensor | None = None
-    count = 0
-    for rows in make:
-        x = rows().detach().float()
-        count += x.shape[0]
-        for block in torch.split(x, BLOCK):
-            part = (block.T @ block).double()
-            total = part if total is None else total.add_(part)
-    assert total is not None
-    return (total / groups).cpu().numpy(), count // groups
