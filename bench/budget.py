@@ -26,13 +26,21 @@ def run(quick: bool) -> Iterator[Row]:
         for bits in np.linspace(1.5, 8, 5 if quick else 20):
             out = WORK / f"budget-{name}"
             shutil.rmtree(out, ignore_errors=True)
-            record = compress(str(source_of(name).path), out, bits=float(bits), calibration=statistics.folder)
+            record = compress(
+                str(source_of(name).path), out, bits=float(bits), calibration=statistics.folder
+            )
             budget = record.about["budget_nbytes"]
             overruns += record.nbytes > budget
             if not record.about["lossless"]:
                 slacks.append((budget - record.nbytes) / max(budget / 1000, 64))
         yield Row(f"{name}: files over budget", overruns, "files", 0)
-        yield Row(f"{name}: worst slack", max(slacks), "of allowed", 1.0, note=f"median {np.median(slacks):.2f}")
+        yield Row(
+            f"{name}: worst slack",
+            max(slacks),
+            "of allowed",
+            1.0,
+            note=f"median {np.median(slacks):.2f}",
+        )
 
 
 if __name__ == "__main__":

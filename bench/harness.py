@@ -69,7 +69,9 @@ def main(name: str, protocol: str, run: Callable[[bool], Iterable[Row]]) -> None
         )
         sys.stdout.flush()
     missed = [r.name for r in rows if not r.met]
-    sys.stdout.write(f"{len(rows)} figures, {len(missed)} missed{': ' if missed else ''}{', '.join(missed)}\n")
+    sys.stdout.write(
+        f"{len(rows)} figures, {len(missed)} missed{': ' if missed else ''}{', '.join(missed)}\n"
+    )
     if args.json:
         result = {"bench": name, "protocol": protocol, "quick": args.quick}
         args.json.write_text(json.dumps({**result, "rows": [asdict(r) for r in rows]}, indent=1))

@@ -10,7 +10,11 @@ from waterfill.sources import Source, open_source
 
 WORK = Path("out") / "bench"
 TEXTS = {"english-7m": "wiki.txt", "stories260K": "tinystories.txt", "demo": "c4.txt"}
-HELD_OUT = {"english-7m": "english_heldout.txt", "stories260K": "tinystories.txt", "demo": "wikitext2_valid.txt"}
+HELD_OUT = {
+    "english-7m": "english_heldout.txt",
+    "stories260K": "tinystories.txt",
+    "demo": "wikitext2_valid.txt",
+}
 
 
 def source_of(name: str) -> Source:

@@ -41,17 +41,25 @@ def test_round_trip_and_safetensors_opens_it(tmp_path: Path) -> None:
     with Reader(tmp_path) as reader:
         assert {n: reader.read(n).parts["bytes"] for n in reader.entries} == written
         assert reader.read('layer.2."odd" näme').extra == {"k": 2}
-        assert reader.overhead_nbytes + sum(e.nbytes for e in reader.entries.values()) == reader.nbytes
+        assert (
+            reader.overhead_nbytes + sum(e.nbytes for e in reader.entries.values()) == reader.nbytes
+        )
         assert list(reader.verify()) == list(written)
     plain = load_file(path)
-    assert {n.removesuffix("//bytes"): a.tobytes() for n, a in plain.items() if n.endswith("//bytes")} == written
+    assert {
+        n.removesuffix("//bytes"): a.tobytes() for n, a in plain.items() if n.endswith("//bytes")
+    } == written
 
 
 @given(st.binary(max_size=60), st.integers(0, 3))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_bytes_come_back(tmp_path: Path, data: bytes, parts: int) -> None:
     path = tmp_path / "model.safetensors"
-    encoded = Encoded(Spec("raw"), TensorInfo("t", (len(data),), "U8"), {f"p{i}": data for i in range(parts)})
+    encoded = Encoded(
+        Spec("raw"), TensorInfo("t", (len(data),), "U8"), {f"p{i}": data for i in range(parts)}
+    )
     write(path, [describe(encoded, {})], [encoded.parts.values()], {})
     with Reader(path) as reader:
         assert reader.read("t").parts == encoded.parts
@@ -140,7 +148,9 @@ def test_an_index_that_lies_with_a_right_checksum(tmp_path: Path, document: obje
         Reader(path)
 
 
-def test_an_index_that_would_inflate_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_would_inflate_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(container, "MAX_INDEX_NBYTES", 1000)
     path = tmp_path / "model.safetensors"
     make(path, count=40)

@@ -60,6 +60,17 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_LLAMA, **_MOE, "shared_expert_intermediate_size": 40},
     ),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_LLAMA, **_MOE}),
+    # experts in one tensor each, stored (experts, inputs, outputs)
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {**_LLAMA, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1},
+    ),
     "mamba": (
         "MambaForCausalLM",
         "MambaConfig",

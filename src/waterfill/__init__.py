@@ -42,7 +42,7 @@ _HOMES = {
     "load_model": "runtime.torch_model",
 }
 
-__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_HOMES), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

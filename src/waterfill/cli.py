@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.progress = bars
             result = args.verb(args)
     except KeyboardInterrupt:
-        print("waterfill: interrupted; run the same command again to go on from here", file=sys.stderr)
+        print(
+            "waterfill: interrupted; run the same command again to go on from here", file=sys.stderr
+        )
         return 1
     except BrokenPipeError:
         sys.stderr.close()
@@ -127,14 +129,24 @@ def compress(args: argparse.Namespace) -> Any:
     if not args.json:
         about = record.about
         budget = about["budget_nbytes"]
-        print(f"{args.out}: {record.nbytes:,} bytes of {budget:,} allowed ({100 * record.nbytes / budget:.2f} %)")
-        print(f"  {record.bits_per_weight:.3f} bits per weight over {about['params']:,} parameters, every byte counted")
-        print(f"  {record.nbytes / about['original_nbytes']:.1%} of the original {about['original_nbytes']:,} bytes")
+        print(
+            f"{args.out}: {record.nbytes:,} bytes of {budget:,} allowed ({100 * record.nbytes / budget:.2f} %)"
+        )
+        print(
+            f"  {record.bits_per_weight:.3f} bits per weight over {about['params']:,} parameters, every byte counted"
+        )
+        print(
+            f"  {record.nbytes / about['original_nbytes']:.1%} of the original {about['original_nbytes']:,} bytes"
+        )
         if about["lossless"]:
-            print("  lossless: the size allowed is more than exact coding needs, so nothing was changed")
+            print(
+                "  lossless: the size allowed is more than exact coding needs, so nothing was changed"
+            )
         else:
             print(f"  predicted harm: {record.predicted['kl_nats']:.4g} nats of KL per token")
-        print(f"next: waterfill eval {shlex.quote(str(args.out))} --against {shlex.quote(args.model)} --text FILE")
+        print(
+            f"next: waterfill eval {shlex.quote(str(args.out))} --against {shlex.quote(args.model)} --text FILE"
+        )
     return record.to_json()
 
 
@@ -163,12 +175,18 @@ def calibrate(args: argparse.Namespace) -> Any:
         refuse_existing(args.out, args.force)
         raise AssertionError
     if not args.json:
-        weighted = sum(i.kind in ("linear", "embedding", "conv", "expert") for i in statistics.infos.values())
+        weighted = sum(
+            i.kind in ("linear", "embedding", "conv", "expert") for i in statistics.infos.values()
+        )
         print(f"{args.out}: statistics of {weighted} weight matrices")
         for key, value in statistics.protocol.items():
             print(f"  {key}: {_short(value)}")
         print(f"next: waterfill plan {shlex.quote(str(args.out))} --bits 3")
-    return {"path": str(args.out), "protocol": dict(statistics.protocol), "notes": dict(statistics.notes)}
+    return {
+        "path": str(args.out),
+        "protocol": dict(statistics.protocol),
+        "notes": dict(statistics.notes),
+    }
 
 
 def plan(args: argparse.Namespace) -> Any:
@@ -183,12 +201,22 @@ def plan(args: argparse.Namespace) -> Any:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if not args.json:
         rows = [
-            (r["name"], r["codec"], f"{r['nbytes']:,.0f}", f"{r['bits_per_weight']:.2f}", f"{r['predicted_nats']:.2e}")
+            (
+                r["name"],
+                r["codec"],
+                f"{r['nbytes']:,.0f}",
+                f"{r['bits_per_weight']:.2f}",
+                f"{r['predicted_nats']:.2e}",
+            )
             for r in result["choices"]
         ]
         _table(("tensor", "codec", "bytes", "bits", "nats"), rows)
-        print(f"budget {result['budget_nbytes']:,} bytes, {result['bits_per_weight']:.3f} bits per weight")
-        print(f"predicted harm: {result['predicted_nats']:.4g} nats of KL per token; nothing was encoded")
+        print(
+            f"budget {result['budget_nbytes']:,} bytes, {result['bits_per_weight']:.3f} bits per weight"
+        )
+        print(
+            f"predicted harm: {result['predicted_nats']:.4g} nats of KL per token; nothing was encoded"
+        )
     return result
 
 
@@ -203,7 +231,9 @@ def show(args: argparse.Namespace) -> Any:
             for r in result["ledger"]
         ]
         _table(("tensor", "codec", "bytes", "bits", "why"), rows)
-        print(f"{result['nbytes']:,} bytes, {result['bits_per_weight']:.3f} bits per weight; the rows sum to the file")
+        print(
+            f"{result['nbytes']:,} bytes, {result['bits_per_weight']:.3f} bits per weight; the rows sum to the file"
+        )
     return result
 
 
@@ -223,7 +253,14 @@ def evaluate(args: argparse.Namespace) -> Any:
         progress=args.progress,
     )
     if not args.json:
-        for key in ("perplexity_original", "perplexity", "kl_nats", "kl_nats_stderr", "kl_nats_p99", "top1_agreement"):
+        for key in (
+            "perplexity_original",
+            "perplexity",
+            "kl_nats",
+            "kl_nats_stderr",
+            "kl_nats_p99",
+            "top1_agreement",
+        ):
             if metrics.get(key) is not None:
                 print(f"{key:<22} {metrics[key]:.6g}")
         if metrics.get("predicted_kl_nats") is not None:
@@ -240,7 +277,9 @@ def decompress(args: argparse.Namespace) -> Any:
     from waterfill.runtime.plain import decompress
 
     with new_folder(args.out, args.force) as folder:
-        decompress(args.artifact, folder, lambda done, total, _: args.progress("decoding", done, total))
+        decompress(
+            args.artifact, folder, lambda done, total, _: args.progress("decoding", done, total)
+        )
     nbytes = sum(f.stat().st_size for f in args.out.glob("*.safetensors"))
     if not args.json:
         print(f"{args.out}: {nbytes:,} bytes of plain safetensors")
@@ -292,7 +331,15 @@ def codecs(args: argparse.Namespace) -> Any:
     for name in codec_ids():
         cls = find_codec(name)
         summary = (cls.__doc__ or "").strip().splitlines()[0]
-        result.append({"id": name, "version": cls.version, "lossy": cls.lossy, "example": str(cls().spec), "about": summary})
+        result.append(
+            {
+                "id": name,
+                "version": cls.version,
+                "lossy": cls.lossy,
+                "example": str(cls().spec),
+                "about": summary,
+            }
+        )
         if not args.json:
             print(f"{name:<10} {summary}\n{'':<10} {cls().spec}")
     return result
@@ -307,7 +354,10 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     right = {i for i, h in enumerate(head) if h in ("bytes", "bits", "nats")}
     for row in [head, *rows]:
-        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip())
 
 
@@ -320,7 +370,9 @@ def _calibration(values: Sequence[str] | None) -> Any:
 def _pair(text: str) -> tuple[str, str]:
     glob, sep, spec = text.partition("=")
     if not sep or not glob or not spec:
-        raise argparse.ArgumentTypeError(f"{text!r}: write GLOB=SPEC, for example '*.mlp.*=integer:bits=4'")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write GLOB=SPEC, for example '*.mlp.*=integer:bits=4'"
+        )
     return glob, spec
 
 
@@ -357,7 +409,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole grammar."""
     from waterfill.plan.budget import parse_ratio, parse_size
 
-    parser = argparse.ArgumentParser(prog="waterfill", description="Compress a model to the exact size you name.")
+    parser = argparse.ArgumentParser(
+        prog="waterfill", description="Compress a model to the exact size you name."
+    )
     parser.add_argument("--version", action="version", version=f"waterfill {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
@@ -376,22 +430,54 @@ def build_parser() -> argparse.ArgumentParser:
 
     def budget(p: argparse.ArgumentParser) -> None:
         one = p.add_mutually_exclusive_group(required=True)
-        one.add_argument("--size", type=_checked(parse_size), metavar="SIZE", help="of the weights file: 250MB, 1.5GiB, 123456")
-        one.add_argument("--bits", type=_bits, metavar="B", help="average bits per weight, every byte of the file counted")
-        one.add_argument("--ratio", type=_checked(parse_ratio), metavar="R", help="share of the original's bytes: 20%%")
-        p.add_argument("--keep", action="append", default=[], metavar="GLOB", help="keep these tensors exact (repeatable)")
+        one.add_argument(
+            "--size",
+            type=_checked(parse_size),
+            metavar="SIZE",
+            help="of the weights file: 250MB, 1.5GiB, 123456",
+        )
+        one.add_argument(
+            "--bits",
+            type=_bits,
+            metavar="B",
+            help="average bits per weight, every byte of the file counted",
+        )
+        one.add_argument(
+            "--ratio",
+            type=_checked(parse_ratio),
+            metavar="R",
+            help="share of the original's bytes: 20%%",
+        )
+        p.add_argument(
+            "--keep",
+            action="append",
+            default=[],
+            metavar="GLOB",
+            help="keep these tensors exact (repeatable)",
+        )
         p.add_argument("--codec", action="append", default=[], type=_pair, metavar="GLOB=SPEC",
                        help="a codec id, or one setting such as integer:bits=3,group=128; the last match wins (repeatable)")  # fmt: skip
 
     def code(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--trust-remote-code", action="store_true", help="run Python files that come with the model")
+        p.add_argument(
+            "--trust-remote-code",
+            action="store_true",
+            help="run Python files that come with the model",
+        )
 
     p = verb("compress", compress)
     p.add_argument("model", help="folder in Hugging Face layout, hub id, or demo")
     p.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
     budget(p)
-    p.add_argument("--calibrate", nargs="+", metavar="FILE|STATS|self", help="texts, a statistics folder, or text sampled from the model; default: a packaged text")
-    p.add_argument("--tokens", type=_count, default=32768, help="calibration tokens (default 32768)")
+    p.add_argument(
+        "--calibrate",
+        nargs="+",
+        metavar="FILE|STATS|self",
+        help="text files, a statistics folder, or self; default: a packaged text",
+    )
+    p.add_argument(
+        "--tokens", type=_count, default=32768, help="calibration tokens (default 32768)"
+    )
     p.add_argument("--force", action="store_true", help="replace OUT if it exists")
     code(p)
 
@@ -399,10 +485,19 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("model")
     p.add_argument("-o", "--out", type=Path, required=True, metavar="STATS")
     text = p.add_mutually_exclusive_group()
-    text.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="default: a packaged text")
-    text.add_argument("--self", dest="self_text", action="store_true", help="let the model sample its own text")
+    text.add_argument(
+        "--text", nargs="+", type=Path, metavar="FILE", help="default: a packaged text"
+    )
+    text.add_argument(
+        "--self", dest="self_text", action="store_true", help="let the model sample its own text"
+    )
     p.add_argument("--tokens", type=_count, default=32768)
-    p.add_argument("--method", choices=("fisher", "differences", "none"), default="fisher", help="how sensitivities are found (default fisher)")
+    p.add_argument(
+        "--method",
+        choices=("fisher", "differences", "none"),
+        default="fisher",
+        help="how sensitivities are found (default fisher)",
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--force", action="store_true", help="replace STATS if it exists")
     code(p)
@@ -411,7 +506,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("statistics", type=Path, metavar="STATS")
     budget(p)
     p.add_argument("-o", "--out", type=Path, metavar="PLAN", help="write the plan as JSON")
-    p.add_argument("--dry-run", action="store_true", help="write nothing at all, not even the price list kept in STATS")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing at all, not even the price list kept in STATS",
+    )
 
     p = verb("show", show)
     p.add_argument("artifact", type=Path, metavar="OUT")
@@ -421,9 +520,15 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--against", required=True, metavar="MODEL")
     p.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="default: a packaged text")
     p.add_argument("--window", type=_count, help="context length in tokens (default: up to 1024)")
-    p.add_argument("--stride", type=_count, help="tokens scored per window (default: half a window)")
+    p.add_argument(
+        "--stride", type=_count, help="tokens scored per window (default: half a window)"
+    )
     p.add_argument("--tokens", type=_count, help="stop after so many tokens of text")
-    p.add_argument("--layers", action="store_true", help="also measure each tensor alone (slow), for the report")
+    p.add_argument(
+        "--layers",
+        action="store_true",
+        help="also measure each tensor alone (slow), for the report",
+    )
     code(p)
 
     p = verb("decompress", decompress)

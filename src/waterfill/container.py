@@ -75,7 +75,11 @@ def describe(encoded: Encoded, note: Mapping[str, Any]) -> dict[str, Any]:
 def _header(described: Sequence[Mapping[str, Any]], index: bytes) -> bytes:
     """The safetensors header, a function of the index alone."""
     entries: dict[str, Any] = {
-        "__metadata__": {"format": "waterfill", "version": str(VERSION), "crc": f"{zlib.crc32(index):08x}"}
+        "__metadata__": {
+            "format": "waterfill",
+            "version": str(VERSION),
+            "crc": f"{zlib.crc32(index):08x}",
+        }
     }
     offset = 0
     for item in described:
@@ -137,7 +141,9 @@ def write(
             os.fsync(file.fileno())
             expected = len(header) + len(index) + sum(map(payload_nbytes, described))
             if file.tell() != expected:
-                raise FormatError(f"{path}: wrote {file.tell()} bytes where {expected} were described")
+                raise FormatError(
+                    f"{path}: wrote {file.tell()} bytes where {expected} were described"
+                )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -185,7 +191,9 @@ class Reader:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{self.path}: the index is not as specified ({error!r})") from error
         if rebuilt != raw:
-            raise FormatError(f"{self.path}: the header does not agree with the index; the file is damaged")
+            raise FormatError(
+                f"{self.path}: the header does not agree with the index; the file is damaged"
+            )
         if len(self.entries) != len(described):
             raise FormatError(f"{self.path}: the index names a tensor twice")
         end = self._data_start + sum(e.nbytes for e in self.entries.values()) + len(index)
@@ -210,7 +218,9 @@ class Reader:
             length = end - start
             position = self._data_start + start
             if not 0 <= length <= self.nbytes - position or start < 0:
-                raise FormatError(f"{self.path}: the index lies outside the file; it is truncated or damaged")
+                raise FormatError(
+                    f"{self.path}: the index lies outside the file; it is truncated or damaged"
+                )
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{self.path}: the header has no index") from error
         index = self._pread(position, length)
@@ -234,7 +244,9 @@ class Reader:
         for part, (offset, length, crc) in entry.parts.items():
             data = self._pread(self._data_start + offset, length)
             if zlib.crc32(data) != crc:
-                raise FormatError(f"{self.path}: {name} ({part}) fails its checksum; the file is damaged")
+                raise FormatError(
+                    f"{self.path}: {name} ({part}) fails its checksum; the file is damaged"
+                )
             parts[part] = data
         return Encoded(entry.spec, entry.info, parts, entry.extra)
 

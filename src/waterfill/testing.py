@@ -37,7 +37,9 @@ def samples(dtype: str = "BF16", seed: int = 0) -> Iterator[tuple[TensorInfo, Ar
     """Tensors of awkward shapes and values, with a weighting that fits each."""
     random = np.random.default_rng(seed)
     for number, shape in enumerate(SHAPES):
-        info = TensorInfo(f"t{number}", shape, dtype, "linear", transposed=number % 3 == 1 and len(shape) == 2)
+        info = TensorInfo(
+            f"t{number}", shape, dtype, "linear", transposed=number % 3 == 1 and len(shape) == 2
+        )
         values = random.normal(0, 0.02, shape).astype(np.float32)
         if number == 3:
             values[:] = 0
@@ -94,7 +96,9 @@ def check_round_trip(codec: Codec, info: TensorInfo, bits: Array, weighting: Wei
     return decoded
 
 
-def check_corruption(codec: Codec, info: TensorInfo, bits: Array, weighting: Weighting, seed: int = 0) -> None:
+def check_corruption(
+    codec: Codec, info: TensorInfo, bits: Array, weighting: Weighting, seed: int = 0
+) -> None:
     """Damaged parts are refused with FormatError or decode to the right shape; nothing else."""
     random = np.random.default_rng(seed)
     parts, extra = codec.encode(bits, info, weighting)

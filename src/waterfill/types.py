@@ -21,9 +21,9 @@ import importlib.metadata
 import json
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,7 +176,9 @@ class TensorInfo:
         """Stored bits -> float32 (m, n)."""
         values = to_float32(bits, self.dtype)
         m, n = self.matrix_shape
-        return np.ascontiguousarray(values.reshape(n, m).T if self.transposed else values.reshape(m, n))
+        return np.ascontiguousarray(
+            values.reshape(n, m).T if self.transposed else values.reshape(m, n)
+        )
 
     def unmatrix(self, matrix: Floats) -> Array:
         """Float32 (m, n) -> bits of the stored shape and dtype."""
@@ -355,7 +357,9 @@ class Codec:
         """Stored bits (shape and dtype of `info`) -> parts and a little JSON."""
         raise NotImplementedError
 
-    def decode(self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo) -> Array:
+    def decode(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
+    ) -> Array:
         """Inverse of `encode`: bits of shape `info.shape`; FormatError on bytes that lie."""
         raise NotImplementedError
 
@@ -377,7 +381,8 @@ _REGISTRY: dict[str, type[Codec]] = {}
 _ID = re.compile(r"^[a-z][a-z0-9_]*$")
 
 
-def codec(id: str, version: int = 1) -> Any:
+@dataclass_transform(frozen_default=True)
+def codec(id: str, version: int = 1) -> Callable[[type[C]], type[C]]:
     """Class decorator, outermost: freezes the class as a dataclass, names and registers it."""
 
     def register(cls: type[C]) -> type[C]:
@@ -427,7 +432,9 @@ def make_codec(spec: Spec) -> Codec:
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key, value in spec.config.items():
         if key not in known:
-            raise SpecError(f"{spec.id} has no option {key!r}; it has: {', '.join(known) or 'none'}")
+            raise SpecError(
+                f"{spec.id} has no option {key!r}; it has: {', '.join(known) or 'none'}"
+            )
         want = type(known[key].default)
         if want is float and isinstance(value, int) and not isinstance(value, bool):
             continue

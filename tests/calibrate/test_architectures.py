@@ -52,7 +52,8 @@ def test_every_tensor_is_accounted_for(name: str, tmp_path: Path) -> None:
         counted[info.tensor] += info.size
         weighting = statistics.weighting(info.name)
         if weighting is None:
-            assert len(info.shape) < 2 or min(info.shape) <= 4, f"{info} has no weighting"
+            small = len(info.shape) < 2 or min(info.shape) <= 4  # vectors, one per expert or state
+            assert small, f"{info} has no weighting"
             continue
         m, n = info.matrix_shape
         assert weighting.row_weights.shape == (m,)
@@ -64,9 +65,11 @@ def test_every_tensor_is_accounted_for(name: str, tmp_path: Path) -> None:
 
     ids = windows(source, tmp_path)[:2]
     skeleton = build_skeleton(source)
-    install_doors(Loader(skeleton, source), Watch(), lambda: False, lambda name: None)
+    watch = Watch()
+    install_doors(Loader(skeleton, source), watch, lambda: False, lambda name: None)
     with torch.no_grad():
-        got = skeleton(**model_inputs(skeleton, ids)).logits
+        with watch:
+            got = skeleton(**model_inputs(skeleton, ids)).logits
         want = plain(**model_inputs(plain, ids)).logits
     assert want.std() > 0.05
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
@@ -158,6 +161,17 @@ def file_items(source: FolderSource, parameter: str, e: int, rows: int) -> list[
         return [(f"{stem}{down}.weight", slice(None))]
     half = rows // 2
     return [(f"{stem}{gate}.weight", slice(half)), (f"{stem}{up}.weight", slice(half, None))]
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4"])
+def test_experts_in_one_tensor_are_told_apart(name: str, tmp_path: Path) -> None:
+    _, source, statistics = prepare(name, tmp_path)
+    experts = [i for i in statistics.infos.values() if i.kind == "expert"]
+    assert len(experts) == 2 * 2 * 4  # layers, tensors, experts
+    for info in experts:
+        assert info.transposed and info.name == f"{info.tensor}[{info.index}]"
+        assert info.shape == source.tensors[info.tensor][1][1:]
+        assert info.matrix(source.read_slice(info.tensor, info.index)).shape == info.matrix_shape
 
 
 def test_shared_inputs_are_stored_once(tmp_path: Path) -> None:

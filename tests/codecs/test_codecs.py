@@ -36,7 +36,7 @@ SETTINGS = (
     "trellis",
     "trellis:states=1,step=0.5",
     "trellis:step=2.5,gains=yes,mmse=0.05",
-    "trellis:step=0.02,rows=no",
+    "trellis:step=0.02,rows=0.0",
 )
 
 
@@ -96,7 +96,11 @@ def test_finer_steps_cost_more_and_harm_less_whatever_the_weighting() -> None:
         harms = []
         for step in (1.0, 0.25, 0.06):
             chosen = parse_spec(f"trellis:step={step}")
-            harms.append(weighting.distortion(info.matrix(bits), info.matrix(_back(chosen, info, bits, weighting))))
+            harms.append(
+                weighting.distortion(
+                    info.matrix(bits), info.matrix(_back(chosen, info, bits, weighting))
+                )
+            )
         assert harms[2] <= harms[1] * 1.05 <= harms[0] * 1.2
 
 

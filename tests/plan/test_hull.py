@@ -25,11 +25,18 @@ def ladder(size: int, sensitivity: float) -> list[Point]:
     ]
 
 
-@given(st.lists(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 1000)), min_size=1, max_size=4), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 50), st.integers(1, 1000)), min_size=1, max_size=4),
+        min_size=1,
+        max_size=4,
+    )
+)
 @settings(max_examples=80, deadline=None)
 def test_every_solution_is_on_the_lower_hull(tensors: list[list[tuple[int, int]]]) -> None:
     prices = {
-        f"t{i}": [rung(b, d / 1e4, 2 + k) for k, (b, d) in enumerate(points)] for i, points in enumerate(tensors)
+        f"t{i}": [rung(b, d / 1e4, 2 + k) for k, (b, d) in enumerate(points)]
+        for i, points in enumerate(tensors)
     }
     c = curves(prices)
     everything = [

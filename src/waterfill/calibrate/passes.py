@@ -78,6 +78,7 @@ class Passes:
                 raise WaterfillError(
                     f"{type(model).__name__} could not run the text: {error}"
                 ) from error
+            check_finite(out)
             if self.gradients:
                 loss, self.watch.expected, self.note = sampled_loss(out, generator)
                 if not loss.requires_grad:
@@ -152,10 +153,18 @@ def model_inputs(model: Any, ids: NDArray[np.int64]) -> dict[str, Any]:
     tokens = torch.from_numpy(np.ascontiguousarray(ids))
     inputs: dict[str, Any] = {"input_ids": tokens}
     if "use_cache" in inspect.signature(type(model).forward).parameters:
-        inputs["use_cache"] = False  # a cache would be filled twice where blocks are recomputed
+        inputs["use_cache"] = False
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
     return inputs
+
+
+def check_finite(out: Any) -> None:
+    """Refuse an output that has NaN or infinite values."""
+    values = getattr(out, "logits", None)
+    values = out.last_hidden_state if values is None else values
+    if not bool(torch.isfinite(values).all()):
+        raise WaterfillError("the model's output on this text is not finite, even in float32")
 
 
 def sampled_loss(

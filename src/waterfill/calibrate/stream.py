@@ -34,6 +34,9 @@ def build_skeleton(source: Source) -> Any:
             f"{source.name} is already quantised ({method}); start from the original"
         )
     config = _config(source)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False  # it would be filled twice where blocks are recomputed
     names = source.config.get("architectures") or [None]
     cls = getattr(transformers, str(names[0]), None)
     try:

@@ -83,7 +83,9 @@ def write_itself(model: Any, tokens: int, window: int, seed: int) -> Windows:
             options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
             length = {"max_new_tokens": window - 1, "min_new_tokens": window - 1}
             mask = torch.ones_like(begin)
-            ids = model.generate(input_ids=begin, attention_mask=mask, **options, **length)
+            ids = model.generate(
+                input_ids=begin, attention_mask=mask, use_cache=True, **options, **length
+            )
             done.append(ids.numpy().astype(np.int64))
     ids = np.concatenate(done)
     about = [{"name": "self", "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}]

@@ -20,6 +20,7 @@ from waterfill.types import WaterfillError
 __all__ = ["Watch"]
 
 aten = torch.ops.aten
+_META = torch.device("meta")
 
 
 def _holders(tensor: torch.Tensor) -> int:
@@ -110,6 +111,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _PRODUCTS[name](self, *args, **kwargs)
         elif func._schema.is_mutable and args and isinstance(args[0], torch.nn.Parameter):
             self.scale(name, *args)
+        if kwargs.get("device") == _META:
+            kwargs = {**kwargs, "device": "cpu"}  # "where the weight is": it is not here just now
         return func(*args, **kwargs)
 
     # -- products ----------------------------------------------------------------------------

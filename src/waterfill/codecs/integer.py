@@ -22,7 +22,9 @@ from waterfill.types import (
     codec,
 )
 
-SHRINKS = np.linspace(0.35, 1.0, 27, dtype=np.float32)  # clips tried, as shares of the largest weight
+SHRINKS = np.linspace(
+    0.35, 1.0, 27, dtype=np.float32
+)  # clips tried, as shares of the largest weight
 
 
 @codec("integer", version=1)
@@ -78,7 +80,9 @@ class Integer(Codec):
         importance = np.square(lower if lower.ndim == 1 else lower.diagonal())
         carried = lower.ndim == 2
 
-        def round_block(first: int, last: int, block: Floats, target: Floats, carry: Floats) -> Floats:
+        def round_block(
+            first: int, last: int, block: Floats, target: Floats, carry: Floats
+        ) -> Floats:
             scale = self._search_scale(target, importance[first:last])
             scales[first // self.group] = scale
             error = np.empty_like(target)
@@ -93,12 +97,16 @@ class Integer(Codec):
         successive(columns, lower, round_block, block=self.group)
         return {"codes": self._pack(codes.T), "scales": scales.T.tobytes()}, {}
 
-    def decode(self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo) -> Array:
+    def decode(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
+    ) -> Array:
         """Inverse of `encode`, the same bits on every machine."""
         m, n = info.matrix_shape
         groups = -(-n // self.group)
         if len(parts["scales"]) != 2 * m * groups:
-            raise FormatError(f"{info.name}: {len(parts['scales'])} bytes of scales, not {2 * m * groups}")
+            raise FormatError(
+                f"{info.name}: {len(parts['scales'])} bytes of scales, not {2 * m * groups}"
+            )
         scales = np.frombuffer(parts["scales"], "<f2").reshape(m, groups).astype(np.float32)
         if self.pack == "coded":
             codes = decode_ints(parts["codes"], m, n)

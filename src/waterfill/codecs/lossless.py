@@ -33,7 +33,9 @@ class Lossless(Codec):
         """Bits -> one part ``planes``."""
         return {"planes": join([encode_bytes(p) for p in _planes(x, info.dtype)])}, {}
 
-    def decode(self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo) -> Array:
+    def decode(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
+    ) -> Array:
         """Inverse of `encode`."""
         width = DTYPES[info.dtype].itemsize
         planes = [decode_bytes(p, info.size) for p in split(parts["planes"], width)]

@@ -27,7 +27,9 @@ class Raw(Codec):
         """Bits -> bytes."""
         return {"bytes": np.ascontiguousarray(x).tobytes()}, {}
 
-    def decode(self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo) -> Array:
+    def decode(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
+    ) -> Array:
         """Bytes -> bits."""
         data = parts["bytes"]
         if len(data) != info.nbytes:

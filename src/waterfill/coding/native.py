@@ -8,7 +8,7 @@ from types import ModuleType
 try:
     from waterfill import _core
 except ImportError:  # a source tree without the extension: every decoder has its numpy twin
-    _core = None  # type: ignore[assignment]
+    _core = None
 
 
 def core() -> ModuleType | None:

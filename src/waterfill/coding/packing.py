@@ -24,7 +24,9 @@ def pack(values: Bytes, width: int) -> bytes:
 def unpack(data: bytes, count: int, width: int) -> Bytes:
     """Inverse of `pack`: uint8 (count,); FormatError where the length or the padding is wrong."""
     if len(data) != -(-count * width // 8):
-        raise FormatError(f"{len(data)} bytes of packed values where {-(-count * width // 8)} belong")
+        raise FormatError(
+            f"{len(data)} bytes of packed values where {-(-count * width // 8)} belong"
+        )
     raw = np.frombuffer(data, np.uint8)
     if width == 8:
         return raw.copy()

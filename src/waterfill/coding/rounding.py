@@ -57,7 +57,9 @@ def factor(weighting: Weighting, damping: float) -> Floats:
 def finite(matrix: Floats, name: str) -> Floats:
     """The matrix itself; WaterfillError if a weight is NaN or infinite."""
     if not np.isfinite(matrix).all():
-        raise WaterfillError(f"{name} holds NaN or infinite weights and cannot be rounded; mend the checkpoint")
+        raise WaterfillError(
+            f"{name} holds NaN or infinite weights and cannot be rounded; mend the checkpoint"
+        )
     return matrix
 
 

@@ -33,7 +33,8 @@ def to_grid(scales: Array, per_octave: int) -> Indices:
     with np.errstate(divide="ignore"):
         exponent = np.log2(scales.astype(np.float64)) * per_octave
     limit = _LIMIT * per_octave
-    return np.clip(np.rint(exponent), -limit, limit).astype(np.int32)
+    grid: Indices = np.clip(np.rint(exponent), -limit, limit).astype(np.int32)
+    return grid
 
 
 def from_grid(exponents: Indices, per_octave: int) -> Floats:

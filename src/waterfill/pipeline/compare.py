@@ -82,7 +82,9 @@ def compare(
     folder = Path(path)
     source = open_source(against, trust_remote_code=trust_remote_code)
     if source.path is None:
-        raise WaterfillError("compare with a folder, a hub id or demo; or call waterfill.evaluate.compare")
+        raise WaterfillError(
+            "compare with a folder, a hub id or demo; or call waterfill.evaluate.compare"
+        )
     if "quantization_config" in source.config:
         raise WaterfillError(f"{source.name} is itself quantised; compare with the original")
     shown = show(folder)
@@ -146,5 +148,3 @@ def _watcher(progress: Progress) -> Callable[[Iterable[T], str], Iterator[T]]:
 
 def _packaged_text() -> Path:
     return Path(str(resources.files("waterfill") / "data" / "text" / "evaluation.txt"))
-
-

@@ -86,9 +86,15 @@ def compress(
         rules = Rules(tuple(keep), tuple((codec or {}).items()))
         priced = prepare(source, statistics, rules, work, progress)
         budget = budget_nbytes(
-            params=priced.params, original_nbytes=priced.original_nbytes, size=size, bits=bits, ratio=ratio
+            params=priced.params,
+            original_nbytes=priced.original_nbytes,
+            size=size,
+            bits=bits,
+            ratio=ratio,
         )
-        pieces = Pieces(work / "pieces", f"{source.fingerprint()} {statistics.digest} {__version__}")
+        pieces = Pieces(
+            work / "pieces", f"{source.fingerprint()} {statistics.digest} {__version__}"
+        )
         with artifact.new_folder(out, force) as folder:
             encode(priced, budget, folder, pieces, progress)
             record = _finish(priced, budget, folder, command, out.name)
@@ -117,7 +123,11 @@ def statistics_for(
             check_same(statistics, source)
             return statistics
     return calibrate(
-        source, work / "statistics", texts, tokens=tokens, progress=lambda d, t, w: progress(w, d, t)
+        source,
+        work / "statistics",
+        texts,
+        tokens=tokens,
+        progress=lambda d, t, w: progress(w, d, t),
     )
 
 

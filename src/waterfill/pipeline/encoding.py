@@ -37,7 +37,9 @@ def encode_tensor(
     if chosen.lossy:
         nats = (weighting or Weighting()).distortion(info.matrix(bits), info.matrix(decoded))
     elif not np.array_equal(decoded.reshape(-1).view(np.uint8), bits.reshape(-1).view(np.uint8)):
-        raise WaterfillError(f"{info.name}: {point.spec} did not give back the same bits; please report this")
+        raise WaterfillError(
+            f"{info.name}: {point.spec} did not give back the same bits; please report this"
+        )
     return Encoded(chosen.spec, info, parts, extra), nats
 
 
@@ -71,9 +73,12 @@ def encode(
         ]
 
     overhead = overhead_nbytes(priced.infos.values(), provenance)
-    coded = fill(priced.curves, budget, overhead, one, lambda coded: file_nbytes(entries(coded), provenance))
+    coded = fill(
+        priced.curves, budget, overhead, one, lambda coded: file_nbytes(entries(coded), provenance)
+    )
     payloads = (
-        () if info.group else pieces.payload(name, coded[name].point) for name, info in priced.infos.items()
+        () if info.group else pieces.payload(name, coded[name].point)
+        for name, info in priced.infos.items()
     )
     nbytes = write(out / FILE_NAME, entries(coded), payloads, provenance)
     if nbytes > budget:
@@ -89,5 +94,3 @@ def _key(point: Point) -> str:
 
 def _repeat(info: TensorInfo) -> dict[str, Any]:
     return describe(Encoded(Spec("raw"), info, {}, {}), {"why": f"same as {info.group}"})
-
-

@@ -19,7 +19,16 @@ from waterfill.plan.budget import budget_nbytes
 from waterfill.plan.hull import Curves, at_level, curves, point_on, smallest, solve_level
 from waterfill.plan.price import Rules, price
 from waterfill.sources import Source, open_source
-from waterfill.types import Array, BudgetError, Plan, Point, Spec, TensorInfo, WaterfillError, make_codec
+from waterfill.types import (
+    Array,
+    BudgetError,
+    Plan,
+    Point,
+    Spec,
+    TensorInfo,
+    WaterfillError,
+    make_codec,
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -55,7 +64,9 @@ class Priced:
 
 def read(source: Source, info: TensorInfo) -> Array:
     """Stored bits of a tensor or slice."""
-    return source.read(info.name) if info.index is None else source.read_slice(info.tensor, info.index)
+    return (
+        source.read(info.name) if info.index is None else source.read_slice(info.tensor, info.index)
+    )
 
 
 def check_same(statistics: Statistics, source: Source) -> None:
@@ -85,10 +96,14 @@ def prepare(
     with path.open("a", encoding="utf-8") as file:
         for done, (name, info) in enumerate(own.items(), 1):
             candidates, forced = rules.candidates(info, weighted[name])
-            reason = "water level" if weighted[name] else "kept exact: takes part in no matrix product"
+            reason = (
+                "water level" if weighted[name] else "kept exact: takes part in no matrix product"
+            )
             why[name] = forced or statistics.notes.get(name) or reason
             if name not in prices:
-                prices[name] = price(read(source, info), info, statistics.weighting(name), candidates)
+                prices[name] = price(
+                    read(source, info), info, statistics.weighting(name), candidates
+                )
                 points = [[p.nbytes, p.distortion_nats, p.spec.to_json()] for p in prices[name]]
                 file.write(json.dumps([name, points]) + "\n")
                 file.flush()
@@ -161,16 +176,20 @@ def predicted_curve(priced: Priced, budget: int) -> tuple[dict[str, float], ...]
         nbytes, nats, _ = at_level(priced.curves, solve_level(priced.curves, target))
         total = float(nbytes.sum()) + overhead
         points.append(
-            {"nbytes": total, "bits_per_weight": 8 * total / priced.params, "predicted_nats": float(nats.sum())}
+            {
+                "nbytes": total,
+                "bits_per_weight": 8 * total / priced.params,
+                "predicted_nats": float(nats.sum()),
+            }
         )
-    return tuple(p for i, p in enumerate(points) if i == 0 or p["nbytes"] > points[i - 1]["nbytes"] * 1.001)
+    return tuple(
+        p for i, p in enumerate(points) if i == 0 or p["nbytes"] > points[i - 1]["nbytes"] * 1.001
+    )
 
 
 def about(priced: Priced) -> dict[str, Any]:
     """Provenance inside the weights file."""
     return {"waterfill": __version__, "model": priced.source.name}
-
-
 
 
 def price_statistics(
@@ -198,7 +217,11 @@ def plan_json(
 ) -> dict[str, Any]:
     """A plan as JSON: one row per tensor, in the order of the checkpoint."""
     budget = budget_nbytes(
-        params=priced.params, original_nbytes=priced.original_nbytes, size=size, bits=bits, ratio=ratio
+        params=priced.params,
+        original_nbytes=priced.original_nbytes,
+        size=size,
+        bits=bits,
+        ratio=ratio,
     )
     chosen = plan(priced, budget)
     rows = [

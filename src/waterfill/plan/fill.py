@@ -64,7 +64,8 @@ def _first_pass(c: Curves, budget: float, encode: Encode) -> dict[str, Coded]:
             rest = tail(c, i)
             nbytes, _, pick = at_level(rest, solve_level(rest, budget - spent, scale), scale)
             points = [
-                point_on(rest, int(s), b / scale) for s, b in zip(pick[:every], nbytes[:every], strict=True)
+                point_on(rest, int(s), b / scale)
+                for s, b in zip(pick[:every], nbytes[:every], strict=True)
             ]
         point = points[i % every]
         coded[name] = Coded(point, encode(name, point))

@@ -52,24 +52,28 @@ class Curves:
 
 def curves(prices: Mapping[str, Sequence[Point]]) -> Curves:
     """Arrange priced ladders for `at_level`."""
-    start, ends = [], []
+    start: list[int] = []
+    ends: list[tuple[Point, Point]] = []
     for points in prices.values():
         start.append(len(ends))
         ends += [(p, p) for p in points]
         ordered = sorted(points, key=lambda p: (p.spec.id, p.nbytes))
         for a, b in itertools.pairwise(ordered):
-            joined = a.spec.id == b.spec.id and b.nbytes > a.nbytes and a.distortion_nats > b.distortion_nats > 0
+            joined = (
+                a.spec.id == b.spec.id
+                and b.nbytes > a.nbytes
+                and a.distortion_nats > b.distortion_nats > 0
+            )
             if joined and make_codec(a.spec).between(make_codec(b.spec), 0.5) is not None:
                 ends.append((a, b))
-    column = lambda get: np.array([get(e) for e in ends], np.float64)  # noqa: E731
+    nbytes = np.array([(a.nbytes, b.nbytes) for a, b in ends], np.float64).reshape(-1, 2)
+    nats = np.array([(a.distortion_nats, b.distortion_nats) for a, b in ends], np.float64).reshape(
+        -1, 2
+    )
+    nats = np.maximum(nats, FLOOR_NATS)
+    first = np.array(start, np.intp)
     return Curves(
-        tuple(prices),
-        np.array(start, np.intp),
-        column(lambda e: e[0].nbytes),
-        column(lambda e: max(e[0].distortion_nats, FLOOR_NATS)),
-        column(lambda e: e[1].nbytes),
-        column(lambda e: max(e[1].distortion_nats, FLOOR_NATS)),
-        tuple(ends),
+        tuple(prices), first, nbytes[:, 0], nats[:, 0], nbytes[:, 1], nats[:, 1], tuple(ends)
     )
 
 
@@ -81,7 +85,9 @@ def at_level(c: Curves, level: float, scale: float = 1.0) -> tuple[F64, F64, NDA
     decay = c.decay
     with np.errstate(divide="ignore"):
         nats = np.where(decay > 0, np.clip(level * scale / decay, c.d1, c.d0), c.d0)
-        nbytes = np.where(decay > 0, c.b0 + np.log(c.d0 / nats) / np.where(decay > 0, decay, 1), c.b0)
+        nbytes = np.where(
+            decay > 0, c.b0 + np.log(c.d0 / nats) / np.where(decay > 0, decay, 1), c.b0
+        )
     cost = nats + level * scale * nbytes
     lowest = np.minimum.reduceat(cost, c.start)
     owner = np.repeat(np.arange(len(c.names)), np.diff([*c.start, len(cost)]))
@@ -127,7 +133,13 @@ def tail(c: Curves, first: int) -> Curves:
     """The curves of the tensors from `first` on."""
     at = int(c.start[first])
     return Curves(
-        c.names[first:], c.start[first:] - at, c.b0[at:], c.d0[at:], c.b1[at:], c.d1[at:], c.ends[at:]
+        c.names[first:],
+        c.start[first:] - at,
+        c.b0[at:],
+        c.d0[at:],
+        c.b1[at:],
+        c.d1[at:],
+        c.ends[at:],
     )
 
 
@@ -139,7 +151,9 @@ def segments_of(c: Curves, tensor: int) -> range:
 
 def point_near(c: Curves, tensor: int, codec_id: str, nbytes: float) -> Point | None:
     """The point at so many bytes on a continuous codec's curve; None if the codec has rungs only."""
-    inside = [s for s in segments_of(c, tensor) if c.b1[s] > c.b0[s] and c.ends[s][0].spec.id == codec_id]
+    inside = [
+        s for s in segments_of(c, tensor) if c.b1[s] > c.b0[s] and c.ends[s][0].spec.id == codec_id
+    ]
     if not inside:
         return None
     nearest = min(inside, key=lambda s: max(c.b0[s] - nbytes, nbytes - c.b1[s], 0.0))

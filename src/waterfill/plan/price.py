@@ -42,12 +42,16 @@ class Rules:
         """SpecError for a pattern that matches nothing, or nothing its codec can take."""
         for pattern in [*self.keep, *(glob for glob, _ in self.codecs)]:
             if not fnmatch.filter(infos, pattern):
-                raise SpecError(f"the pattern {pattern!r} matches no tensor; `waterfill show` lists names")
+                raise SpecError(
+                    f"the pattern {pattern!r} matches no tensor; `waterfill show` lists names"
+                )
         for pattern, text in self.codecs:
             parse_spec(text)
             names = fnmatch.filter(infos, pattern)
             if not any(_takes(text, infos[n], weighted[n]) for n in names):
-                raise SpecError(f"{pattern}={text}: that codec can take none of the tensors that match")
+                raise SpecError(
+                    f"{pattern}={text}: that codec can take none of the tensors that match"
+                )
 
     def candidates(self, info: TensorInfo, weighted: bool) -> tuple[list[Codec], str]:
         """Codecs to price for a tensor, and why it is not the planner's free choice ("" if it is).

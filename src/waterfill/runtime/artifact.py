@@ -51,7 +51,9 @@ def refuse_existing(out: Path, force: bool) -> None:
 def explain(error: OSError, path: Path) -> WaterfillError:
     """A plain sentence for what the file system refused."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return WaterfillError(f"the disk is full; nothing was written to {path}. Free some space and run again")
+        return WaterfillError(
+            f"the disk is full; nothing was written to {path}. Free some space and run again"
+        )
     return WaterfillError(f"cannot write {path}: {error.strerror or error}")
 
 
@@ -82,14 +84,9 @@ def ledger(reader: Reader) -> list[dict[str, Any]]:
                 "why": entry.note.get("why", ""),
             }
         )
-    rows.append(
-        {
-            "name": "(container)", "kind": "", "codec": "", "shape": [], "params": 0,
-            "nbytes": reader.overhead_nbytes, "original_nbytes": 0, "bits_per_weight": 0.0,
-            "predicted_nats": 0.0, "why": "header and index",
-        }  # fmt: skip
-    )
-    return rows
+    container = dict.fromkeys(rows[0], 0) if rows else {}
+    words = {"name": "(container)", "kind": "", "codec": "", "shape": [], "why": "header and index"}
+    return [*rows, container | words | {"nbytes": reader.overhead_nbytes}]
 
 
 def write_card(folder: Path, record: Mapping[str, Any]) -> None:

@@ -38,7 +38,9 @@ class Pieces:
             described: dict[str, Any] = json.loads(file.readline())
         return described
 
-    def put(self, name: str, point: Point, encoded: Encoded, note: dict[str, Any]) -> dict[str, Any]:
+    def put(
+        self, name: str, point: Point, encoded: Encoded, note: dict[str, Any]
+    ) -> dict[str, Any]:
         """Store a piece; returns its index entry."""
         path = self._path(name, point)
         described = describe(encoded, note)
@@ -57,5 +59,7 @@ class Pieces:
             for length, _ in described["parts"].values():
                 data = file.read(length)
                 if len(data) != length:
-                    raise FormatError(f"{name}: a piece of unfinished work is cut off; start over with --force")
+                    raise FormatError(
+                        f"{name}: a piece of unfinished work is cut off; start over with --force"
+                    )
                 yield data

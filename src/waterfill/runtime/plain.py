@@ -25,9 +25,13 @@ def decompress(
     with Reader(artifact) as reader:
         shards = _shard(checkpoint_infos(reader))
         tensors = read_tensors(reader)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
-            name = FILE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = (
+                FILE_NAME
+                if len(shards) == 1
+                else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            )
             _write_shard(folder / name, shard, tensors, progress)
             weight_map |= dict.fromkeys(shard, name)
         if len(shards) > 1:

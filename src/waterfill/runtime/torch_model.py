@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_model(path: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_model(
+    path: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """Decode an artifact into the transformers model it was made from.
 
     Parameters
@@ -42,7 +44,11 @@ def load_model(path: str | Path, *, dtype: str | None = None, trust_remote_code:
     with Reader(path) as reader:
         state = {name: to_torch(bits, kind) for name, kind, bits in read_tensors(reader)}
     model = model_class(config).from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype or "auto",
+        trust_remote_code=trust_remote_code,
     )
     generation = path / "generation_config.json"
     if generation.exists() and hasattr(model, "generation_config"):
@@ -57,7 +63,9 @@ def silence() -> None:
     try:
         from transformers.utils import logging
     except ImportError as error:
-        raise WaterfillError("this needs torch and transformers: pip install 'waterfill[hf]'") from error
+        raise WaterfillError(
+            "this needs torch and transformers: pip install 'waterfill[hf]'"
+        ) from error
     logging.disable_progress_bar()
 
 
@@ -67,7 +75,9 @@ def plain_config(path: Path, trust_remote_code: bool) -> Any:
 
     file = path / "config.json"
     if not file.exists():
-        raise WaterfillError(f"{path} has no config.json; waterfill.load gives its arrays all the same")
+        raise WaterfillError(
+            f"{path} has no config.json; waterfill.load gives its arrays all the same"
+        )
     entries = json.loads(file.read_text(encoding="utf-8"))
     entries.pop("quantization_config", None)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -114,7 +124,10 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer beside a model or artifact; WaterfillError if there is none."""
     from transformers import AutoTokenizer
 
-    if not any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+    if not any(
+        (path / f).exists()
+        for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
         raise WaterfillError(f"{path} has no tokenizer, and this needs text")
     return AutoTokenizer.from_pretrained(path)
 
