@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.harness import Row, main
-from bench.models import WORK, source_of, statistics_of, text_of
+from bench.models import WINDOW, WORK, source_of, statistics_of, text_of
 from waterfill.pipeline import compare, compress
 
 PROTOCOL = (
     "english-7m calibrated on wiki.txt (32768 tokens, fisher); KL(original || compressed) per token on "
-    "english_heldout.txt, windows of 1024 tokens, stride 512 (16384 tokens with --quick). Peer: every matrix "
+    "english_heldout.txt, windows of 256 tokens, stride 128 (16384 tokens with --quick). Peer: every matrix "
     "integer, group 128, successive rounding, searched clip, from the same statistics. Ours: the planner's free "
     "choice, at the peer's file size"
 )
@@ -23,7 +23,9 @@ def measure(out: Path, quick: bool) -> float:
     model = source_of("english-7m").path
     assert model is not None
     text = [text_of("english-7m", held_out=True)]
-    kl: float = compare(out, model, text, tokens=16384 if quick else None)["kl_nats"]
+    kl: float = compare(
+        out, model, text, window=WINDOW["english-7m"], tokens=16384 if quick else None
+    )["kl_nats"]
     return kl
 
 

@@ -456,7 +456,7 @@ def build_parser() -> argparse.ArgumentParser:
             help="keep these tensors exact (repeatable)",
         )
         p.add_argument("--codec", action="append", default=[], type=_pair, metavar="GLOB=SPEC",
-                       help="a codec id, or one setting such as integer:bits=3,group=128; the last match wins (repeatable)")  # fmt: skip
+                       help="a codec id, or one setting such as integer:bits=3; the last match wins")  # fmt: skip
 
     def code(p: argparse.ArgumentParser) -> None:
         p.add_argument(

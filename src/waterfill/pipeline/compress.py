@@ -84,7 +84,7 @@ def compress(
     try:
         statistics = statistics_for(source, work, calibration, tokens, progress)
         rules = Rules(tuple(keep), tuple((codec or {}).items()))
-        priced = prepare(source, statistics, rules, work, progress)
+        priced = prepare(source, statistics, rules, progress=progress)
         budget = budget_nbytes(
             params=priced.params,
             original_nbytes=priced.original_nbytes,

@@ -82,18 +82,19 @@ def prepare(
     source: Source,
     statistics: Statistics,
     rules: Rules,
-    cache: Path | None,
+    write: bool = True,
     progress: Progress = quiet,
 ) -> Priced:
-    """Price every tensor, reading and keeping prices in the folder `cache` (one JSON line each)."""
+    """Price every tensor; prices are kept beside the statistics for the next budget if `write`."""
     own = {name: info for name, info in statistics.infos.items() if not info.group}
     weighted = {name: statistics.is_weighted(name) for name in own}
     rules.check(own, weighted)
     key = hashlib.sha256(f"{__version__} {statistics.digest} {rules}".encode()).hexdigest()[:16]
-    path = Path(os.devnull) if cache is None else cache / f"prices-{key}.jsonl"
+    path = statistics.folder / f"prices-{key}.jsonl"
     prices = dict(_read_prices(path))
     why: dict[str, str] = {}
-    with path.open("a", encoding="utf-8") as file:
+    keep = write and os.access(statistics.folder, os.W_OK)
+    with (path if keep else Path(os.devnull)).open("a", encoding="utf-8") as file:
         for done, (name, info) in enumerate(own.items(), 1):
             candidates, forced = rules.candidates(info, weighted[name])
             reason = (
@@ -205,7 +206,7 @@ def price_statistics(
     source = open_source(statistics.source_path)
     check_same(statistics, source)
     rules = Rules(tuple(keep), tuple((codec or {}).items()))
-    return prepare(source, statistics, rules, folder if write else None, progress)
+    return prepare(source, statistics, rules, write, progress)
 
 
 def plan_json(
