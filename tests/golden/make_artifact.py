@@ -1,0 +1,180 @@
+"""Write the golden artifacts that do not exist yet: every codec and option on tiny tensors.
+
+python -m tests.golden.make_artifact
+
+Existing files are never touched: they are what an old waterfill wrote, and must stay readable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from waterfill.coding.entropy import encode_ints
+from waterfill.coding.sections import join
+from waterfill.container import describe, write
+from waterfill.types import (
+    DTYPES,
+    FLOAT_DTYPES,
+    Array,
+    Encoded,
+    Spec,
+    TensorInfo,
+    Weighting,
+    from_float32,
+    parse_spec,
+)
+
+FOLDER = Path(__file__).parent / "artifact"
+ABOUT = {"waterfill": "0.1.0", "note": "golden"}
+
+
+def save(path: Path, items: list[Encoded]) -> None:
+    """Write coded tensors as a weights file."""
+    described = [describe(e, {"why": "golden"}) for e in items]
+    for entry, item in zip(described, items, strict=True):
+        if item.info.index is not None:
+            entry["index"] = item.info.index
+    write(path, described, [e.parts.values() for e in items], ABOUT)
+
+
+def weights(info: TensorInfo, random: np.random.Generator, scale: float = 0.02) -> Array:
+    """Stored bits of a Gaussian tensor (of any bits, where it holds no floats)."""
+    if info.dtype in FLOAT_DTYPES:
+        return from_float32(random.normal(0, scale, info.shape).astype(np.float32), info.dtype)
+    raw = random.bytes(info.nbytes) if info.dtype != "BOOL" else b"\0\1\1" * info.size
+    return np.frombuffer(raw[: info.nbytes], DTYPES[info.dtype]).reshape(info.shape)
+
+
+def code(text: str, info: TensorInfo, bits: Array, weighting: Weighting | None = None) -> Encoded:
+    """One tensor through one codec."""
+    chosen = parse_spec(text)
+    parts, extra = chosen.encode(bits, info, weighting or Weighting())
+    return Encoded(chosen.spec, info, parts, extra)
+
+
+def exact(codec: str) -> Iterator[Encoded]:
+    """Every dtype and some shapes without loss."""
+    random = np.random.default_rng(1)
+    for dtype in DTYPES:
+        info = TensorInfo(f"{codec}.{dtype}", (5, 7), dtype)
+        yield code(codec, info, weights(info, random))
+    for number, shape in enumerate([(), (0,), (3, 0, 2), (1,), (2, 1, 3, 2)]):
+        info = TensorInfo(f"shape.{number}", shape, "F32")
+        yield code(codec, info, weights(info, random))
+
+
+def planes() -> Iterator[Encoded]:
+    """Byte planes that are coded, with and without escapes, constant and stored."""
+    yield from exact("lossless")
+    random = np.random.default_rng(2)
+    info = TensorInfo("exponents", (40, 50), "BF16")
+    yield code("lossless", info, weights(info, random))
+    info = TensorInfo("ones", (300,), "F32")
+    yield code("lossless", info, from_float32(np.ones(300, np.float32), "F32"))
+    info = TensorInfo("escapes", (3000,), "U8")
+    common = random.geometric(0.4, 3000) * 3 % 64
+    common[random.choice(3000, 12, replace=False)] = 100 + 11 * np.arange(12)
+    yield code("lossless", info, common.astype(np.uint8))
+    info = TensorInfo("wide", (3000,), "U8")
+    yield code("lossless", info, random.binomial(255, 0.5, 3000).astype(np.uint8))
+
+
+def moment(n: int, random: np.random.Generator) -> Array:
+    """A second moment of correlated inputs of different energies."""
+    inputs = random.normal(size=(n + 20, n)) * np.linspace(0.1, 3, n)
+    return (inputs.T @ inputs / len(inputs)).astype(np.float32)
+
+
+def rounded(texts: list[str]) -> Iterator[Encoded]:
+    """A lossy codec's options, on matrices of every float dtype, turned and with more axes."""
+    random = np.random.default_rng(3)
+    for number, text in enumerate(texts):
+        dtype = ("BF16", "F16", "F32", "F64")[number % 4]
+        turned = number % 3 == 1
+        info = TensorInfo(f"{number}.{text}", (22, 18), dtype, "linear", transposed=turned)
+        rows = random.lognormal(0, 1.5, 18 if turned else 22).astype(np.float32)
+        m, n = info.matrix_shape
+        weighting = Weighting(moment(n, random), rows[:m])
+        yield code(text, info, weights(info, random), weighting)
+    for shape in [(6,), (1, 33), (33, 1), (0, 4), (4, 0), (4, 3, 2, 2)]:
+        info = TensorInfo(f"shape.{'x'.join(map(str, shape))}", shape, "BF16", "conv")
+        yield code(texts[0], info, weights(info, random))
+    info = TensorInfo("turned", (6, 2, 5), "F32", "conv", transposed=True)
+    yield code(texts[0], info, weights(info, random))
+    info = TensorInfo("zeros", (9, 9), "F16")
+    yield code(texts[0], info, from_float32(np.zeros((9, 9), np.float32), "F16"))
+
+
+INTEGERS = [f"integer:bits={b},group=8" for b in range(2, 9)]
+INTEGERS += [f"integer:bits={b},group=16,pack=coded" for b in (2, 5, 8)]
+INTEGERS += ["integer:solver=nearest", "integer:bits=3,group=8,damping=0.1,pack=coded"]
+TRELLISES = ["trellis", "trellis:states=1", "trellis:step=2.0,rows=1.0", "trellis:rows=0.0"]
+TRELLISES += ["trellis:gains=yes", "trellis:gains=yes,mmse=0.1,states=1", "trellis:step=0.01"]
+
+
+def streams() -> Iterator[Encoded]:
+    """Matrices of integers that need every part of the entropy coder; one step, no row scales."""
+    random = np.random.default_rng(4)
+    normal = random.normal(size=(30, 24))
+    cases: dict[str, Array] = {
+        "constant": np.full((3, 4), -70_000),
+        "parametric": np.rint(normal * 3),
+        "explicit": np.where(random.random((30, 24)) < 0.7, 500, 520),
+        "wide": np.rint(1000 + 20 * random.normal(size=(40, 40))),
+        "escapes": np.rint(random.standard_cauchy((40, 50)) * 3).clip(-(2**31), 2**31 - 1),
+        "ends": np.where(random.random((9, 9)) < 0.9, 0, [[2**31 - 1, -(2**31), 5] * 3] * 9),
+        "classes": np.rint(random.normal(size=(300, 6)) * 4.0 ** np.arange(6)),
+        "silent columns": np.rint(random.normal(size=(200, 5)) * [0, 9, 0, 90, 9]),
+        "many columns": np.rint(random.normal(size=(10, 300)) * np.where(np.arange(300) % 99, 1, 60)),
+        "long segments": np.rint(random.normal(size=(1100, 2))),
+        "blocks": np.rint(random.normal(size=(33_000, 2)) * [0.23, 0.35]),
+    }  # fmt: skip
+    for number, (name, values) in enumerate(cases.items()):
+        info = TensorInfo(name, values.shape, "F32", "linear")
+        codes = encode_ints(values.astype(np.int64))
+        spec = Spec(
+            "trellis", dict(parse_spec("trellis").spec.config) | {"states": 4 - 3 * (number % 2)}
+        )
+        yield Encoded(spec, info, {"codes": join([b"", b"", b"", codes])})  # fmt: skip
+
+
+def shared() -> Iterator[Encoded]:
+    """Slices of fused tensors, repeats, names that JSON has to escape."""
+    random = np.random.default_rng(5)
+    for index, text in enumerate(["trellis", "integer:group=8", "lossless"]):
+        info = TensorInfo(f"experts[{index}]", (8, 12), "BF16", "expert", index=index)
+        yield code(text, info, weights(info, random))
+    first = TensorInfo('embed "näme" \n/€😀', (11, 6), "F16", "embedding")
+    yield code("integer:bits=8,group=8", first, weights(first, random))
+    again = TensorInfo("head", (11, 6), "F16", "embedding", group=first.name)
+    yield Encoded(Spec("raw"), again, {})
+    for index in range(3):
+        info = TensorInfo(f"more[{index}]", (4,), "F32", index=index)
+        yield code("raw", info, weights(info, random))
+
+
+ARTIFACTS = {
+    "raw": lambda: exact("raw"),
+    "lossless": planes,
+    "integer": lambda: rounded(INTEGERS),
+    "trellis": lambda: rounded(TRELLISES),
+    "streams": streams,
+    "shared": shared,
+    "empty": lambda: iter(()),
+}
+
+
+def main() -> None:
+    """Write whatever is missing."""
+    FOLDER.mkdir(exist_ok=True)
+    for name, items in ARTIFACTS.items():
+        path = FOLDER / f"{name}.safetensors"
+        if not path.exists():
+            save(path, list(items()))
+
+
+if __name__ == "__main__":
+    main()
