@@ -6,14 +6,22 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from waterfill.container import Reader
+from waterfill.container import FILE_NAME, Reader
 from waterfill.types import WaterfillError, make_codec
 
 RECORD_FILE = "waterfill.json"
+# By one of these a folder is known as a model's or its statistics: only such a one is replaced.
+MARKS = ("config.json", FILE_NAME, f"{FILE_NAME}.index.json", RECORD_FILE, "statistics.json")
+
+
+def folder_of(path: str | Path) -> Path:
+    """The artifact's folder, whether a user named it or the weights file in it."""
+    path = Path(path)
+    return path.parent if path.is_file() else path
 
 
 @contextlib.contextmanager
@@ -31,21 +39,57 @@ def new_folder(out: Path, force: bool) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        if out.is_dir() and not out.is_symlink():
-            shutil.rmtree(out)
-        else:
-            out.unlink(missing_ok=True)
-        temporary.replace(out)
+        replace(temporary, out)
     except OSError as error:
         raise explain(error, out) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def refuse_existing(out: Path, force: bool) -> None:
-    """WaterfillError if `out` is there already and may not be replaced."""
-    if (out.exists() or out.is_symlink()) and not force:
+def replace(new: Path, out: Path) -> None:
+    """Rename folder `new` to `out`; what was there before is removed only once `new` is in place."""
+    old = out.with_name(out.name + ".old")
+    if not (out.exists() or out.is_symlink()):
+        new.replace(out)
+        return
+    _remove(old)
+    out.replace(old)
+    try:
+        new.replace(out)
+    except BaseException:
+        old.replace(out)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def refuse_existing(out: Path, force: bool, inputs: Iterable[Path | None] = ()) -> None:
+    """WaterfillError if `out` is there already and may not be replaced.
+
+    Even `force` replaces only what looks like the product of an earlier run, and never the
+    folder one stands in or one of the `inputs`.
+    """
+    old = out.with_name(out.name + ".old") if out.name else out
+    if old.is_dir() and not out.exists():  # a run was killed between two renamings
+        old.replace(out)
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not force:
         raise WaterfillError(f"{out} exists; choose another name or replace it with --force")
+    place = out.resolve()
+    for used in (Path.cwd(), *(p for p in inputs if p is not None)):
+        if place == used.resolve() or place in used.resolve().parents:
+            raise WaterfillError(f"{out} is in use by this very run; choose another name")
+    if place.is_dir() and any(place.iterdir()) and not any((place / m).exists() for m in MARKS):
+        raise WaterfillError(
+            f"{out} holds other things than a model, which --force would delete; choose another name"
+        )
 
 
 def explain(error: OSError, path: Path) -> WaterfillError:
@@ -54,7 +98,10 @@ def explain(error: OSError, path: Path) -> WaterfillError:
         return WaterfillError(
             f"the disk is full; nothing was written to {path}. Free some space and run again"
         )
-    return WaterfillError(f"cannot write {path}: {error.strerror or error}")
+    why = error.strerror or str(error)
+    if error.filename and not str(error.filename).startswith(str(path)):
+        return WaterfillError(f"{error.filename}: {why}")
+    return WaterfillError(f"cannot write {path}: {why}")
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -63,6 +110,22 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
         entry = {"quant_method": "waterfill", "container_version": 1}
         text = json.dumps({**config, "quantization_config": entry}, indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of an artifact, or WaterfillError."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        config = None
+    except ValueError as error:
+        raise WaterfillError(f"{path} is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise WaterfillError(
+            f"{folder} has no proper config.json; waterfill.load gives its arrays all the same"
+        )
+    return config
 
 
 def ledger(reader: Reader) -> list[dict[str, Any]]:
@@ -130,7 +193,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise WaterfillError(f"{path} is not JSON; remove it or compress again") from error
+    if not isinstance(record, dict):
+        raise WaterfillError(f"{path} is not a record; remove it or compress again")
     return record
