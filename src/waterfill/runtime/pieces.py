@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,20 @@ class Pieces:
         return self.folder / hashlib.sha256(key.encode()).hexdigest()[:32]
 
     def get(self, name: str, point: Point) -> dict[str, Any] | None:
-        """The index entry of a piece, or None if it was never made."""
+        """The index entry of a piece, or None if it was never made, or has been damaged since."""
         path = self._path(name, point)
         if not path.exists():
             return None
         with path.open("rb") as file:
-            described: dict[str, Any] = json.loads(file.readline())
-        return described
+            try:
+                described: dict[str, Any] = json.loads(file.readline())
+                sound = all(
+                    zlib.crc32(file.read(length)) == crc
+                    for length, crc in described["parts"].values()
+                )
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return None
+            return described if sound and not file.read(1) else None
 
     def put(
         self, name: str, point: Point, encoded: Encoded, note: dict[str, Any]
@@ -60,6 +68,6 @@ class Pieces:
                 data = file.read(length)
                 if len(data) != length:
                     raise FormatError(
-                        f"{name}: a piece of unfinished work is cut off; start over with --force"
+                        f"{name}: a piece of unfinished work was cut off; run the same command again"
                     )
                 yield data
