@@ -61,6 +61,8 @@ def encode(
             encoded, nats = encode_tensor(read(priced.source, info), info, weighting, point)
             note = {"why": priced.why[name]} | ({"nats": float(f"{nats:.4g}")} if nats else {})
             entry = pieces.put(name, point, encoded, note)
+        # A piece left by a run with other --keep or --codec rules has its reason, not ours.
+        entry["note"]["why"] = priced.why[name]
         described[name, _key(point)] = entry
         done += 1
         progress("encoding", min(done, len(priced.curves.names)), len(priced.curves.names))

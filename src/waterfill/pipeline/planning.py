@@ -73,8 +73,8 @@ def check_same(statistics: Statistics, source: Source) -> None:
     """WaterfillError unless the statistics were made from this very model."""
     if statistics.source_fingerprint != source.fingerprint():
         raise WaterfillError(
-            f"{statistics.folder} holds statistics of {statistics.source_name!r}, which is not (or no longer) "
-            f"the model {source.name!r}; calibrate again"
+            f"{statistics.folder} holds statistics of {statistics.source_path or statistics.source_name}, "
+            f"which is not (or no longer) the model {source.path or source.name}; calibrate again"
         )
 
 
@@ -95,6 +95,8 @@ def prepare(
     why: dict[str, str] = {}
     keep = write and os.access(statistics.folder, os.W_OK)
     with (path if keep else Path(os.devnull)).open("a", encoding="utf-8") as file:
+        if keep and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            file.write("\n")  # an interrupt cut the last line off
         for done, (name, info) in enumerate(own.items(), 1):
             candidates, forced = rules.candidates(info, weighted[name])
             reason = (
