@@ -10,18 +10,45 @@ from typing import Any
 
 from waterfill.container import FILE_NAME, Reader
 from waterfill.runtime.arrays import checkpoint_infos, read_tensors
+from waterfill.runtime.artifact import folder_of, new_folder, refuse_existing
 from waterfill.types import DTYPES, Array
 
 SHARD_NBYTES = 5 * 10**9
-OWN_FILES = (FILE_NAME, "README.md", "waterfill.json", "config.json")
+OWN_FILES = (FILE_NAME, "README.md", "report.html", "waterfill.json", "config.json")
 
 Shards = list[dict[str, tuple[str, tuple[int, ...]]]]
 
 
 def decompress(
-    artifact: Path, folder: Path, progress: Callable[[int, int, str], None] | None = None
+    path: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
-    """Write the decoded checkpoint, its config and tokenizer into `folder` (which must exist)."""
+    """Turn an artifact back into a plain safetensors folder.
+
+    Parameters
+    ----------
+    path : artifact folder
+    out : folder to make
+    force : replace `out` if it exists
+    progress : called with (done, total, what)
+
+    Raises
+    ------
+    WaterfillError
+        If `out` exists or cannot be written, or the artifact is damaged; nothing is left at `out`.
+    """
+    artifact, out = folder_of(path), Path(out)
+    refuse_existing(out, force, [artifact])
+    with new_folder(out, force) as folder:
+        _decode_into(artifact, folder, progress)
+
+
+def _decode_into(
+    artifact: Path, folder: Path, progress: Callable[[int, int, str], None] | None
+) -> None:
     with Reader(artifact) as reader:
         shards = _shard(checkpoint_infos(reader))
         tensors = read_tensors(reader)
@@ -38,10 +65,10 @@ def decompress(
             total = sum(_nbytes(i) for shard in shards for i in shard.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / f"{FILE_NAME}.index.json").write_text(json.dumps(index, indent=1))
-    copy_beside(artifact, folder)
+    _copy_beside(artifact, folder)
 
 
-def copy_beside(artifact: Path, folder: Path) -> None:
+def _copy_beside(artifact: Path, folder: Path) -> None:
     """Copy tokenizer and configuration; the configuration loses its quantisation entry."""
     for file in sorted(artifact.iterdir()):
         if file.is_file() and file.name not in OWN_FILES:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from waterfill.container import Reader
 from waterfill.runtime.arrays import read_tensors
+from waterfill.runtime.artifact import folder_of, read_config
 from waterfill.types import Array, WaterfillError
 
 if TYPE_CHECKING:
@@ -38,18 +40,17 @@ def load_model(
     FormatError
         If the file is damaged.
     """
-    path = Path(path)
-    silence()
-    config = plain_config(path, trust_remote_code)
-    with Reader(path) as reader:
+    path = folder_of(path)
+    with quiet_transformers(), Reader(path) as reader:
+        config = plain_config(path, trust_remote_code)
         state = {name: to_torch(bits, kind) for name, kind, bits in read_tensors(reader)}
-    model = model_class(config).from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=dtype or "auto",
-        trust_remote_code=trust_remote_code,
-    )
+        model = model_class(config).from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype or "auto",
+            trust_remote_code=trust_remote_code,
+        )
     generation = path / "generation_config.json"
     if generation.exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
@@ -58,28 +59,33 @@ def load_model(
     return model.eval()
 
 
-def silence() -> None:
-    """Keep transformers' own bars off stderr: progress is ours to show, or not."""
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own bars and notices off stderr while the body runs."""
     try:
+        import torch
         from transformers.utils import logging
     except ImportError as error:
         raise WaterfillError(
             "this needs torch and transformers: pip install 'waterfill[hf]'"
         ) from error
+    del torch
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def plain_config(path: Path, trust_remote_code: bool) -> Any:
     """The transformers configuration without its quantisation entry."""
     from transformers import AutoConfig
 
-    file = path / "config.json"
-    if not file.exists():
-        raise WaterfillError(
-            f"{path} has no config.json; waterfill.load gives its arrays all the same"
-        )
-    entries = json.loads(file.read_text(encoding="utf-8"))
-    entries.pop("quantization_config", None)
+    read_config(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -114,10 +120,11 @@ def load_original(path: Path, trust_remote_code: bool) -> Any:
     """The uncompressed model in float32, in evaluation mode."""
     from transformers import AutoConfig
 
-    silence()
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    cls = model_class(config)
-    return cls.from_pretrained(path, dtype="float32", trust_remote_code=trust_remote_code).eval()
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        cls = model_class(config)
+        model = cls.from_pretrained(path, dtype="float32", trust_remote_code=trust_remote_code)
+    return model.eval()
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -129,7 +136,10 @@ def load_tokenizer(path: Path) -> Any:
         for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     ):
         raise WaterfillError(f"{path} has no tokenizer, and this needs text")
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # whatever a tokenizer file can provoke
+        raise WaterfillError(f"cannot open the tokenizer of {path}: {error}") from error
 
 
 def generate(path: Path, prompt: str, tokens: int, seed: int | None) -> tuple[str, float]:
@@ -138,18 +148,32 @@ def generate(path: Path, prompt: str, tokens: int, seed: int | None) -> tuple[st
 
     import torch
 
-    model, tokenizer = load_model(path), load_tokenizer(path)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].shape[1] == 0:
-        raise WaterfillError("the prompt is empty")
-    options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": seed is not None}
-    if seed is not None:
-        torch.manual_seed(seed)
-        options |= {"temperature": 0.8, "top_p": 0.95}
-    if model.generation_config.pad_token_id is None:
-        options["pad_token_id"] = model.generation_config.eos_token_id
-    start = time.perf_counter()
-    with torch.no_grad():
-        out = model.generate(**inputs, **options)[0]
-    speed = (len(out) - inputs["input_ids"].shape[1]) / (time.perf_counter() - start)
-    return str(tokenizer.decode(out, skip_special_tokens=True)), speed
+    path = folder_of(path)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(path)
+        model = load_model(path)
+        if not model.can_generate():
+            raise WaterfillError(f"{type(model).__name__} cannot continue a text")
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        given = inputs["input_ids"].shape[1]
+        if given == 0:
+            raise WaterfillError("the prompt is empty")
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and given + tokens > longest:
+            raise WaterfillError(
+                f"this model takes {longest} tokens at once; the prompt has {given} and {tokens} more "
+                f"were asked for"
+            )
+        options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": seed is not None}
+        if seed is not None:
+            torch.manual_seed(seed)
+            options |= {"temperature": 0.8, "top_p": 0.95}
+        if model.generation_config.pad_token_id is None:
+            options["pad_token_id"] = model.generation_config.eos_token_id
+        start = time.perf_counter()
+        with torch.no_grad():
+            out = model.generate(**inputs, **options)[0]
+        seconds = time.perf_counter() - start
+    # An encoder-decoder returns the continuation alone, after its start token.
+    written = len(out) - (1 if model.config.is_encoder_decoder else given)
+    return str(tokenizer.decode(out, skip_special_tokens=True)), written / seconds
