@@ -11,9 +11,9 @@ from waterfill import evaluate
 from waterfill.container import Reader
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.runtime import artifact
-from waterfill.runtime.arrays import decode
-from waterfill.runtime.torch_model import load_model, load_original, to_torch
-from waterfill.sources import open_source
+from waterfill.runtime.arrays import checkpoint_infos, decode
+from waterfill.runtime.torch_model import load_model, load_original, load_tokenizer, to_torch
+from waterfill.sources import Source, open_source
 from waterfill.types import Record, WaterfillError
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ def compare(
     dict
         As of `waterfill.evaluate.compare`, with ``predicted_kl_nats`` and ``layers``.
     """
-    folder = Path(path)
+    folder = artifact.folder_of(path)
     source = open_source(against, trust_remote_code=trust_remote_code)
     if source.path is None:
         raise WaterfillError(
@@ -88,12 +88,14 @@ def compare(
     if "quantization_config" in source.config:
         raise WaterfillError(f"{source.name} is itself quantised; compare with the original")
     shown = show(folder)
+    _check_alike(folder, source)
+    tokenizer = load_tokenizer(source.path)
     original = load_original(source.path, trust_remote_code)
     compressed = load_model(folder, dtype="float32", trust_remote_code=trust_remote_code)
     paths = [Path(t) for t in text] if text else [_packaged_text()]
     windows = evaluate.text_windows(
         paths,
-        evaluate.load_tokenizer(source.path),
+        tokenizer,
         window=window,
         stride=stride,
         max_positions=evaluate.max_positions(original),
@@ -109,6 +111,22 @@ def compare(
     if stored:
         artifact.write_record(folder, {**stored, METRICS: metrics})
     return metrics
+
+
+def _check_alike(folder: Path, source: Source) -> None:
+    """WaterfillError if the artifact was clearly not made from this model."""
+    config = artifact.read_config(folder)
+    differs = [
+        key for key in ("model_type", "architectures") if config.get(key) != source.config.get(key)
+    ]
+    with Reader(folder) as reader:
+        for name, (_, shape) in checkpoint_infos(reader).items():
+            if name in source.tensors and source.tensors[name][1] != shape:
+                differs.append(f"the shape of {name}")
+    if differs:
+        raise WaterfillError(
+            f"{folder} was not made from {source.path}: {differs[0]} differs; compare it with its original"
+        )
 
 
 def _layers(
