@@ -8,64 +8,59 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from waterfill import __version__
+from waterfill.grammar import build_parser
 from waterfill.types import WaterfillError
-
-EXAMPLES = {
-    "compress": """examples:
-  waterfill compress demo -o out/small --bits 3
-  waterfill compress meta-llama/Llama-3.2-1B -o out/llama --size 600MB --calibrate wiki.txt
-  waterfill compress ./model -o out/m --ratio 20%% --keep '*lm_head*' --codec '*.down_proj*=integer:bits=4'""",
-    "calibrate": """examples:
-  waterfill calibrate demo -o out/stats
-  waterfill calibrate ./model --text wiki.txt code.txt --tokens 65536 -o out/stats""",
-    "plan": """examples:
-  waterfill plan out/stats --size 2MB
-  waterfill plan out/stats --bits 2.5 --dry-run --json""",
-    "show": "examples:\n  waterfill show out/small\n  waterfill show out/small --json | jq '.ledger[0]'",
-    "eval": "examples:\n  waterfill eval out/small --against demo --text book.txt",
-    "decompress": "examples:\n  waterfill decompress out/small -o out/plain",
-    "verify": "examples:\n  waterfill verify out/small",
-    "generate": "examples:\n  waterfill generate out/small --prompt 'Once upon a time' --tokens 60",
-    "report": "examples:\n  waterfill report out/small\n  waterfill report out/small out/smaller -o both.html",
-}
-
-Verb = Callable[[argparse.Namespace], Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    parser = build_parser()
+    parser = build_parser(VERBS)
     args = parser.parse_args(argv)
     args.command_line = shlex.join(["waterfill", *(sys.argv[1:] if argv is None else argv)])
     try:
         with Bars() as bars:
             args.progress = bars
             result = args.verb(args)
+        if args.json:
+            print(json.dumps(result, indent=1))
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        print(
-            "waterfill: interrupted; run the same command again to go on from here", file=sys.stderr
-        )
-        return 1
+        resumes = args.verb in (compress, calibrate)
+        hint = "; run the same command again to go on from here" if resumes else ""
+        return _failed(f"interrupted{hint}")
     except BrokenPipeError:
-        sys.stderr.close()
+        # The reader (head, less) has seen enough; the interpreter must not flush into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (WaterfillError, OSError) as error:
+    except Exception as error:
         if args.debug:
             traceback.print_exc()
-        print(f"waterfill: {error}", file=sys.stderr)
-        return 1
-    if args.json:
-        json.dump(result, sys.stdout, indent=1)
-        print()
+        return _failed(_one_line(error))
     return 0
+
+
+def _failed(message: str) -> int:
+    print(f"waterfill: {message}", file=sys.stderr)
+    return 1
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong in one line, and where it should not have been possible, how to see more."""
+    message = " ".join(str(error).split())
+    if isinstance(error, WaterfillError):
+        return message
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return f"unexpected {type(error).__name__}: {message} (--debug shows where)"
 
 
 class Bars:
@@ -152,28 +147,19 @@ def compress(args: argparse.Namespace) -> Any:
 
 def calibrate(args: argparse.Namespace) -> Any:
     """Run text through a model once and keep what every later plan needs."""
-    from waterfill.calibrate import calibrate
-    from waterfill.runtime.artifact import refuse_existing
-    from waterfill.sources import open_source
+    from waterfill.pipeline import calibrate_to
 
-    if not (args.out / "statistics.json").exists() or args.force:
-        source = open_source(args.model, trust_remote_code=args.trust_remote_code)
-        if not (args.out / "unfinished").exists():
-            refuse_existing(args.out, args.force)
-        texts = "self" if args.self_text else args.text
-        progress = args.progress
-        statistics = calibrate(
-            source,
-            args.out,
-            texts,
-            tokens=args.tokens,
-            method=args.method,
-            seed=args.seed,
-            progress=lambda done, total, what: progress(what, done, total),
-        )
-    else:
-        refuse_existing(args.out, args.force)
-        raise AssertionError
+    statistics = calibrate_to(
+        args.model,
+        args.out,
+        "self" if args.self_text else args.text,
+        tokens=args.tokens,
+        method=args.method,
+        seed=args.seed,
+        force=args.force,
+        trust_remote_code=args.trust_remote_code,
+        progress=args.progress,
+    )
     if not args.json:
         weighted = sum(
             i.kind in ("linear", "embedding", "conv", "expert") for i in statistics.infos.values()
@@ -198,6 +184,7 @@ def plan(args: argparse.Namespace) -> Any:
     )
     result = pipeline.plan_json(priced, size=args.size, bits=args.bits, ratio=args.ratio)
     if args.out and not args.dry_run:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if not args.json:
         rows = [
@@ -273,13 +260,14 @@ def evaluate(args: argparse.Namespace) -> Any:
 
 def decompress(args: argparse.Namespace) -> Any:
     """Turn an artifact back into a plain safetensors folder."""
-    from waterfill.runtime.artifact import new_folder
     from waterfill.runtime.plain import decompress
 
-    with new_folder(args.out, args.force) as folder:
-        decompress(
-            args.artifact, folder, lambda done, total, _: args.progress("decoding", done, total)
-        )
+    decompress(
+        args.artifact,
+        args.out,
+        force=args.force,
+        progress=lambda done, total, _: args.progress("decoding", done, total),
+    )
     nbytes = sum(f.stat().st_size for f in args.out.glob("*.safetensors"))
     if not args.json:
         print(f"{args.out}: {nbytes:,} bytes of plain safetensors")
@@ -315,8 +303,10 @@ def report(args: argparse.Namespace) -> Any:
     """Draw one self-contained HTML page from one or more artifacts."""
     from waterfill.pipeline import record_of
     from waterfill.report import write
+    from waterfill.runtime.artifact import folder_of
 
-    out = args.out or args.artifacts[0] / "report.html"
+    out = args.out or folder_of(args.artifacts[0]) / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
     write([record_of(a) for a in args.artifacts], out)
     if not args.json:
         print(f"{out}: {out.stat().st_size:,} bytes, opens in any browser without a network")
@@ -367,190 +357,18 @@ def _calibration(values: Sequence[str] | None) -> Any:
     return "self" if list(values) == ["self"] else list(values)
 
 
-def _pair(text: str) -> tuple[str, str]:
-    glob, sep, spec = text.partition("=")
-    if not sep or not glob or not spec:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: write GLOB=SPEC, for example '*.mlp.*=integer:bits=4'"
-        )
-    return glob, spec
-
-
-def _checked(parse: Callable[[str], Any]) -> Callable[[str], str]:
-    """An argparse type that checks the text now and passes it on."""
-
-    def check(text: str) -> str:
-        try:
-            parse(text)
-        except WaterfillError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-        return text
-
-    return check
-
-
-def _bits(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 128:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits per weight; try 3.2")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The whole grammar."""
-    from waterfill.plan.budget import parse_ratio, parse_size
-
-    parser = argparse.ArgumentParser(
-        prog="waterfill", description="Compress a model to the exact size you name."
-    )
-    parser.add_argument("--version", action="version", version=f"waterfill {__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-
-    def verb(name: str, call: Verb) -> argparse.ArgumentParser:
-        p = verbs.add_parser(
-            name,
-            help=(call.__doc__ or "").strip(),
-            description=(call.__doc__ or "").strip(),
-            epilog=EXAMPLES.get(name),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        p.set_defaults(verb=call)
-        p.add_argument("--json", action="store_true", help="print the result as JSON")
-        p.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        return p
-
-    def budget(p: argparse.ArgumentParser) -> None:
-        one = p.add_mutually_exclusive_group(required=True)
-        one.add_argument(
-            "--size",
-            type=_checked(parse_size),
-            metavar="SIZE",
-            help="of the weights file: 250MB, 1.5GiB, 123456",
-        )
-        one.add_argument(
-            "--bits",
-            type=_bits,
-            metavar="B",
-            help="average bits per weight, every byte of the file counted",
-        )
-        one.add_argument(
-            "--ratio",
-            type=_checked(parse_ratio),
-            metavar="R",
-            help="share of the original's bytes: 20%%",
-        )
-        p.add_argument(
-            "--keep",
-            action="append",
-            default=[],
-            metavar="GLOB",
-            help="keep these tensors exact (repeatable)",
-        )
-        p.add_argument("--codec", action="append", default=[], type=_pair, metavar="GLOB=SPEC",
-                       help="a codec id, or one setting such as integer:bits=3; the last match wins")  # fmt: skip
-
-    def code(p: argparse.ArgumentParser) -> None:
-        p.add_argument(
-            "--trust-remote-code",
-            action="store_true",
-            help="run Python files that come with the model",
-        )
-
-    p = verb("compress", compress)
-    p.add_argument("model", help="folder in Hugging Face layout, hub id, or demo")
-    p.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
-    budget(p)
-    p.add_argument(
-        "--calibrate",
-        nargs="+",
-        metavar="FILE|STATS|self",
-        help="text files, a statistics folder, or self; default: a packaged text",
-    )
-    p.add_argument(
-        "--tokens", type=_count, default=32768, help="calibration tokens (default 32768)"
-    )
-    p.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    code(p)
-
-    p = verb("calibrate", calibrate)
-    p.add_argument("model")
-    p.add_argument("-o", "--out", type=Path, required=True, metavar="STATS")
-    text = p.add_mutually_exclusive_group()
-    text.add_argument(
-        "--text", nargs="+", type=Path, metavar="FILE", help="default: a packaged text"
-    )
-    text.add_argument(
-        "--self", dest="self_text", action="store_true", help="let the model sample its own text"
-    )
-    p.add_argument("--tokens", type=_count, default=32768)
-    p.add_argument(
-        "--method",
-        choices=("fisher", "differences", "none"),
-        default="fisher",
-        help="how sensitivities are found (default fisher)",
-    )
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--force", action="store_true", help="replace STATS if it exists")
-    code(p)
-
-    p = verb("plan", plan)
-    p.add_argument("statistics", type=Path, metavar="STATS")
-    budget(p)
-    p.add_argument("-o", "--out", type=Path, metavar="PLAN", help="write the plan as JSON")
-    p.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="write nothing at all, not even the price list kept in STATS",
-    )
-
-    p = verb("show", show)
-    p.add_argument("artifact", type=Path, metavar="OUT")
-
-    p = verb("eval", evaluate)
-    p.add_argument("artifact", type=Path, metavar="OUT")
-    p.add_argument("--against", required=True, metavar="MODEL")
-    p.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="default: a packaged text")
-    p.add_argument("--window", type=_count, help="context length in tokens (default: up to 1024)")
-    p.add_argument(
-        "--stride", type=_count, help="tokens scored per window (default: half a window)"
-    )
-    p.add_argument("--tokens", type=_count, help="stop after so many tokens of text")
-    p.add_argument(
-        "--layers",
-        action="store_true",
-        help="also measure each tensor alone (slow), for the report",
-    )
-    code(p)
-
-    p = verb("decompress", decompress)
-    p.add_argument("artifact", type=Path, metavar="OUT")
-    p.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
-    p.add_argument("--force", action="store_true", help="replace DIR if it exists")
-
-    p = verb("verify", verify)
-    p.add_argument("artifact", type=Path, metavar="OUT")
-
-    p = verb("generate", generate)
-    p.add_argument("artifact", type=Path, metavar="OUT")
-    p.add_argument("--prompt", required=True)
-    p.add_argument("--tokens", type=_count, default=60)
-    p.add_argument("--seed", type=int, help="sample with this seed; default: greedy")
-
-    p = verb("report", report)
-    p.add_argument("artifacts", type=Path, nargs="+", metavar="OUT")
-    p.add_argument("-o", "--out", type=Path, metavar="HTML", help="default: OUT/report.html")
-
-    verb("codecs", codecs)
-    return parser
+VERBS = {
+    "compress": compress,
+    "calibrate": calibrate,
+    "plan": plan,
+    "show": show,
+    "eval": evaluate,
+    "decompress": decompress,
+    "verify": verify,
+    "generate": generate,
+    "report": report,
+    "codecs": codecs,
+}
 
 
 if __name__ == "__main__":

@@ -3,5 +3,15 @@
 from waterfill.pipeline.compare import compare, record_of, show
 from waterfill.pipeline.compress import compress
 from waterfill.pipeline.planning import plan, plan_json, price_statistics
+from waterfill.pipeline.preparing import calibrate_to
 
-__all__ = ["compare", "compress", "plan", "plan_json", "price_statistics", "record_of", "show"]
+__all__ = [
+    "calibrate_to",
+    "compare",
+    "compress",
+    "plan",
+    "plan_json",
+    "price_statistics",
+    "record_of",
+    "show",
+]

@@ -11,31 +11,28 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from waterfill import __version__
-from waterfill.calibrate import Statistics, calibrate
 from waterfill.container import FILE_NAME, Reader
 from waterfill.pipeline.encoding import encode
 from waterfill.pipeline.planning import (
     Priced,
     Progress,
     about,
-    check_same,
     predicted_curve,
     prepare,
     quiet,
 )
+from waterfill.pipeline.preparing import check_early, statistics_for
 from waterfill.plan.budget import budget_nbytes
 from waterfill.plan.price import Rules
 from waterfill.runtime import artifact
 from waterfill.runtime.pieces import Pieces
-from waterfill.sources import Source, open_source
+from waterfill.sources import open_source
 from waterfill.types import Record
-
-Texts = Sequence[Path] | Literal["self"] | None
 
 
 def compress(
@@ -80,10 +77,12 @@ def compress(
     out = Path(out)
     artifact.refuse_existing(out, force)
     source = open_source(model, trust_remote_code=trust_remote_code)
+    artifact.refuse_existing(out, force, [source.path, *_paths(calibration)])
+    rules = Rules(tuple(keep), tuple((codec or {}).items()))
+    check_early(source, rules, size=size, bits=bits, ratio=ratio)
     work = out.with_name(out.name + ".work")
     try:
         statistics = statistics_for(source, work, calibration, tokens, progress)
-        rules = Rules(tuple(keep), tuple((codec or {}).items()))
         priced = prepare(source, statistics, rules, progress=progress)
         budget = budget_nbytes(
             params=priced.params,
@@ -104,31 +103,11 @@ def compress(
     return record
 
 
-def statistics_for(
-    source: Source,
-    work: Path,
-    calibration: str | Path | Sequence[str | Path] | None,
-    tokens: int,
-    progress: Progress,
-) -> Statistics:
-    """Statistics as the user asked: a folder made before, or a calibration run (resumed if begun)."""
-    texts: Texts = None
-    if calibration == "self":
-        texts = "self"
-    elif calibration is not None:
-        paths = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
-        texts = [Path(p) for p in paths]
-        if len(texts) == 1 and (texts[0] / "statistics.json").exists():
-            statistics = Statistics.open(texts[0])
-            check_same(statistics, source)
-            return statistics
-    return calibrate(
-        source,
-        work / "statistics",
-        texts,
-        tokens=tokens,
-        progress=lambda d, t, w: progress(w, d, t),
-    )
+def _paths(calibration: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    if calibration is None or calibration == "self":
+        return []
+    paths = [calibration] if isinstance(calibration, (str, Path)) else calibration
+    return [Path(p) for p in paths]
 
 
 def _finish(priced: Priced, budget: int, folder: Path, command: str, name: str) -> Record:

@@ -1,0 +1,219 @@
+"""What one may say at the street door: verbs, options, and what each of them must look like."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from waterfill import __version__
+from waterfill.types import WaterfillError
+
+EXAMPLES = {
+    "compress": """examples:
+  waterfill compress demo -o out/small --bits 3
+  waterfill compress meta-llama/Llama-3.2-1B -o out/llama --size 600MB --calibrate wiki.txt
+  waterfill compress ./model -o out/m --ratio 20%% --keep '*lm_head*' --codec '*.down_proj*=integer:bits=4'""",
+    "calibrate": """examples:
+  waterfill calibrate demo -o out/stats
+  waterfill calibrate ./model --text wiki.txt code.txt --tokens 65536 -o out/stats""",
+    "plan": """examples:
+  waterfill plan out/stats --size 2MB
+  waterfill plan out/stats --bits 2.5 --dry-run --json""",
+    "show": "examples:\n  waterfill show out/small\n  waterfill show out/small --json | jq '.ledger[0]'",
+    "eval": "examples:\n  waterfill eval out/small --against demo --text book.txt",
+    "decompress": "examples:\n  waterfill decompress out/small -o out/plain",
+    "verify": "examples:\n  waterfill verify out/small",
+    "generate": "examples:\n  waterfill generate out/small --prompt 'Once upon a time' --tokens 60",
+    "report": "examples:\n  waterfill report out/small\n  waterfill report out/small out/smaller -o both.html",
+}
+
+Verb = Callable[[argparse.Namespace], Any]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    glob, sep, spec = text.partition("=")
+    if not sep or not glob or not spec:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write GLOB=SPEC, for example '*.mlp.*=integer:bits=4'"
+        )
+    return glob, spec
+
+
+def _checked(parse: Callable[[str], Any]) -> Callable[[str], str]:
+    """An argparse type that checks the text now and passes it on."""
+
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except WaterfillError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text
+
+    return check
+
+
+def _bits(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 128:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits per weight; try 3.2")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
+    """The whole grammar; `calls` has the function of each verb, whose docstring is its help."""
+    from waterfill.plan.budget import parse_ratio, parse_size
+
+    parser = argparse.ArgumentParser(
+        prog="waterfill", description="Compress a model to the exact size you name."
+    )
+    parser.add_argument("--version", action="version", version=f"waterfill {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str) -> argparse.ArgumentParser:
+        call = calls[name]
+        p = verbs.add_parser(
+            name,
+            help=(call.__doc__ or "").strip(),
+            description=(call.__doc__ or "").strip(),
+            epilog=EXAMPLES.get(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        p.set_defaults(verb=call)
+        p.add_argument("--json", action="store_true", help="print the result as JSON")
+        p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return p
+
+    def budget(p: argparse.ArgumentParser) -> None:
+        one = p.add_mutually_exclusive_group(required=True)
+        one.add_argument(
+            "--size",
+            type=_checked(parse_size),
+            metavar="SIZE",
+            help="of the weights file: 250MB, 1.5GiB, 123456",
+        )
+        one.add_argument(
+            "--bits",
+            type=_bits,
+            metavar="B",
+            help="average bits per weight, every byte of the file counted",
+        )
+        one.add_argument(
+            "--ratio",
+            type=_checked(parse_ratio),
+            metavar="R",
+            help="share of the original's bytes: 20%%",
+        )
+        p.add_argument(
+            "--keep",
+            action="append",
+            default=[],
+            metavar="GLOB",
+            help="keep these tensors exact (repeatable)",
+        )
+        p.add_argument("--codec", action="append", default=[], type=_pair, metavar="GLOB=SPEC",
+                       help="a codec id, or one setting such as integer:bits=3; the last match wins")  # fmt: skip
+
+    def code(p: argparse.ArgumentParser) -> None:
+        p.add_argument(
+            "--trust-remote-code",
+            action="store_true",
+            help="run Python files that come with the model",
+        )
+
+    p = verb("compress")
+    p.add_argument("model", help="folder in Hugging Face layout, hub id, or demo")
+    p.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
+    budget(p)
+    p.add_argument(
+        "--calibrate",
+        nargs="+",
+        metavar="FILE|STATS|self",
+        help="text files, a statistics folder, or self; default: a packaged text",
+    )
+    p.add_argument(
+        "--tokens", type=_count, default=32768, help="calibration tokens (default 32768)"
+    )
+    p.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    code(p)
+
+    p = verb("calibrate")
+    p.add_argument("model")
+    p.add_argument("-o", "--out", type=Path, required=True, metavar="STATS")
+    text = p.add_mutually_exclusive_group()
+    text.add_argument(
+        "--text", nargs="+", type=Path, metavar="FILE", help="default: a packaged text"
+    )
+    text.add_argument(
+        "--self", dest="self_text", action="store_true", help="let the model sample its own text"
+    )
+    p.add_argument("--tokens", type=_count, default=32768)
+    p.add_argument(
+        "--method",
+        choices=("fisher", "differences", "none"),
+        default="fisher",
+        help="how sensitivities are found (default fisher)",
+    )
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--force", action="store_true", help="replace STATS if it exists")
+    code(p)
+
+    p = verb("plan")
+    p.add_argument("statistics", type=Path, metavar="STATS")
+    budget(p)
+    p.add_argument("-o", "--out", type=Path, metavar="PLAN", help="write the plan as JSON")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing at all, not even the price list kept in STATS",
+    )
+
+    p = verb("show")
+    p.add_argument("artifact", type=Path, metavar="OUT")
+
+    p = verb("eval")
+    p.add_argument("artifact", type=Path, metavar="OUT")
+    p.add_argument("--against", required=True, metavar="MODEL")
+    p.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="default: a packaged text")
+    p.add_argument("--window", type=_count, help="context length in tokens (default: up to 1024)")
+    p.add_argument(
+        "--stride", type=_count, help="tokens scored per window (default: half a window)"
+    )
+    p.add_argument("--tokens", type=_count, help="stop after so many tokens of text")
+    p.add_argument(
+        "--layers",
+        action="store_true",
+        help="also measure each tensor alone (slow), for the report",
+    )
+    code(p)
+
+    p = verb("decompress")
+    p.add_argument("artifact", type=Path, metavar="OUT")
+    p.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--force", action="store_true", help="replace DIR if it exists")
+
+    p = verb("verify")
+    p.add_argument("artifact", type=Path, metavar="OUT")
+
+    p = verb("generate")
+    p.add_argument("artifact", type=Path, metavar="OUT")
+    p.add_argument("--prompt", required=True)
+    p.add_argument("--tokens", type=_count, default=60)
+    p.add_argument("--seed", type=int, help="sample with this seed; default: greedy")
+
+    p = verb("report")
+    p.add_argument("artifacts", type=Path, nargs="+", metavar="OUT")
+    p.add_argument("-o", "--out", type=Path, metavar="HTML", help="default: OUT/report.html")
+
+    verb("codecs")
+    return parser
