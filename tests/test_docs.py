@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import waterfill
+from waterfill import types
 from waterfill.coding.scales import encode_grid
 from waterfill.coding.sections import join
 from waterfill.container import Reader, describe, write
+from waterfill.testing import check_codec
 from waterfill.types import (
     Encoded,
     TensorInfo,
@@ -25,6 +31,7 @@ from waterfill.types import (
 
 DOCS = Path(__file__).parents[1] / "docs"
 FORMAT = DOCS / "format"
+CODECS = (DOCS / "codecs.md").read_text()
 
 
 def blocks(name: str) -> list[bytes]:
@@ -125,3 +132,64 @@ def test_every_codec_and_version_has_a_page() -> None:
             default = str(field.default).lower().removesuffix(".0")
             row = rf"^\| `{field.name}` \| .* \| `?{default}`? \|"
             assert re.search(row, page, re.MULTILINE), f"{name}.md does not list {field.name}"
+
+
+@pytest.fixture
+def own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The example of codecs.md as an installed package with its entry point."""
+    blocks = re.findall(r"^ *```(python|toml)\n(.*?)^ *```", CODECS, re.MULTILINE | re.DOTALL)
+    (_, example), (_, trial), (_, entry) = blocks
+    package = tmp_path / "your_package"
+    package.mkdir()
+    (package / "sign.py").write_text(example)
+    (package / "trial.py").write_text(f"from your_package.sign import Sign\n{trial}")
+    group, line = (text.strip() for text in entry.strip().split("\n"))
+    assert group == '[project.entry-points."waterfill.codecs"]'
+    info = tmp_path / "your_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: your-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[waterfill.codecs]\n" + line.replace('"', "") + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    types._REGISTRY.pop("sign", None)
+    for name in [n for n in sys.modules if n.startswith("your_package")]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("own_package")
+def test_the_example_codec_is_found_by_its_entry_point_and_passes_every_check() -> None:
+    assert "sign" in codec_ids()
+    assert str(parse_spec("sign:shrink=0.9")) == "sign:shrink=0.9"
+    importlib.import_module("your_package.trial")
+    check_codec(find_codec("sign")())
+
+
+@pytest.mark.usefixtures("own_package")
+def test_the_example_codec_goes_through_a_file(tmp_path: Path) -> None:
+    values = np.array([[1, -1, 1], [-2, 2, 2]], np.float32)
+    info = TensorInfo("w", (2, 3), "F32")
+    chosen = parse_spec("sign")
+    parts, extra = chosen.encode(values, info, Weighting())
+    encoded = Encoded(chosen.spec, info, parts, extra)
+    write(tmp_path / "model.safetensors", [describe(encoded, {})], [parts.values()], {})
+    assert np.array_equal(waterfill.load(tmp_path)["w"], values)
+
+
+def test_every_folder_of_the_tour_is_there() -> None:
+    tour = (DOCS / "tour.md").read_text()
+    assert len(tour.splitlines()) <= 60
+    rooms = set(re.findall(r"`(\w+)/`", tour))
+    package = Path(waterfill.__file__).parent
+    folders = {p.name for p in package.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert folders <= rooms
+    for module, name in re.findall(r"`(waterfill[\w.]*)\.(\w+)`", tour):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [*DOCS.glob("*.md"), *FORMAT.glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", page.read_text()):
+            assert not link or link.startswith("http") or (page.parent / link).exists(), (
+                page,
+                link,
+            )
