@@ -15,8 +15,8 @@ from bench.harness import Row, main
 from bench.models import WORK, source_of
 
 PROTOCOL = (
-    "a random Llama (bf16, hidden 1024, feed-forward 2816, vocabulary 8192, 28 blocks: 290 M parameters; 20 blocks, "
-    "205 M with --quick) is compressed to 3 bits in a process of its own with 4096 (512) calibration tokens; "
+    "a random Llama (bf16, hidden 1024, feed-forward 2816, vocabulary 8192, 24 blocks, 279 M parameters) is "
+    "compressed to 3 bits in a process of its own with 4096 (512) calibration tokens; "
     "peak = ru_maxrss of that process, Python, torch and transformers included; size = 4 bytes a parameter"
 )
 CHILD = """
@@ -77,7 +77,7 @@ def random_llama(folder: Path, blocks: int) -> None:
 
 def run(quick: bool) -> Iterator[Row]:
     """Peak over size."""
-    blocks, tokens = (20, 512) if quick else (28, 4096)
+    blocks, tokens = 24, 512 if quick else 4096
     model = WORK / f"random-llama-{blocks}"
     if not (model / "model.safetensors").exists():
         random_llama(model, blocks)

@@ -25,6 +25,7 @@ from waterfill.calibrate.text import (
     read_windows,
     write_itself,
 )
+from waterfill.coding.native import return_freed_memory
 from waterfill.sources.base import Source
 from waterfill.types import TensorInfo, WaterfillError, Weighting, to_float32
 
@@ -71,6 +72,7 @@ def calibrate(
         raise WaterfillError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
     if tokens < 1:
         raise WaterfillError("calibration needs at least one token")
+    return_freed_memory()
     folder = Path(folder)
     fingerprint = source.fingerprint()
     model = build_skeleton(source)

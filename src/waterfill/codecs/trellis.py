@@ -77,7 +77,7 @@ class Trellis(Codec):
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """From a fraction of a bit to about eight bits, half an octave to an octave apart."""
         if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
-            for half_octaves in (5, 4, 3, 2, 1, 0, -1, -2, -4, -6, -8, -10, -13):
+            for half_octaves in (5, 4, 3, 2, 1, 0, -2, -4, -7, -10, -13):
                 yield cls(step=2.0 ** (half_octaves / 2))
 
     def between(self, other: Self, t: float) -> Self:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from waterfill import __version__
+from waterfill.coding.native import return_freed_memory
 from waterfill.container import FILE_NAME, Reader
 from waterfill.pipeline.encoding import encode
 from waterfill.pipeline.planning import (
@@ -74,6 +75,7 @@ def compress(
     WaterfillError
         With a message that says what to do; nothing is left at `out`.
     """
+    return_freed_memory()
     out = Path(out)
     artifact.refuse_existing(out, force)
     source = open_source(model, trust_remote_code=trust_remote_code)

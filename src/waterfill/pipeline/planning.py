@@ -17,7 +17,7 @@ from waterfill.calibrate import Statistics
 from waterfill.container import file_nbytes, payload_nbytes
 from waterfill.plan.budget import budget_nbytes
 from waterfill.plan.hull import Curves, at_level, curves, point_on, smallest, solve_level
-from waterfill.plan.price import Rules, price
+from waterfill.plan.price import Rules, contenders, price
 from waterfill.sources import Source, open_source
 from waterfill.types import (
     Array,
@@ -93,6 +93,7 @@ def prepare(
     path = statistics.folder / f"prices-{key}.jsonl"
     prices = dict(_read_prices(path))
     why: dict[str, str] = {}
+    worth: dict[Any, set[str]] = {}
     keep = write and os.access(statistics.folder, os.W_OK)
     with (path if keep else Path(os.devnull)).open("a", encoding="utf-8") as file:
         if keep and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
@@ -104,12 +105,17 @@ def prepare(
             )
             why[name] = forced or statistics.notes.get(name) or reason
             if name not in prices:
+                alike = info.kind, info.matrix_shape, info.dtype
+                if not forced and alike in worth:
+                    candidates = [c for c in candidates if c.id in worth[alike]]
                 prices[name] = price(
                     read(source, info), info, statistics.weighting(name), candidates
                 )
                 points = [[p.nbytes, p.distortion_nats, p.spec.to_json()] for p in prices[name]]
                 file.write(json.dumps([name, points]) + "\n")
                 file.flush()
+                if not forced:
+                    worth.setdefault(alike, contenders(prices[name]))
             progress("pricing", done, len(own))
     largest_first = sorted(own, key=lambda n: -own[n].size)
     return Priced(source, statistics, curves({n: prices[n] for n in largest_first}), why)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,7 +23,9 @@ from waterfill.types import (
     parse_spec,
 )
 
-SAMPLE_ROWS = 512
+SAMPLE_WEIGHTS = 1 << 18  # enough for rate and harm to within a few per mille
+SAMPLE_ROWS = 128  # at least, so that side information of columns does not swamp the estimate
+MARGIN = 1.1  # a codec this much dearer than the others' hull everywhere has no part in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +96,12 @@ def price(
     weighting : None where no model of harm exists; distortion is then counted as zero, and only
         lossless codecs make sense.
     """
-    m, _ = info.matrix_shape
+    m, n = info.matrix_shape
+    wanted = max(SAMPLE_ROWS, SAMPLE_WEIGHTS // max(n, 1))
     share = 1.0
-    if m > 2 * SAMPLE_ROWS and len(info.shape) >= 2:
-        rows = np.linspace(0, m - 1, SAMPLE_ROWS).astype(np.int64)
-        share = SAMPLE_ROWS / m
+    if m >= 2 * wanted and len(info.shape) >= 2:
+        rows = np.linspace(0, m - 1, wanted).astype(np.int64)
+        share = wanted / m
         bits, info, weighting = _sample(bits, info, weighting, rows)
     exact = info.matrix(bits) if weighting is not None else None
     points = []
@@ -120,5 +125,38 @@ def _sample(
     return sampled, dataclasses.replace(info, shape=sampled.shape), weighting
 
 
-Read = Callable[[str], Array]
-Prices = Mapping[str, Sequence[Point]]
+def contenders(points: Sequence[Point]) -> set[str]:
+    """Ids of the codecs with a point near the lower hull of all the others' points.
+
+    Tensors of one kind and shape are alike in this: price every codec on the first of them, and
+    only the contenders on the rest.
+    """
+    found = set()
+    for codec_id in {p.spec.id for p in points}:
+        others = sorted((p for p in points if p.spec.id != codec_id), key=lambda p: p.nbytes)
+        mine = [p for p in points if p.spec.id == codec_id]
+        if not others or any(
+            p.nbytes < MARGIN * _bytes_at(others, p.distortion_nats) for p in mine
+        ):
+            found.add(codec_id)
+    return found
+
+
+def _bytes_at(points: Sequence[Point], nats: float) -> float:
+    """Fewest bytes at which these points do no more harm, on straight lines in log harm."""
+    best = math.inf
+    for a, b in itertools.pairwise([points[0], *points]):
+        if b.distortion_nats > nats:
+            continue
+        joined = (
+            a.spec.id == b.spec.id
+            and a.distortion_nats > nats
+            and b.distortion_nats > 0
+            and nats > 0
+        )
+        if not joined:
+            best = min(best, b.nbytes)
+            continue
+        slope = (b.nbytes - a.nbytes) / math.log(a.distortion_nats / b.distortion_nats)
+        best = min(best, a.nbytes + slope * math.log(a.distortion_nats / nats))
+    return best
