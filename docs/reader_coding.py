@@ -75,6 +75,7 @@ def parametric(shape, scale, low, size, escape):
 
 
 def models(source, classes, size, low=None, escape=0):
+    need(size <= 256, "more than 256 symbols")
     kinds, table = source.take(classes), np.zeros((classes, size), int)
     numbers = source.take(np.count_nonzero(kinds))
     for k, number in zip(np.flatnonzero(kinds), numbers, strict=True):

@@ -7,11 +7,14 @@ Existing files are never touched: they are what an old waterfill wrote, and must
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from waterfill import load
 from waterfill.coding.entropy import encode_ints
 from waterfill.coding.sections import join
 from waterfill.container import describe, write
@@ -28,6 +31,7 @@ from waterfill.types import (
 )
 
 FOLDER = Path(__file__).parent / "artifact"
+DIGESTS = FOLDER / "digests.json"
 ABOUT = {"waterfill": "0.1.0", "note": "golden"}
 
 
@@ -167,13 +171,23 @@ ARTIFACTS = {
 }
 
 
+def digest(arrays: Mapping[str, Array]) -> str:
+    """Of names, dtypes, shapes and bits."""
+    state = hashlib.sha256()
+    for name, array in arrays.items():
+        state.update(f"{name} {array.dtype.str} {array.shape}\n".encode() + array.tobytes())
+    return state.hexdigest()
+
+
 def main() -> None:
     """Write whatever is missing."""
-    FOLDER.mkdir(exist_ok=True)
+    digests = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {}
     for name, items in ARTIFACTS.items():
         path = FOLDER / f"{name}.safetensors"
         if not path.exists():
             save(path, list(items()))
+        digests.setdefault(name, digest(load(path)))
+    DIGESTS.write_text(json.dumps(digests, indent=1) + "\n")
 
 
 if __name__ == "__main__":
