@@ -69,7 +69,7 @@ def decode(entry, parts):
     y = CODECS[codec](parts, m, n, dtype, **options)  # an unknown option is a TypeError
     if codec in ("integer", "trellis"):
         need(dtype in FLOATS, "rounded weights are floats")
-        y = np.ascontiguousarray(y.T if turned else y)
+        y = np.ldexp(y.T if turned else y, -entry.get("extra", {}).get("exponent", 0)).copy("C")
         if dtype == "BF16":  # to nearest, ties to even
             y = (y.view("<u4") + 0x7FFF + (y.view("<u4") >> 16 & 1)) >> 16
         y = y.astype(DTYPES[dtype])

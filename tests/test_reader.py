@@ -166,7 +166,6 @@ def test_unknown_codecs_versions_and_options_are_refused(
             waterfill.load(path)
 
 
-@pytest.mark.xfail(reason="decode_ints checks low + direct, one more than the largest value")
 def test_the_largest_integer_has_a_symbol_of_its_own(reader: ModuleType) -> None:
     values = 2**31 - 1 - np.arange(20).reshape(4, 5) % 3
     coded = encode_ints(values)
@@ -174,7 +173,6 @@ def test_the_largest_integer_has_a_symbol_of_its_own(reader: ModuleType) -> None
     assert np.array_equal(decode_ints(coded, 4, 5), values)
 
 
-@pytest.mark.xfail(reason="container.describe drops index 0, because 0 == False")
 def test_the_first_slice_keeps_its_index() -> None:
     info = TensorInfo("experts[0]", (1,), "U8", index=0)
     assert describe(Encoded(Spec("raw"), info, {"bytes": b"\0"}), {})["index"] == 0

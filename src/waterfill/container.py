@@ -69,7 +69,11 @@ def describe(encoded: Encoded, note: Mapping[str, Any]) -> dict[str, Any]:
         "extra": dict(encoded.extra),
         "note": dict(note),
     }
-    return entry | {k: v for k, v in optional.items() if v is not None and v not in ("", False, {})}
+    absent: tuple[Any, ...] = (None, False, "", {})
+    # By identity of kind, not by equality: slice 0 is not "no slice".
+    return entry | {
+        k: v for k, v in optional.items() if not any(v == a and type(v) is type(a) for a in absent)
+    }
 
 
 def _header(described: Sequence[Mapping[str, Any]], index: bytes) -> bytes:
@@ -84,7 +88,10 @@ def _header(described: Sequence[Mapping[str, Any]], index: bytes) -> bytes:
     offset = 0
     for item in described:
         for part, (length, _) in item["parts"].items():
-            entries[f"{item['name']}//{part}"] = _u8(offset, length)
+            key = f"{item['name']}//{part}"
+            if key in entries or key == INDEX:
+                raise FormatError(f"{key}: two parts of the file would have this name")
+            entries[key] = _u8(offset, length)
             offset += length
     entries[INDEX] = _u8(offset, len(index))
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
@@ -207,7 +214,7 @@ class Reader:
             raise FormatError(f"{self.path}: a safetensors file, but not one written by waterfill")
         version = str(meta.get("version"))
         if version != str(VERSION):
-            if version.isdigit() and int(version) > VERSION:
+            if version.isascii() and version.isdecimal() and int(version) > VERSION:
                 raise FormatError(
                     f"{self.path}: container version {version} is newer than this waterfill reads "
                     f"({VERSION}); upgrade waterfill"
@@ -215,6 +222,8 @@ class Reader:
             raise FormatError(f"{self.path}: unknown container version {version!r}")
         try:
             start, end = header[INDEX]["data_offsets"]
+            if type(start) is not int or type(end) is not int:
+                raise FormatError(f"{self.path}: the index has no proper place")
             length = end - start
             position = self._data_start + start
             if not 0 <= length <= self.nbytes - position or start < 0:
@@ -265,7 +274,7 @@ def _read_header(file: BinaryIO, nbytes: int, path: Path) -> tuple[dict[str, Any
     raw = file.read(length)
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: the header is not JSON") from error
     if not isinstance(header, dict):
         raise FormatError(f"{path}: the header is not a JSON object")
@@ -279,24 +288,36 @@ def _inflate(index: bytes, path: Path) -> Any:
         if not inflater.eof or inflater.unused_data:
             raise FormatError(f"{path}: the index is longer than it may be")
         document = json.loads(text)
-    except (zlib.error, ValueError) as error:
+    except (zlib.error, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: the index cannot be read ({error})") from error
     if not isinstance(document, dict):
         raise FormatError(f"{path}: the index is not a JSON object")
     return document
 
 
+_FIELDS: Mapping[str, tuple[type, ...]] = {
+    "name": (str,),
+    "codec": (list,),
+    "dtype": (str,),
+    "shape": (list,),
+    "kind": (str,),
+    "parts": (dict,),
+    "same_as": (str,),
+    "index": (int,),
+    "transposed": (bool,),
+    "extra": (dict,),
+    "note": (dict,),
+}
+_OPTIONAL = {"same_as", "index", "transposed", "extra", "note"}
+
+
 def _entries(described: list[dict[str, Any]]) -> Iterator[tuple[str, Entry]]:
     offset = 0
     for item in described:
-        if item["dtype"] not in DTYPES:
-            raise FormatError(f"{item['name']}: unknown dtype {item['dtype']!r}")
-        shape = tuple(item["shape"])
-        if not all(isinstance(d, int) and 0 <= d < 2**48 for d in shape):
-            raise FormatError(f"{item['name']}: {shape} is no shape")
+        _check_item(item)
         info = TensorInfo(
             name=item["name"],
-            shape=shape,
+            shape=tuple(item["shape"]),
             dtype=item["dtype"],
             kind=item["kind"],
             group=item.get("same_as", ""),
@@ -305,9 +326,30 @@ def _entries(described: list[dict[str, Any]]) -> Iterator[tuple[str, Entry]]:
         )
         parts = {}
         for part, (length, crc) in item["parts"].items():
-            if not (isinstance(length, int) and 0 <= length < 2**62):
-                raise FormatError(f"{item['name']}: {length!r} is no length")
+            if not _count(length, 2**62) or not _count(crc, 2**32):
+                raise FormatError(f"{info.name}: {part} has no proper length or checksum")
             parts[part] = (offset, length, crc)
             offset += length
         spec = Spec.from_json(item["codec"])
         yield info.name, Entry(spec, info, item.get("extra", {}), parts, item.get("note", {}))
+
+
+def _check_item(item: dict[str, Any]) -> None:
+    if not _FIELDS.keys() - _OPTIONAL <= item.keys() <= _FIELDS.keys():
+        raise FormatError(f"the index has an entry with other fields than it may: {sorted(item)}")
+    for key, value in item.items():
+        if type(value) not in _FIELDS[key]:
+            raise FormatError(f"{item['name']!r}: {key} may not be {value!r}")
+    name, shape = item["name"], item["shape"]
+    if item["dtype"] not in DTYPES:
+        raise FormatError(f"{name}: unknown dtype {item['dtype']!r}")
+    if not all(_count(d, 2**48) for d in shape):
+        raise FormatError(f"{name}: {shape} is no shape")
+    if "index" in item and (item["index"] < 0 or not name.endswith(f"[{item['index']}]")):
+        raise FormatError(f"{name}: is not the name of slice {item['index']}")
+    if "same_as" in item and item["parts"]:
+        raise FormatError(f"{name}: repeats another tensor and yet has parts")
+
+
+def _count(value: Any, limit: int) -> bool:
+    return type(value) is int and 0 <= value < limit

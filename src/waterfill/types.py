@@ -105,7 +105,10 @@ def from_float32(values: Floats, dtype: str) -> Array:
     """Float32 values rounded (to nearest, ties to even) to the storage form of `dtype`."""
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        # Rounding would carry a NaN's mantissa into its sign: keep it a NaN, made quiet.
+        nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
     if dtype not in FLOAT_DTYPES:
         raise SpecError(f"dtype {dtype} holds no weights that can be rounded")
     with np.errstate(over="ignore"):
@@ -169,7 +172,7 @@ class TensorInfo:
         if len(self.shape) < 2:
             return 1, self.size
         if self.transposed:
-            return self.size // self.shape[0], self.shape[0]
+            return self.size // max(self.shape[0], 1), self.shape[0]
         return self.shape[0], self.size // max(self.shape[0], 1)
 
     def matrix(self, bits: Array) -> Floats:
@@ -399,11 +402,14 @@ def codec(id: str, version: int = 1) -> Callable[[type[C]], type[C]]:
 
 
 def codec_ids() -> list[str]:
-    """Ids of every codec that can be found: files in the gallery, then entry points."""
+    """Ids of every codec that can be found: the gallery, entry points, and those made in this process."""
+    outside = {e.name for e in importlib.metadata.entry_points(group="waterfill.codecs")}
+    return sorted(_gallery() | outside | _REGISTRY.keys())
+
+
+def _gallery() -> set[str]:
     package = importlib.import_module("waterfill.codecs")
-    names = {m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")}
-    names |= {e.name for e in importlib.metadata.entry_points(group="waterfill.codecs")}
-    return sorted(names)
+    return {m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")}
 
 
 def find_codec(id: str) -> type[Codec]:
@@ -413,17 +419,21 @@ def find_codec(id: str) -> type[Codec]:
     known = codec_ids()
     if id not in known:
         raise SpecError(f"no codec is called {id!r}; known: {', '.join(known)}")
-    outside = list(importlib.metadata.entry_points(group="waterfill.codecs", name=id))
-    if outside:
-        outside[0].load()
-    else:
+    # The gallery first: an installed package cannot change what a built-in id means.
+    if id in _gallery():
         importlib.import_module(f"waterfill.codecs.{id}")
+    else:
+        next(iter(importlib.metadata.entry_points(group="waterfill.codecs", name=id))).load()
+    if id not in _REGISTRY:
+        raise SpecError(f"the package that offers the codec {id!r} does not register it")
     return _REGISTRY[id]
 
 
 def make_codec(spec: Spec) -> Codec:
     """A codec from its specification; SpecError names what does not fit."""
     cls = find_codec(spec.id)
+    if spec.version < 1:
+        raise FormatError(f"codec {spec.id} has no version {spec.version}")
     if spec.version > cls.version:
         raise FormatError(
             f"codec {spec.id} version {spec.version} is newer than this waterfill knows "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
@@ -56,7 +57,11 @@ class Integer(Codec):
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8 or not 8 <= self.group <= 65536 or self.damping < 0:
+        if (
+            not 2 <= self.bits <= 8
+            or not 8 <= self.group <= 65536
+            or not 0 <= self.damping < math.inf
+        ):
             raise SpecError("integer: bits is 2 to 8, group 8 to 65536, damping not negative")
         if self.solver not in ("nearest", "successive") or self.pack not in ("packed", "coded"):
             raise SpecError("integer: solver is nearest or successive, pack is packed or coded")
@@ -72,7 +77,10 @@ class Integer(Codec):
         self, x: Array, info: TensorInfo, weighting: Weighting
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
         """Bits of `info.shape` -> parts ``codes`` and ``scales``."""
-        columns = np.ascontiguousarray(finite(info.matrix(x), info.name).T)
+        matrix = finite(info.matrix(x), info.name)
+        exponent = _exponent(matrix)
+        extra = {"exponent": exponent} if exponent else {}
+        columns = np.ascontiguousarray(np.ldexp(matrix, exponent).T)
         n, m = columns.shape
         codes = np.empty((n, m), np.int8)
         scales = np.zeros((-(-n // self.group), m), np.float16)
@@ -95,7 +103,7 @@ class Integer(Codec):
             return error
 
         successive(columns, lower, round_block, block=self.group)
-        return {"codes": self._pack(codes.T), "scales": scales.T.tobytes()}, {}
+        return {"codes": self._pack(codes.T), "scales": scales.T.tobytes()}, extra
 
     def decode(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
@@ -108,12 +116,20 @@ class Integer(Codec):
                 f"{info.name}: {len(parts['scales'])} bytes of scales, not {2 * m * groups}"
             )
         scales = np.frombuffer(parts["scales"], "<f2").reshape(m, groups).astype(np.float32)
+        exponent = extra.get("exponent", 0)
+        if type(exponent) is not int or abs(exponent) > 300 or not np.isfinite(scales).all():
+            raise FormatError(f"{info.name}: the scales or their exponent are not finite")
         if self.pack == "coded":
             codes = decode_ints(parts["codes"], m, n)
+            top = 1 << (self.bits - 1)
+            if codes.size and not -top <= codes.min() <= codes.max() < top:
+                raise FormatError(f"{info.name}: an integer of more than {self.bits} bits")
         else:
             codes = unpack(parts["codes"], m * n, self.bits).reshape(m, n).astype(np.int32)
             codes -= 1 << (self.bits - 1)
-        return info.unmatrix(codes * np.repeat(scales, self.group, axis=1)[:, :n])
+        matrix = (codes * np.repeat(scales, self.group, axis=1)[:, :n]).astype(np.float32)
+        with np.errstate(over="ignore", under="ignore"):
+            return info.unmatrix(np.ldexp(matrix, -exponent))
 
     def _lower(self, n: int, weighting: Weighting) -> Floats:
         moment = weighting.second_moment
@@ -137,7 +153,7 @@ class Integer(Codec):
         for shrink in SHRINKS:
             # The negative end has one level more, so either sign of the scale may serve better.
             for end in (-top, top - 1):
-                trial = (extreme * shrink / end).astype(np.float16).astype(np.float32)
+                trial = (extreme * shrink / end).astype(np.float16).astype(np.float32) + 0.0
                 error = np.square(target - self._nearest(target, trial) * trial)
                 cost = importance @ error
                 better = cost < best
@@ -149,3 +165,9 @@ class Integer(Codec):
         if self.pack == "coded":
             return encode_ints(codes.astype(np.int32))
         return pack((codes.astype(np.int16) + (1 << (self.bits - 1))).astype(np.uint8), self.bits)
+
+
+def _exponent(matrix: Floats) -> int:
+    """Power of two that brings the weights to where float16 scales are precise; 0 if they are there."""
+    largest = float(np.max(np.abs(matrix), initial=0.0))
+    return 0 if largest == 0 or 0.125 <= largest <= 4096 else 10 - math.frexp(largest)[1]

@@ -21,6 +21,7 @@ from waterfill.types import (
     FormatError,
     SpecError,
     TensorInfo,
+    WaterfillError,
     Weighting,
     codec,
 )
@@ -75,9 +76,24 @@ class Trellis(Codec):
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
-        """From a fraction of a bit to about eight bits, half an octave to an octave apart."""
+        """From a fraction of a bit to where exact coding is cheaper (float32: to 16 bits)."""
         if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
-            for half_octaves in (5, 4, 3, 2, 1, 0, -2, -4, -7, -10, -13):
+            wide = info.dtype in ("F32", "F64")
+            for half_octaves in (
+                5,
+                4,
+                3,
+                2,
+                1,
+                0,
+                -2,
+                -4,
+                -7,
+                -10,
+                -13,
+                -17,
+                *((-22, -28) if wide else ()),
+            ):
                 yield cls(step=2.0 ** (half_octaves / 2))
 
     def between(self, other: Self, t: float) -> Self:
@@ -124,6 +140,8 @@ class Trellis(Codec):
         weights = weighting.row_weights
         if not self.rows or isinstance(weights, float) or not np.any(weights):
             return np.zeros(len(matrix), np.int32)
+        if not np.isfinite(weights).all():
+            raise WaterfillError("row weights are not finite; calibrate again")
         # A row that no token ever asked for keeps a floor, or it would be lost altogether.
         relative = np.maximum(weights / np.mean(weights), 1e-6)
         relative = relative / np.exp(np.mean(np.log(relative)))
@@ -160,4 +178,5 @@ def _fit_gains(weight: Floats, values: Floats, weighting: Weighting) -> Array:
         right = np.einsum("ij,ij->j", values, weight @ moment, dtype=np.float64)
         ridge = 1e-6 * (np.trace(left) / max(n, 1) or 1.0)
         gains = 1 + np.linalg.solve(left + ridge * np.eye(n), right - left.sum(axis=1))
-    return np.clip(gains, 0.25, 4.0).astype("<f2")
+    fitted: Array = np.clip(np.nan_to_num(gains, nan=1.0), 0.25, 4.0).astype("<f2")
+    return fitted

@@ -118,7 +118,7 @@ def decode_ints(
     if kind & ~(FLAT | ESCAPES) != CODED or at >= source.size:
         raise FormatError(f"integers of an unknown kind {kind}")
     alphabet = Alphabet(low, int(source[at]) + 1, bool(kind & ESCAPES))
-    _int32(low + alphabet.direct)
+    _int32(low + max(alphabet.direct, 1) - 1)
     at += 1
     ids, order, n_classes = None, None, 1
     if not kind & FLAT:

@@ -58,7 +58,8 @@ def finite(matrix: Floats, name: str) -> Floats:
     """The matrix itself; WaterfillError if a weight is NaN or infinite."""
     if not np.isfinite(matrix).all():
         raise WaterfillError(
-            f"{name} holds NaN or infinite weights and cannot be rounded; mend the checkpoint"
+            f"{name} holds weights that are NaN, infinite or beyond float32 and cannot be rounded; "
+            "mend the checkpoint or --keep it"
         )
     return matrix
 

@@ -25,7 +25,7 @@ _FRACTIONS = {
         np.float32,
     ),
 }
-_LIMIT = 100  # octaves either side of one
+_LIMIT = 126  # octaves either side of one: what float32 holds
 
 
 def to_grid(scales: Array, per_octave: int) -> Indices:

@@ -91,7 +91,8 @@ def prepare(
     rules.check(own, weighted)
     key = hashlib.sha256(f"{__version__} {statistics.digest} {rules}".encode()).hexdigest()[:16]
     path = statistics.folder / f"prices-{key}.jsonl"
-    prices = dict(_read_prices(path))
+    kept = dict(_read_prices(path))
+    prices: dict[str, list[Point]] = {}
     why: dict[str, str] = {}
     worth: dict[Any, set[str]] = {}
     keep = write and os.access(statistics.folder, os.W_OK)
@@ -104,7 +105,11 @@ def prepare(
                 "water level" if weighted[name] else "kept exact: takes part in no matrix product"
             )
             why[name] = forced or statistics.notes.get(name) or reason
-            if name not in prices:
+            ladder = hashlib.sha256(
+                repr([c.spec.to_json() for c in candidates]).encode()
+            ).hexdigest()[:12]
+            prices[name] = kept.get((name, ladder), [])
+            if not prices[name]:
                 alike = info.kind, info.matrix_shape, info.dtype
                 if not forced and alike in worth:
                     candidates = [c for c in candidates if c.id in worth[alike]]
@@ -112,7 +117,7 @@ def prepare(
                     read(source, info), info, statistics.weighting(name), candidates
                 )
                 points = [[p.nbytes, p.distortion_nats, p.spec.to_json()] for p in prices[name]]
-                file.write(json.dumps([name, points]) + "\n")
+                file.write(json.dumps([name, ladder, points]) + "\n")
                 file.flush()
                 if not forced:
                     worth.setdefault(alike, contenders(prices[name]))
@@ -121,15 +126,15 @@ def prepare(
     return Priced(source, statistics, curves({n: prices[n] for n in largest_first}), why)
 
 
-def _read_prices(path: Path) -> Iterator[tuple[str, list[Point]]]:
+def _read_prices(path: Path) -> Iterator[tuple[tuple[str, str], list[Point]]]:
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            name, points = json.loads(line)
+            name, ladder, points = json.loads(line)
         except ValueError:
             continue  # the line that an interrupt cut off; it is priced again
-        yield name, [Point(b, d, Spec.from_json(s)) for b, d, s in points]
+        yield (name, ladder), [Point(b, d, Spec.from_json(s)) for b, d, s in points]
 
 
 def overhead_nbytes(infos: Iterable[TensorInfo], about: Mapping[str, Any]) -> int:
