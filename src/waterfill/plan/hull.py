@@ -77,11 +77,15 @@ def curves(prices: Mapping[str, Sequence[Point]]) -> Curves:
     )
 
 
-def at_level(c: Curves, level: float, scale: float = 1.0) -> tuple[F64, F64, NDArray[np.intp]]:
+def at_level(
+    c: Curves, level: float, scale: float | F64 = 1.0
+) -> tuple[F64, F64, NDArray[np.intp]]:
     """Bytes, nats and segment of every tensor at one water level.
 
-    `scale` multiplies predicted bytes: the encoder's running ratio of actual to predicted.
+    `scale` multiplies predicted bytes: the ratio of actual to predicted that an encoder has seen,
+    one for all or one for each segment.
     """
+    scale = np.broadcast_to(np.asarray(scale, np.float64), c.b0.shape)
     decay = c.decay
     with np.errstate(divide="ignore"):
         nats = np.where(decay > 0, np.clip(level * scale / decay, c.d1, c.d0), c.d0)
@@ -95,10 +99,10 @@ def at_level(c: Curves, level: float, scale: float = 1.0) -> tuple[F64, F64, NDA
     hit = np.flatnonzero(cost <= lowest[owner])
     _, first = np.unique(owner[hit], return_index=True)
     pick = hit[first]
-    return nbytes[pick] * scale, nats[pick], pick
+    return nbytes[pick] * scale[pick], nats[pick], pick
 
 
-def solve_level(c: Curves, budget_nbytes: float, scale: float = 1.0) -> float:
+def solve_level(c: Curves, budget_nbytes: float, scale: float | F64 = 1.0) -> float:
     """The smallest water level whose total stays within the budget (bisection on its logarithm)."""
     low, high = -120.0, 40.0
     for _ in range(80):
