@@ -7,6 +7,8 @@ pieces. A run that was interrupted finds them again; a run that succeeds removes
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -130,6 +132,7 @@ def _finish(priced: Priced, budget: int, folder: Path, command: str, name: str) 
         "original_nbytes": priced.original_nbytes,
         "params": priced.params,
         "lossless": lossless,
+        "plan_digest": _digest(rows),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "calibration": dict(priced.statistics.protocol),
@@ -151,3 +154,9 @@ def _finish(priced: Priced, budget: int, folder: Path, command: str, name: str) 
     artifact.write_record(folder, stored)
     artifact.write_card(folder, stored)
     return record
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of which tensor was coded how: equal plans have equal digests."""
+    choices = json.dumps([[r["name"], r["codec"]] for r in rows])
+    return hashlib.sha256(choices.encode()).hexdigest()[:16]
