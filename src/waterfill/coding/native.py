@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from types import ModuleType
@@ -25,14 +26,15 @@ def threads() -> int:
 
 
 def return_freed_memory() -> None:
-    """Ask glibc to map large blocks one by one, so that a freed tensor leaves the process at once.
+    """Hand freed memory back to the system now, and from now on as soon as a tensor is freed.
 
-    By default its threshold grows with what was freed, and tensors of many sizes then leave holes
-    in the heap: streaming a model peaked at half as much again.
+    glibc's threshold for mapping a block of its own grows with what was freed; tensors of many
+    sizes then leave holes in the heap, and streaming a model peaked at half as much again.
     """
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(mmap_threshold, 1 << 20)
-            libc.mallopt(trim_threshold, 1 << 24)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+        libc.mallopt(mmap_threshold, 1 << 20)
+        libc.mallopt(trim_threshold, 1 << 24)
+        gc.collect()
+        libc.malloc_trim(0)

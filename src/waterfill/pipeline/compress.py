@@ -87,6 +87,7 @@ def compress(
     work = out.with_name(out.name + ".work")
     try:
         statistics = statistics_for(source, work, calibration, tokens, progress)
+        return_freed_memory()
         priced = prepare(source, statistics, rules, progress=progress)
         budget = budget_nbytes(
             params=priced.params,
