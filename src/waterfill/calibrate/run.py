@@ -35,6 +35,10 @@ METHODS = ("fisher", "differences", "none")
 BATCH_TOKENS = 4096
 # Logits of a batch, in numbers: 0.5 GB as float32, and a few times that in the backward pass.
 BATCH_LOGITS = 1 << 27
+# What the backward pass keeps between blocks, in bytes: this, or a share of the model if that is
+# more. Smaller batches read the weights more often; that is cheap beside the products they make.
+KEPT_NBYTES = 64 << 20
+KEPT_SHARE = 0.05
 
 Progress = Callable[[int, int, str], None]
 
@@ -109,7 +113,8 @@ def calibrate(
     loader = Loader(model, source)
     notes = list(windows.notes)
     gradients = method == "fisher"
-    per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // (vocabulary or 1)) // size)
+    room = min(BATCH_TOKENS, BATCH_LOGITS // (vocabulary or 1), _tokens_kept(model))
+    per_batch = max(1, room // size)
     batches = np.array_split(windows.ids, -(-len(windows.ids) // per_batch))
     try:
         note = _run(loader, sums, batches, gradients, seed, progress)
@@ -129,6 +134,14 @@ def calibrate(
     done = finish(loader, folder, evidence, protocol, notes, fingerprint, rescale)
     shutil.rmtree(sums.folder)
     return done
+
+
+def _tokens_kept(model: Any) -> int:
+    """Tokens whose hidden states between all blocks fit what may be kept."""
+    hidden = getattr(model.config.get_text_config(), "hidden_size", 0) or 1024
+    model_nbytes = 4 * sum(p.numel() for p in model.parameters())
+    kept = max(KEPT_NBYTES, KEPT_SHARE * model_nbytes)
+    return int(kept / (4 * hidden * max(len(block_names(model)), 1)))
 
 
 def _run(
