@@ -25,6 +25,8 @@ from waterfill.types import (
     make_codec,
 )
 
+ATTEMPTS = 8
+
 
 def encode_tensor(
     bits: Array, info: TensorInfo, weighting: Weighting | None, point: Point
@@ -75,9 +77,16 @@ def encode(
         ]
 
     overhead = overhead_nbytes(priced.infos.values(), provenance)
-    coded = fill(
-        priced.curves, budget, overhead, one, lambda coded: file_nbytes(entries(coded), provenance)
-    )
+    aim = budget
+    for _ in range(ATTEMPTS):
+        coded = fill(
+            priced.curves, aim, overhead, one, lambda coded: file_nbytes(entries(coded), provenance)
+        )
+        excess = file_nbytes(entries(coded), provenance) - budget
+        if excess <= 0:
+            break
+        # Codecs with rungs only have nothing to trim a surprise with: aim lower by as much.
+        aim -= excess
     payloads = (
         () if info.group else pieces.payload(name, coded[name].point)
         for name, info in priced.infos.items()
@@ -85,7 +94,8 @@ def encode(
     nbytes = write(out / FILE_NAME, entries(coded), payloads, provenance)
     if nbytes > budget:
         raise BudgetError(
-            f"the codecs asked for have no setting that fits: {nbytes:,} bytes where {budget:,} are allowed"
+            f"{budget:,} bytes is too small for the codecs asked for: the smallest found is {nbytes:,} "
+            f"bytes ({8 * nbytes / priced.params:.2f} bits per weight)"
         )
     return coded
 
