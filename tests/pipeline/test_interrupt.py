@@ -43,6 +43,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+class Broken(Exception):
+    """Something that nobody foresaw."""
+
+
 def raising(stage: str, at: int, error: BaseException) -> Callable[[str, int, int], None]:
     """A progress callback that raises at one step of one stage."""
 
@@ -54,7 +58,7 @@ def raising(stage: str, at: int, error: BaseException) -> Callable[[str, int, in
     return progress
 
 
-@pytest.mark.parametrize("at", [1, 2, 7])
+@pytest.mark.parametrize("at", [1, 7])
 @pytest.mark.parametrize("stage", STAGES)
 def test_interrupt_and_go_on(stage: str, at: int, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -214,7 +218,7 @@ def test_existing_out_is_refused(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Broken])
 def test_force_replaces_only_on_success(
     stage: str, error: type[BaseException], whole: Path, tmp_path: Path
 ) -> None:
