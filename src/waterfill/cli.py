@@ -83,11 +83,11 @@ class Bars:
                 progress.TextColumn("left"),
                 progress.TimeRemainingColumn(),
                 console=Console(stderr=True),
+                # Else rich would send results to stderr where only that is a terminal.
+                redirect_stdout=sys.stdout.isatty(),
             )
 
     def __enter__(self) -> Bars:
-        if self._progress:
-            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,6 +97,8 @@ class Bars:
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that `done` of `total` steps of a stage are behind us."""
         if self._progress:
+            if not self._tasks:
+                self._progress.start()
             if stage not in self._tasks:
                 self._tasks[stage] = self._progress.add_task(stage, total=total)
             self._progress.update(self._tasks[stage], completed=done, total=total)

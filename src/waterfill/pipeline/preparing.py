@@ -107,6 +107,6 @@ def _calibrate(
             folder,
             texts,
             tokens=tokens,
-            progress=lambda done, total, what: progress(what, done, total),
+            progress=lambda done, total, _: progress("calibrating", done, total),
             **options,
         )
