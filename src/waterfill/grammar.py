@@ -14,7 +14,7 @@ EXAMPLES = {
     "compress": """examples:
   waterfill compress demo -o out/small --bits 3
   waterfill compress meta-llama/Llama-3.2-1B -o out/llama --size 600MB --calibrate wiki.txt
-  waterfill compress ./model -o out/m --ratio 20%% --keep '*lm_head*' --codec '*.down_proj*=integer:bits=4'""",
+  waterfill compress ./model -o out/m --ratio 20% --keep '*lm_head*' --codec '*.down_proj*=integer:bits=4'""",
     "calibrate": """examples:
   waterfill calibrate demo -o out/stats
   waterfill calibrate ./model --text wiki.txt code.txt --tokens 65536 -o out/stats""",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from waterfill.plan.price import Rules
 from waterfill.runtime import artifact
 from waterfill.runtime.torch_model import quiet_transformers
 from waterfill.sources import Source, open_source
-from waterfill.types import DTYPES, TensorInfo
+from waterfill.types import DTYPES, TensorInfo, WaterfillError
 
 Texts = Sequence[Path] | Literal["self"] | None
 
@@ -101,12 +102,20 @@ def calibrate_to(
 def _calibrate(
     source: Source, folder: Path, texts: Texts, tokens: int, progress: Progress, **options: Any
 ) -> Statistics:
-    with quiet_transformers():
-        return calibrate(
-            source,
-            folder,
-            texts,
-            tokens=tokens,
-            progress=lambda done, total, _: progress("calibrating", done, total),
-            **options,
-        )
+    begun = folder.exists()
+    try:
+        with quiet_transformers():
+            return calibrate(
+                source,
+                folder,
+                texts,
+                tokens=tokens,
+                progress=lambda done, total, _: progress("calibrating", done, total),
+                **options,
+            )
+    except WaterfillError:  # of the model or the text: there is nothing to go on from
+        if not begun:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
+        raise

@@ -21,7 +21,7 @@ MARKS = ("config.json", FILE_NAME, f"{FILE_NAME}.index.json", RECORD_FILE, "stat
 def folder_of(path: str | Path) -> Path:
     """The artifact's folder, whether a user named it or the weights file in it."""
     path = Path(path)
-    return path.parent if path.is_file() else path
+    return path.parent if path.name == FILE_NAME and path.is_file() else path
 
 
 @contextlib.contextmanager

@@ -24,7 +24,6 @@ class Pieces:
     def __init__(self, folder: Path, context: str) -> None:
         self.folder = folder
         self.context = context
-        folder.mkdir(parents=True, exist_ok=True)
 
     def _path(self, name: str, point: Point) -> Path:
         key = json.dumps([self.context, name, point.spec.to_json()])
@@ -52,6 +51,7 @@ class Pieces:
         """Store a piece; returns its index entry."""
         path = self._path(name, point)
         described = describe(encoded, note)
+        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
         with temporary.open("wb") as file:
             file.write(json.dumps(described).encode() + b"\n")
