@@ -1,324 +1,693 @@
-"""The street door: exit status, streams, and one clear line for every mistake."""
+"""The command line: exit codes, what goes to stdout and stderr, and what clumsy use gets to read."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import pickle
+import pty
+import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from tests.pipeline import small
-from waterfill import container
-from waterfill.cli import main
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
-Run = Callable[..., tuple[int, str, str]]
-VERBS = (
-    "compress",
-    "calibrate",
-    "plan",
-    "show",
-    "eval",
-    "decompress",
-    "verify",
-    "generate",
-    "report",
-)
+import safetensors.numpy  # noqa: E402
+
+from tests.pipeline import small  # noqa: E402
+from waterfill import container  # noqa: E402
+from waterfill.cli import VERBS, main  # noqa: E402
+from waterfill.container import FILE_NAME, Reader  # noqa: E402
+from waterfill.grammar import build_parser  # noqa: E402
+
+QUICK = ["--tokens", str(small.TOKENS), "--codec", "*=integer", "--codec", f"{small.BIG}=trellis"]
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Run:
+    """One command: its status and what it wrote."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def json(self) -> Any:
+        def no_constants(name: str) -> Any:
+            raise AssertionError(f"{name} is not JSON")
+
+        return json.loads(self.out, parse_constant=no_constants)
+
+
+Shell = Callable[..., Run]
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run one command in this process: (exit status, stdout, stderr)."""
+def run(capsys: pytest.CaptureFixture[str]) -> Shell:
+    """Run a command in this process."""
 
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
+    def call(*words: str | Path) -> Run:
+        capsys.readouterr()
         try:
-            status = main([str(a) for a in arguments])
-        except SystemExit as stop:  # argparse
+            status = main([str(w) for w in words])
+        except SystemExit as stop:
             status = int(stop.code or 0)
-        return status, *capfd.readouterr()
+        out, err = capsys.readouterr()
+        return Run(status, out, err)
 
     return call
 
 
-def refused(run: Run, *arguments: object, status: int = 1) -> str:
-    """The command fails with one line on stderr, nothing on stdout, no traceback."""
-    got, out, err = run(*arguments)
-    assert (got, out) == (status, ""), err
-    assert "Traceback" not in err
-    if status == 1:
-        assert err.startswith("waterfill: ") and err.count("\n") == 1, err
-    return err
+def shell(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.run(
+        [sys.executable, "-m", "waterfill", *map(str, words)],
+        capture_output=True, text=True, timeout=100, env=environment, check=False, **options,
+    )  # fmt: skip
 
 
-def compress(*arguments: object) -> tuple[object, ...]:
-    return (
-        "compress",
-        *arguments,
-        "--bits",
-        6,
-        "--tokens",
-        small.TOKENS,
-        "--calibrate",
-        small.text(),
+def refused(done: Run | subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit 1 and one clear line with these words in it."""
+    status = done.status if isinstance(done, Run) else done.returncode
+    out, err = (done.out, done.err) if isinstance(done, Run) else (done.stdout, done.stderr)
+    assert status == 1, err
+    assert out == ""
+    assert err.startswith("waterfill: ") and err.count("\n") == 1 and len(err) < 900, err
+    assert "unexpected" not in err and "Error" not in err and "Traceback" not in err, err
+    for word in words:
+        assert word in err, err
+
+
+def usage(done: Run, *words: str) -> None:
+    """Exit 2, the usage, and one line with these words in it."""
+    assert done.status == 2 and done.out == ""
+    assert done.err.startswith("usage: waterfill")
+    last = done.err.strip().splitlines()[-1]
+    assert "error: " in last and all(word in last for word in words), last
+
+
+# What each verb does when all is well
+
+
+def test_the_whole_chain(run: Shell, tmp_path: Path) -> None:
+    model, text = small.model(), small.text()
+    done = run("calibrate", model, "-o", "stats", "--text", text, "--tokens", "256", "--json")
+    assert (done.status, done.err) == (0, "")
+    assert done.json["protocol"]["tokens"] == 256 and {"path", "notes"} <= done.json.keys()
+    shutil.rmtree("stats")
+    shutil.copytree(small.statistics(), "stats")  # the same, with prices
+
+    done = run("plan", "stats", "--bits", "5", "-o", "deep/plan.json", "--json")
+    assert (done.status, done.err) == (0, "")
+    assert {"budget_nbytes", "predicted_nats", "choices"} <= done.json.keys()
+    assert json.loads(Path("deep/plan.json").read_text()) == done.json
+
+    done = run("compress", model, "-o", "out", "--bits", "5", "--calibrate", "stats", "--json")
+    assert (done.status, done.err) == (0, "")
+    record = done.json
+    assert {"name", "nbytes", "bits_per_weight", "predicted", "ledger", "curve"} <= record.keys()
+    assert record["about"]["command"].startswith("waterfill compress ")
+
+    done = run("show", "out", "--json")
+    assert (done.status, done.err) == (0, "")
+    assert sum(r["nbytes"] for r in done.json["ledger"]) == Path("out", FILE_NAME).stat().st_size
+    assert {"codec", "bits_per_weight", "why", "name"} <= done.json["ledger"][0].keys()
+
+    done = run("verify", "out", "--json")
+    assert (done.status, done.err) == (0, "") and done.json["ok"] is True
+
+    window = ["--window", "64", "--tokens", "256"]
+    done = run("eval", "out", "--against", model, "--text", text, *window, "--json")
+    assert (done.status, done.err) == (0, "")
+    assert done.json["kl_nats"] > 0 and 0 < done.json["top1_agreement"] <= 1
+    assert {"perplexity", "perplexity_original", "protocol"} <= done.json.keys()
+
+    done = run("generate", "out", "--prompt", "The river", "--tokens", "4", "--json")
+    assert (done.status, done.err) == (0, "")
+    assert done.json["text"].startswith("The river") and done.json["tokens_per_second"] > 0
+
+    done = run("decompress", "out", "-o", "plain", "--json")
+    assert (done.status, done.err) == (0, "")
+    assert done.json["nbytes"] == Path("plain", FILE_NAME).stat().st_size
+
+    done = run("report", "out", "--json")
+    assert (done.status, done.err) == (0, "")
+    assert Path("out/report.html").stat().st_size == done.json["nbytes"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "out", "plain", "stats"]
+
+
+def test_words_for_people(run: Shell) -> None:
+    out = small.artifact()
+    shutil.copytree(out, "copy")
+    done = run(
+        "compress", small.model(), "-o", "o", "--bits", "5", "--calibrate", small.statistics()
     )
-
-
-# --- what works ---------------------------------------------------------------------------------
-
-
-def test_the_whole_way(run: Run, tmp_path: Path) -> None:
-    stats, out = tmp_path / "stats", tmp_path / "out"
-    status, said, err = run(
-        "calibrate", small.model(), "--text", small.text(), "--tokens", 256, "-o", stats
-    )
-    assert (status, err) == (0, "") and "weight matrices" in said
-    status, said, err = run("plan", stats, "--bits", 6)
-    assert (status, err) == (0, "") and "nothing was encoded" in said
-    status, said, err = run("compress", small.model(), "-o", out, "--bits", 6, "--calibrate", stats)
-    assert (status, err) == (0, "") and "bits per weight" in said
-    status, said, err = run("show", out)
-    assert (status, err) == (0, "") and "sum to the file" in said
-    status, said, err = run("verify", out)
-    assert (status, err) == (0, "") and "every checksum holds" in said
-    status, said, err = run(
-        "eval", out, "--against", small.model(), "--text", small.text(), "--tokens", 300
-    )
-    assert (status, err) == (0, "") and "kl_nats" in said and "protocol" in said
-    status, said, err = run("generate", out, "--prompt", "hello", "--tokens", 3)
-    assert (status, err) == (0, "") and said.startswith("hello")
-    status, said, err = run("report", out)
-    assert (status, err) == (0, "") and "<html" in (out / "report.html").read_text()[:200]
-    status, said, err = run("decompress", out, "-o", tmp_path / "plain")
-    assert (status, err) == (0, "")
+    assert done.status == 0 and "bits per weight" in done.out and "next: waterfill eval" in done.out
+    done = run("plan", small.statistics(), "--bits", "5", "--dry-run")
+    assert small.BIG in done.out and "nothing was encoded" in done.out
+    done = run("show", "copy")
+    assert done.status == 0 and small.BIG in done.out and "(container)" in done.out
+    assert "every checksum holds" in run("verify", "copy").out
+    assert "plain safetensors" in run("decompress", "copy", "-o", "plain").out
+    assert run("generate", "copy", "--prompt", "The", "--tokens", "2").out.startswith("The")
+    done = run("generate", "copy", "--prompt", "The", "--tokens", "3", "--seed", "7")
     assert (
-        load_file(tmp_path / "plain" / "model.safetensors").keys()
-        == small.arrays_of(small.model()).keys()
+        done.out == run("generate", "copy", "--prompt", "The", "--tokens", "3", "--seed", "7").out
     )
+    assert "html" in run("report", "copy").out
+    done = run("eval", "copy", "--against", small.model(), "--window", "64", "--tokens", "128")
+    assert "kl_nats" in done.out and "protocol:" in done.out
+    assert [line.split()[0] for line in run("codecs").out.splitlines()[::2]] == [
+        entry["id"] for entry in run("codecs", "--json").json
+    ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "keys"),
-    [
-        (("show",), {"nbytes", "bits_per_weight", "ledger", "predicted_kl_nats"}),
-        (("verify",), {"nbytes", "tensors", "ok"}),
-        (("generate", "--prompt", "a", "--tokens", "2"), {"text", "tokens_per_second"}),
-    ],
-)
-def test_json_is_json_and_nothing_else(
-    run: Run, arguments: tuple[str, ...], keys: set[str]
-) -> None:
-    status, out, err = run(arguments[0], small.artifact(), *arguments[1:], "--json")
-    assert (status, err) == (0, "")
-    assert keys <= json.loads(out).keys()
+def test_more_than_needed_is_said(run: Shell) -> None:
+    stats = small.statistics()
+    done = run("compress", small.model(), "-o", "out", "--size", "1MB", "--calibrate", stats)
+    assert done.status == 0 and "lossless" in done.out
 
 
-def test_json_of_plan_codecs_and_compress(run: Run, tmp_path: Path) -> None:
-    _, out, _ = run("plan", small.statistics(), "--bits", 6, "--json")
-    assert {"budget_nbytes", "predicted_nats", "choices"} <= json.loads(out).keys()
-    _, out, _ = run("codecs", "--json")
-    assert "trellis" in [c["id"] for c in json.loads(out)]
-    _, out, _ = run(*compress(small.model(), "-o", tmp_path / "out"), "--json")
-    record = json.loads(out)
-    assert sum(r["nbytes"] for r in record["ledger"]) == record["nbytes"]
+def test_the_weights_file_may_be_named_instead_of_its_folder(run: Shell) -> None:
+    file = small.artifact() / FILE_NAME
+    assert run("show", file).out == run("show", small.artifact()).out
+    for words in (
+        ("verify", file),
+        ("generate", file, "--prompt", "The", "--tokens", "2"),
+        ("decompress", file, "-o", "plain"),
+        ("report", file, "-o", "page.html"),
+    ):
+        assert run(*words).status == 0
 
 
-def test_a_dry_run_writes_nothing(run: Run, tmp_path: Path) -> None:
-    stats = shutil.copytree(small.statistics(), tmp_path / "stats")
-    before = sorted(p.name for p in stats.rglob("*"))
-    run("plan", stats, "--bits", 6, "--dry-run", "-o", tmp_path / "plan.json", "--keep", "*q_proj*")
-    assert sorted(p.name for p in stats.rglob("*")) == before
-    assert not (tmp_path / "plan.json").exists()
+# Processes, streams and terminals
+
+
+def test_a_process_of_its_own() -> None:
+    out = small.artifact()
+    done = shell("show", out, "--json")
+    assert done.returncode == 0 and done.stderr == ""
+    assert json.loads(done.stdout)["ledger"]
+    refused(shell("verify", "nowhere"), "nowhere")
+    assert shell("verify").returncode == 2
+    done = shell("generate", out, "--prompt", "The river", "--tokens", "3")
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("The river")
+
+
+def test_stderr_is_silent_for_models_that_libraries_talk_about(tmp_path: Path) -> None:
+    from tests import tiny
+
+    with small.quiet():
+        tiny.tiny_model("mamba", tmp_path / "model")
+    done = shell(
+        "compress", tmp_path / "model", "-o", "out", "--bits", "8",
+        "--calibrate", small.text(), "--tokens", "128", "--codec", "*=integer",
+        "--codec", "*embed*=trellis",
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_terminal_sees_bars_and_a_file_sees_results(tmp_path: Path) -> None:
+    theirs, ours = pty.openpty()
+    words = [
+        "compress",
+        small.model(),
+        "-o",
+        "out",
+        "--bits",
+        "5",
+        "--calibrate",
+        small.statistics(),
+    ]
+    with Path("result").open("w") as result:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "waterfill", *map(str, words)],
+            stdout=result, stderr=ours, env={**os.environ, "TERM": "xterm"},
+        )  # fmt: skip
+        os.close(ours)
+        seen = b""
+        while True:
+            try:
+                piece = os.read(theirs, 65536)
+            except OSError:  # how Linux says that the other end is closed
+                break
+            if not piece:
+                break
+            seen += piece
+        os.close(theirs)
+        assert process.wait(timeout=60) == 0
+    assert b"pricing" in seen and b"encoding" in seen
+    assert "bits per weight" in Path("result").read_text()
+    assert "pricing" not in Path("result").read_text()
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    words = [sys.executable, "-m", "waterfill", "show", str(small.artifact()), "--json"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+
+
+def test_debug_shows_the_traceback(run: Shell) -> None:
+    done = run("verify", "nowhere", "--debug")
+    assert done.status == 1 and "Traceback" in done.err
+    assert done.err.splitlines()[-1].startswith("waterfill: ")
+
+
+def test_the_unforeseen_is_one_line_too(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> Any:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("waterfill.pipeline.show", broken)
+    done = run("show", "x")
+    assert done.status == 1 and done.out == ""
+    assert done.err == "waterfill: unexpected RuntimeError: two lines (--debug shows where)\n"
+
+
+# Help and usage
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_shows_an_example(run: Run, verb: str) -> None:
-    status, out, _ = run(verb, "--help")
-    assert status == 0 and f"\n  waterfill {verb} " in out
+def test_help(verb: str, run: Shell) -> None:
+    done = run(verb, "--help")
+    assert done.status == 0 and done.err == ""
+    if verb != "codecs":
+        assert "example" in done.out and f"waterfill {verb} " in done.out
+    assert "--json" in done.out and "--debug" in done.out
 
 
-def test_a_real_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "waterfill"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([*command, "verify", small.artifact()], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    result = subprocess.run(
-        [*command, "compress", "nobody/nothing", "-o", tmp_path / "o", "--bits", "3"],
-        capture_output=True, text=True, env=environment, timeout=60,
-    )  # fmt: skip
-    assert result.returncode == 1 and result.stdout == ""
-    assert "nobody/nothing" in result.stderr and "Traceback" not in result.stderr
+def test_every_verb_is_in_the_overview(run: Shell) -> None:
+    done = run("--help")
+    assert done.status == 0 and all(f"    {verb}" in done.out for verb in VERBS)
+    assert run("--version").out.startswith("waterfill ")
 
 
-# --- usage --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("verb", [v for v in VERBS if v != "codecs"])
+def test_examples_parse(verb: str, run: Shell) -> None:
+    import shlex
+
+    parser: argparse.ArgumentParser = build_parser(VERBS)
+    lines = [s.strip() for s in run(verb, "--help").out.splitlines()]
+    examples = [s for s in lines if s.startswith(f"waterfill {verb} ")]
+    assert examples
+    for example in examples:
+        parser.parse_args(shlex.split(example.partition(" | ")[0])[1:])
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("words", "said"),
     [
-        (),
-        ("nonsense",),
-        ("compress",),
-        ("compress", "demo", "-o", "x"),
-        ("compress", "demo", "-o", "x", "--bits", "0"),
-        ("compress", "demo", "-o", "x", "--bits", "three"),
-        ("compress", "demo", "-o", "x", "--size", "abc"),
-        ("compress", "demo", "-o", "x", "--ratio", "500%"),
-        ("compress", "demo", "-o", "x", "--bits", "3", "--size", "1MB"),
-        ("compress", "demo", "-o", "x", "--bits", "3", "--codec", "trellis"),
-        ("compress", "demo", "-o", "x", "--bits", "3", "--tokens", "-5"),
-        ("generate", "x"),
+        ([], "VERB"),
+        (["frobnicate"], "frobnicate"),
+        (["compress"], "model"),
+        (["compress", "M"], "-o"),
+        (["compress", "M", "-o", "x"], "--size --bits --ratio"),
+        (["compress", "M", "-o", "x", "--bits", "3", "--size", "3MB"], "not allowed with"),
+        (["compress", "M", "-o", "x", "--bits", "0"], "try 3.2"),
+        (["compress", "M", "-o", "x", "--bits", "nan"], "try 3.2"),
+        (["compress", "M", "-o", "x", "--bits", "many"], "try 3.2"),
+        (["compress", "M", "-o", "x", "--size", "abc"], "for example 250MB"),
+        (["compress", "M", "-o", "x", "--size", "-5"], "for example 250MB"),
+        (["compress", "M", "-o", "x", "--ratio", "0%"], "for example 20%"),
+        (["compress", "M", "-o", "x", "--ratio", "lots"], "for example 20%"),
+        (["compress", "M", "-o", "x", "--bits", "3", "--codec", "nonsense"], "GLOB=SPEC"),
+        (["compress", "M", "-o", "x", "--bits", "3", "--tokens", "0"], "positive"),
+        (["calibrate", "M"], "-o"),
+        (["calibrate", "M", "-o", "x", "--method", "magic"], "fisher"),
+        (["calibrate", "M", "-o", "x", "--self", "--text", "t"], "not allowed with"),
+        (["plan", "S"], "--size --bits --ratio"),
+        (["show"], "OUT"),
+        (["eval", "OUT"], "--against"),
+        (["decompress", "OUT"], "-o"),
+        (["verify"], "OUT"),
+        (["generate", "OUT"], "--prompt"),
+        (["generate", "OUT", "--prompt", "x", "--tokens", "-1"], "positive"),
+        (["report"], "OUT"),
     ],
 )
-def test_usage_is_exit_two(run: Run, arguments: tuple[str, ...]) -> None:
-    err = refused(run, *arguments, status=2)
-    assert err.startswith("usage: ")
+def test_usage(words: list[str], said: str, run: Shell, tmp_path: Path) -> None:
+    usage(run(*words), said)
+    assert not list(tmp_path.iterdir())
 
 
-def test_debug_shows_the_traceback(run: Run, tmp_path: Path) -> None:
-    status, _, err = run("verify", tmp_path / "nothing", "--debug")
-    assert (
-        status == 1
-        and "Traceback" in err
-        and err.rstrip().splitlines()[-1].startswith("waterfill: ")
-    )
+# Models that cannot be read
 
 
-# --- models that are not as they should be ------------------------------------------------------
+def _config(**entries: Any) -> Callable[[Path], None]:
+    return lambda folder: small.change_config(folder, **entries)
 
 
-def broken(tmp_path: Path) -> Path:
-    return shutil.copytree(small.model(), tmp_path / "broken")
+def _weights(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = {k: v.copy() for k, v in small.arrays_of(folder).items()}
+        change(tensors)
+        safetensors.numpy.save_file(tensors, folder / FILE_NAME, {"format": "pt"})
+
+    return apply
 
 
-def test_missing_weights(run: Run, tmp_path: Path) -> None:
-    model = broken(tmp_path)
-    (model / "model.safetensors").unlink()
-    assert "safetensors" in refused(run, *compress(model, "-o", tmp_path / "out"))
+def _header(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        data = (folder / FILE_NAME).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        (folder / FILE_NAME).write_bytes(
+            len(text).to_bytes(8, "little") + text + data[8 + length :]
+        )
+
+    return apply
 
 
-def test_pickled_weights_are_never_opened(run: Run, tmp_path: Path) -> None:
-    model = broken(tmp_path)
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    assert "safetensors" in refused(run, *compress(model, "-o", tmp_path / "out"))
+def _write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content) and None
 
 
-@pytest.mark.parametrize("keep", [3, 40, -1000])
-def test_truncated_weights(run: Run, tmp_path: Path, keep: int) -> None:
-    path = broken(tmp_path) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    assert str(path.name) in refused(run, *compress(path.parent, "-o", tmp_path / "out"))
+def _pickle(folder: Path) -> None:
+    (folder / FILE_NAME).unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
 
 
-def test_a_header_that_lies(run: Run, tmp_path: Path) -> None:
-    path = broken(tmp_path) / "model.safetensors"
-    path.write_bytes(path.read_bytes().replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1))
-    refused(run, *compress(path.parent, "-o", tmp_path / "out"))
+def _cut(folder: Path) -> None:
+    data = (folder / FILE_NAME).read_bytes()
+    (folder / FILE_NAME).write_bytes(data[:-100])
 
 
-def test_an_unknown_dtype(run: Run, tmp_path: Path) -> None:
-    path = broken(tmp_path) / "model.safetensors"
-    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"Q32"', 1))
-    assert "Q32" in refused(run, *compress(path.parent, "-o", tmp_path / "out"))
+def _drop(pattern: str) -> Callable[[Path], None]:
+    return lambda folder: [f.unlink() for f in folder.glob(pattern)] and None
 
 
-def test_shapes_that_do_not_match_the_config(run: Run, tmp_path: Path) -> None:
-    model = broken(tmp_path)
-    small.change_config(model, intermediate_size=40)
-    assert "40" in refused(run, *compress(model, "-o", tmp_path / "out"))
+def _set(value: float) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors[small.BIG].__setitem__((3, 4), value)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_weights_that_are_no_numbers(run: Run, tmp_path: Path, value: float) -> None:
-    path = broken(tmp_path) / "model.safetensors"
-    tensors = dict(load_file(path))
-    tensors[small.BIG] = tensors[small.BIG].copy()
-    tensors[small.BIG][3, 3] = value
-    save_file(tensors, path, {"format": "pt"})
-    assert small.BIG in refused(run, *compress(path.parent, "-o", tmp_path / "out"))
+BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no weights": (_drop("*.safetensors"), "safetensors"),
+    "no config": (_drop("config.json"), "config.json"),
+    "a pickle": (_pickle, "pickle"),
+    "cut short": (_cut, "cut short"),
+    "empty weights": (_write(FILE_NAME, b""), "too few"),
+    "not safetensors": (_write(FILE_NAME, b"\x80\x04" * 500), "not a safetensors file"),
+    "config not JSON": (_write("config.json", b"{nope"), "not JSON"),
+    "config a list": (_write("config.json", b"[1]"), "JSON object"),
+    "config empty": (_write("config.json", b"{}"), "model type"),
+    "unknown model": (_config(model_type="zzz"), "zzz"),
+    "other width": (_config(hidden_size=32), "config.json asks for"),
+    "a layer too many": (_config(num_hidden_layers=2), "no tensor for"),
+    "NaN": (_weights(_set(np.nan)), small.BIG),
+    "Inf": (_weights(_set(-np.inf)), small.BIG),
+    "a tensor missing": (_weights(lambda t: t.pop(small.BIG) is None), small.BIG),
+    "unknown dtype": (_header(lambda h: h[small.BIG].update(dtype="Q7")), "Q7"),
+    "shape that lies": (_header(lambda h: h[small.BIG].update(shape=[260, 17])), small.BIG),
+    "negative shape": (_header(lambda h: h[small.BIG].update(shape=[-260, -16])), small.BIG),
+    "offsets that lie": (
+        _header(lambda h: h[small.BIG].update(data_offsets=[0, 1 << 40])),
+        small.BIG,
+    ),
+    "header that overlaps": (
+        _header(lambda h: h["model.norm.weight"].update(data_offsets=[0, 64])),
+        "overlaps",
+    ),
+    "already quantised": (_config(quantization_config={"quant_method": "gptq"}), "quantised"),
+    "no tokenizer": (_drop("*token*"), "no tokenizer"),
+    "a broken tokenizer": (_write("tokenizer.json", b"{}"), "tokenizer"),
+}
 
 
-def test_no_tokenizer_matters_only_where_text_is_needed(run: Run, tmp_path: Path) -> None:
-    model = broken(tmp_path)
-    for file in [*model.glob("tokenizer*"), *model.glob("special_tokens*")]:
-        file.unlink()
-    assert "self" in refused(run, *compress(model, "-o", tmp_path / "out"))
-    out = tmp_path / "out"
-    status, _, err = run(
-        "compress", model, "-o", out, "--bits", 6, "--tokens", 128, "--calibrate", "self"
-    )
-    assert (status, err) == (0, "")
-    assert "tokenizer" in refused(run, "generate", out, "--prompt", "a")
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models(name: str, run: Shell, tmp_path: Path) -> None:
+    spoil, said = BAD_MODELS[name]
+    shutil.copytree(small.model(), tmp_path / "model")
+    spoil(tmp_path / "model")
+    options = ["--bits", "5", "--calibrate", small.text(), *QUICK]
+    refused(run("compress", "model", "-o", "out", *options), said)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize(("text", "word"), [("", "text"), ("few words", "tokens")])
-def test_texts_that_are_too_short(run: Run, tmp_path: Path, text: str, word: str) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text(text)
-    err = refused(
-        run, "compress", small.model(), "-o", tmp_path / "o", "--bits", 6, "--calibrate", path
-    )
-    assert word in err and not (tmp_path / "o").exists()
+def test_no_tokenizer_is_fine_where_no_text_is_needed(run: Shell, tmp_path: Path) -> None:
+    shutil.copytree(small.model(), "model")
+    _drop("*token*")(tmp_path / "model")
+    options = ["--bits", "5", "--calibrate", "self", *QUICK]
+    done = run("compress", "model", "-o", "out", *options)
+    assert done.status == 0 and done.err == ""
+    assert run("verify", "out").status == run("show", "out").status == 0
+    assert run("decompress", "out", "-o", "plain").status == 0
+    refused(run("generate", "out", "--prompt", "x"), "tokenizer")
+    refused(run("eval", "out", "--against", "model", "--text", small.text()), "tokenizer")
 
 
-def test_output_exists(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    assert "--force" in refused(run, *compress(small.model(), "-o", tmp_path / "out"))
-    assert "--force" in refused(run, "decompress", small.artifact(), "-o", tmp_path / "out")
+@pytest.mark.parametrize("model", ["nosuch", "no/such", "/no/such/folder", "no such", "a/b/c"])
+def test_models_that_are_not_there(model: str, run: Shell, tmp_path: Path) -> None:
+    refused(run("compress", "-o", "out", "--bits", "4", "--", model), "there is no folder")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_size_too_small_names_the_smallest(run: Run, tmp_path: Path) -> None:
-    err = refused(
-        run, "compress", small.model(), "-o", tmp_path / "o", "--size", "1KB", "--calibrate", small.statistics()
-    )  # fmt: skip
-    assert "smallest" in err and "bytes" in err
+def test_a_file_is_not_a_model(run: Shell) -> None:
+    file = small.model() / FILE_NAME
+    refused(run("compress", file, "-o", "out", "--bits", "4"), "is a file")
 
 
 @pytest.mark.parametrize(
-    "options",
-    [("--keep", "*nonsense*"), ("--codec", "*=nonsense"), ("--codec", "*=integer:bits=77")],
+    ("content", "said"),
+    [(b"", "empty"), (b" \n\t ", "empty"), (b"too short", "64"), (None, "cannot read")],
 )
-def test_rules_that_fit_nothing(run: Run, tmp_path: Path, options: tuple[str, str]) -> None:
-    refused(run, *compress(small.model(), "-o", tmp_path / "out"), *options)
+def test_texts_that_are_none(content: bytes | None, said: str, run: Shell, tmp_path: Path) -> None:
+    if content is not None:
+        Path("text").write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    refused(run("compress", small.model(), "-o", "out", "--bits", "5", "--calibrate", "text"), said)
+    refused(run("calibrate", small.model(), "-o", "stats", "--text", "text"), said)
+    assert sorted(tmp_path.iterdir()) == before
 
 
-# --- artifacts that are not as they should be ---------------------------------------------------
+def test_a_text_shorter_than_a_window_is_run_and_noted(run: Shell) -> None:
+    Path("text").write_text("A mill was built where the old road crosses the river. " * 2)
+    done = run("calibrate", small.model(), "-o", "stats", "--text", "text", "--json")
+    assert done.status == 0
+    assert any("cut to" in note for note in done.json["notes"].values())
 
 
-@pytest.mark.parametrize("verb", ["verify", "show", "generate", "decompress"])
-def test_a_flipped_bit(run: Run, tmp_path: Path, verb: str) -> None:
-    path = shutil.copytree(small.artifact(), tmp_path / "bad") / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    # Of the header for `show`, which reads no payload; of the payload for the rest.
-    data[100 if verb == "show" else len(data) // 2] ^= 4
-    path.write_bytes(data)
-    more = {"generate": ("--prompt", "a"), "decompress": ("-o", tmp_path / "plain")}.get(verb, ())
-    refused(run, verb, path.parent, *more)
-    assert not (tmp_path / "plain").exists()
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--size", "0"], "positive"),
+        (["--size", "10"], "smallest"),
+        (["--bits", "5", "--codec", "*=nonsense"], "known: integer"),
+        (["--bits", "5", "--codec", "*=integer:bits=99"], "2 to 8"),
+        (["--bits", "5", "--codec", "*=integer:bits"], "has: bits"),
+        (["--bits", "5", "--codec", "zzz=integer"], "zzz"),
+        (["--bits", "5", "--keep", "zzz"], "zzz"),
+    ],
+)
+def test_plans_that_cannot_be(options: list[str], said: str, run: Shell, tmp_path: Path) -> None:
+    stats = small.statistics()
+    refused(run("plan", stats, *options), said)
+    refused(run("compress", small.model(), "-o", "out", "--calibrate", stats, *options), said)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_future_version(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "VERSION", 2)
-    container.write(tmp_path / "model.safetensors", [], [], {})
-    monkeypatch.undo()
-    assert "upgrade" in refused(run, "verify", tmp_path)
+@pytest.mark.parametrize("spoil", ["nothing there", "not JSON", "newer", "rows cut", "empty table"])
+def test_statistics_that_are_none(spoil: str, run: Shell, tmp_path: Path) -> None:
+    folder = tmp_path / "stats"
+    if spoil != "nothing there":
+        shutil.copytree(small.statistics(), folder)
+    path = folder / "statistics.json"
+    if spoil == "not JSON":
+        path.write_text("{")
+    elif spoil == "newer":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+    elif spoil == "empty table":
+        path.write_text(json.dumps({"version": 1}))
+    elif spoil == "rows cut":
+        (folder / "rows.safetensors").write_bytes(b"123")
+    refused(run("plan", folder, "--bits", "5"), "stats")
 
 
-def test_what_is_no_artifact(run: Run, tmp_path: Path) -> None:
-    for verb in ("verify", "show"):
-        assert "no such file" in refused(run, verb, tmp_path)
-        assert "not one written by waterfill" in refused(run, verb, small.model())
-    assert "statistics" in refused(run, "plan", tmp_path, "--bits", 3)
+# Artifacts that cannot be read
 
 
-def test_eval_against_the_wrong_thing(run: Run) -> None:
-    arguments: tuple[Any, ...] = ("eval", small.artifact(), "--text", small.text(), "--against")
-    assert "quantised" in refused(run, *arguments, small.artifact())
-    refused(run, *arguments, "no/such/folder/at/all")
+def every_reading_verb(path: str) -> list[list[str]]:
+    return [
+        ["show", path],
+        ["verify", path],
+        ["decompress", path, "-o", "plain"],
+        ["generate", path, "--prompt", "x", "--tokens", "2"],
+        ["eval", path, "--against", str(small.model()), "--window", "64", "--tokens", "64"],
+        ["report", path, "-o", "page.html"],
+    ]
+
+
+@pytest.mark.parametrize("what", ["nowhere", "a text", "a folder", "a plain model", "statistics"])
+def test_not_an_artifact(what: str, run: Shell, tmp_path: Path) -> None:
+    path = {
+        "nowhere": tmp_path / "nowhere",
+        "a text": small.text(),
+        "a folder": tmp_path,
+        "a plain model": small.model(),
+        "statistics": small.statistics(),
+    }[what]
+    for words in every_reading_verb(str(path)):
+        refused(run(*words), path.name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_flipped_bit_is_refused_by_every_verb(run: Shell, tmp_path: Path) -> None:
+    shutil.copytree(small.artifact(), "out")
+    file = tmp_path / "out" / FILE_NAME
+    good = file.read_bytes()
+    with Reader(small.artifact()) as reader:
+        payload = sum(e.nbytes for e in reader.entries.values())
+    choose = random.Random(0)
+    for attempt in range(400):
+        bad = bytearray(good)
+        bit = choose.randrange(8 * len(good))
+        bad[bit // 8] ^= 1 << (bit % 8)
+        file.write_bytes(bad)
+        refused(run("verify", "out"))
+        if attempt % 40 == 0:
+            for words in every_reading_verb("out"):
+                if words[0] in ("show", "report"):  # these read no payload
+                    assert run(*words).status in (0, 1)
+                    Path("page.html").unlink(missing_ok=True)
+                else:
+                    refused(run(*words), FILE_NAME)
+    for position in (0, 9, len(good) - 1):  # header and index: even `show` refuses
+        bad = bytearray(good)
+        bad[position] ^= 16
+        file.write_bytes(bad)
+        for words in every_reading_verb("out"):
+            refused(run(*words), FILE_NAME)
+    assert payload > 0 and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, -1])
+def test_a_cut_artifact(keep: float, run: Shell) -> None:
+    shutil.copytree(small.artifact(), "out")
+    file = Path("out", FILE_NAME)
+    data = file.read_bytes()
+    file.write_bytes(data[: int(len(data) * keep) if keep == 0.5 else int(keep)])
+    for words in every_reading_verb("out"):
+        refused(run(*words), FILE_NAME)
+
+
+def test_a_future_container(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite(lambda document: None, monkeypatch, version=2)
+    for words in every_reading_verb("out"):
+        refused(run(*words), "upgrade waterfill")
+
+
+def test_a_future_codec(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def newer(document: dict[str, Any]) -> None:
+        for entry in document["tensors"]:
+            entry["codec"][1] += 1
+
+    rewrite(newer, monkeypatch)
+    for words in every_reading_verb("out"):
+        if words[0] != "verify":  # checksums hold, whoever wrote them
+            refused(run(*words), "upgrade waterfill")
+
+
+def test_an_unknown_codec(run: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(document: dict[str, Any]) -> None:
+        document["tensors"][0]["codec"][0] = "osmosis"
+
+    rewrite(unknown, monkeypatch)
+    refused(run("decompress", "out", "-o", "plain"), "osmosis")
+
+
+def rewrite(
+    change: Callable[[dict[str, Any]], None], monkeypatch: pytest.MonkeyPatch, version: int = 1
+) -> None:
+    """Write the artifact again as ./out with another index, its checksums right."""
+    shutil.copytree(small.artifact(), "out")
+    data = (small.artifact() / FILE_NAME).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    begin, end = header[container.INDEX]["data_offsets"]
+    document = json.loads(zlib.decompress(data[start + begin : start + end]))
+    change(document)
+    with monkeypatch.context() as patch:
+        patch.setattr(container, "VERSION", version)
+        front, index = container._front(document["tensors"], document["about"])
+    Path("out", FILE_NAME).write_bytes(front + data[start : start + begin] + index)
+
+
+def test_a_record_that_is_damaged(run: Shell) -> None:
+    shutil.copytree(small.artifact(), "out")
+    for content in ("{", "[]"):
+        Path("out/waterfill.json").write_text(content)
+        refused(run("report", "out"), "waterfill.json")
+    Path("out/waterfill.json").unlink()
+    assert run("report", "out").status == 0
+
+
+def test_an_artifact_without_its_config(run: Shell) -> None:
+    shutil.copytree(small.artifact(), "out")
+    Path("out/config.json").unlink()
+    assert run("verify", "out").status == run("decompress", "out", "-o", "plain").status == 0
+    refused(run("generate", "out", "--prompt", "x"), "config.json")
+
+
+# Misuse of what is sound
+
+
+def test_prompts_that_cannot_be(run: Shell) -> None:
+    out = small.artifact()
+    refused(run("generate", out, "--prompt", ""), "empty")
+    refused(run("generate", out, "--prompt", "x", "--tokens", "5000"), "128")
+
+
+def test_compared_with_the_wrong_model(run: Shell, tmp_path: Path) -> None:
+    from tests import tiny
+
+    with small.quiet():
+        tiny.tiny_model("llama", tmp_path / "llama")
+        tiny.tiny_model("gpt2", tmp_path / "gpt2")
+    for other in ("llama", "gpt2"):
+        refused(run("eval", small.artifact(), "--against", other), "not made from")
+    refused(run("eval", small.artifact(), "--against", small.artifact()), "quantised")
+    refused(run("eval", small.artifact(), "--against", "nosuch"), "there is no folder")
+
+
+def test_texts_and_windows_for_eval(run: Shell) -> None:
+    words = ["eval", small.artifact(), "--against", small.model()]
+    refused(run(*words, "--text", "nofile"), "nofile")
+    Path("empty").write_text("")
+    refused(run(*words, "--text", "empty"), "empty")
+    refused(run(*words, "--window", "64", "--stride", "128"), "stride")
+    refused(run(*words, "--window", "100000"), "128")
+
+
+def test_where_nothing_can_be_written(run: Shell, tmp_path: Path) -> None:
+    Path("file").write_text("")
+    out = small.artifact()
+    refused(run("decompress", out, "-o", "file/x"), "file/x")
+    refused(run("report", out, "-o", "file/page.html"), "file")
+    refused(run("plan", small.statistics(), "--bits", "5", "-o", "file/plan.json"), "file")
+    refused(run("calibrate", small.model(), "-o", "file/s", "--text", small.text()), "file/s")
+    refused(run("decompress", out, "-o", "file"), "--force")
+    refused(run("decompress", out, "-o", out, "--force"), "in use")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
