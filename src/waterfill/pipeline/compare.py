@@ -7,7 +7,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from waterfill import evaluate
 from waterfill.container import Reader
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.runtime import artifact
@@ -79,6 +78,8 @@ def compare(
     dict
         As of `waterfill.evaluate.compare`, with ``predicted_kl_nats`` and ``layers``.
     """
+    from waterfill import evaluate  # which needs torch; `show` must not
+
     folder = artifact.folder_of(path)
     source = open_source(against, trust_remote_code=trust_remote_code)
     if source.path is None:
@@ -132,6 +133,8 @@ def _check_alike(folder: Path, source: Source) -> None:
 def _layers(
     folder: Path, original: Any, windows: Any, ledger: Sequence[dict[str, Any]], watched: Any
 ) -> list[dict[str, Any]]:
+    from waterfill import evaluate
+
     predicted = {r["name"]: r["predicted_nats"] for r in ledger if r["predicted_nats"] > 0}
     with Reader(folder) as reader:
         weights = _Decoded(reader)

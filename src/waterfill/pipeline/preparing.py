@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from waterfill.calibrate import Statistics, calibrate
+from waterfill.calibrate import Statistics
 from waterfill.pipeline.planning import Progress, check_same, quiet
 from waterfill.plan.budget import budget_nbytes
 from waterfill.plan.price import Rules
@@ -102,6 +102,8 @@ def calibrate_to(
 def _calibrate(
     source: Source, folder: Path, texts: Texts, tokens: int, progress: Progress, **options: Any
 ) -> Statistics:
+    from waterfill.calibrate import calibrate  # which needs torch; `plan` and `show` must not
+
     begun = folder.exists()
     try:
         with quiet_transformers():
