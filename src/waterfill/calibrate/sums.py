@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 from waterfill.types import Array
 
 __all__ = ["Sums", "open_sums", "write_json"]
+
+PIECE = 1 << 17  # numbers added at a time
 
 Moment = tuple[int, int]  # (batch, event within the batch): later events compare greater
 
@@ -48,13 +51,11 @@ class Sums:
     ) -> None:
         """Add arrays to those under a key, unless they are in already (after an interruption)."""
         path = self._path(key)
-        held: dict[str, Array] = {}
+        if path.is_file() and tuple(_header(path)["at"]) >= at:
+            return
+        held = make()
         if path.is_file():
-            held, header = _read(path)
-            if tuple(header["at"]) >= at:
-                return
-        for name, value in make().items():
-            held[name] = held[name] + value if name in held else value
+            _add_file(path, held)
         header = {"key": key, "at": at, "about": about}
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         with scratch.open("wb") as file:
@@ -64,14 +65,16 @@ class Sums:
     def read(self, key: str) -> dict[str, Array]:
         """The arrays under a key; {} if there are none."""
         path = self._path(key)
-        return _read(path)[0] if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if name != "header"}
 
     def all(self) -> dict[str, Any]:
         """Key -> what `add` was told about it."""
         found = {}
         for path in sorted(self.folder.glob("*.npz")):
-            with np.load(path, allow_pickle=False) as file:
-                header = json.loads(str(file["header"]))
+            header = _header(path)
             found[header["key"]] = header["about"]
         return found
 
@@ -79,10 +82,30 @@ class Sums:
         return self.folder / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".npz")
 
 
-def _read(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+def _header(path: Path) -> dict[str, Any]:
     with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    return arrays, json.loads(str(arrays.pop("header")))
+        header: dict[str, Any] = json.loads(str(file["header"]))
+    return header
+
+
+def _add_file(path: Path, arrays: dict[str, Array]) -> None:
+    """Add a file's arrays to those of the same name, piece by piece: a moment fits memory once."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            name = member.removesuffix(".npy")
+            with archive.open(member) as stream:
+                if name == "header":
+                    continue
+                if name not in arrays:
+                    arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+                    continue
+                np.lib.format.read_magic(stream)
+                _, _, dtype = np.lib.format.read_array_header_1_0(stream)
+                arrays[name] = np.ascontiguousarray(arrays[name])
+                flat = arrays[name].reshape(-1)
+                for start in range(0, flat.size, PIECE):
+                    part = flat[start : start + PIECE]
+                    part += np.frombuffer(stream.read(part.size * dtype.itemsize), dtype)
 
 
 def open_sums(folder: Path, protocol: Mapping[str, Any]) -> Sums:

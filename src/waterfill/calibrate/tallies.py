@@ -108,4 +108,4 @@ def moment_of(make: list[Callable[[], torch.Tensor]], groups: int) -> tuple[Arra
             part = (block.T @ block).double()
             total = part if total is None else total.add_(part)
     assert total is not None
-    return (total / groups).cpu().numpy(), count // groups
+    return total.div_(groups).cpu().numpy(), count // groups
