@@ -101,7 +101,7 @@ def _add_file(path: Path, arrays: dict[str, Array]) -> None:
                     continue
                 np.lib.format.read_magic(stream)
                 _, _, dtype = np.lib.format.read_array_header_1_0(stream)
-                arrays[name] = np.ascontiguousarray(arrays[name])
+                arrays[name] = np.asarray(arrays[name], order="C")
                 flat = arrays[name].reshape(-1)
                 for start in range(0, flat.size, PIECE):
                     part = flat[start : start + PIECE]
