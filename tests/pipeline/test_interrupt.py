@@ -176,18 +176,14 @@ def test_disk_full(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert {p.name for p in tmp_path.iterdir()} <= {"out.work"}
 
 
-@pytest.mark.parametrize("limit", [4000, 40_000])
-def test_no_room_for_a_file(limit: int, tmp_path: Path) -> None:
+def test_no_room_for_a_file(tmp_path: Path) -> None:
     """The system itself refuses: RLIMIT_FSIZE, as a quota would."""
     small.model(), small.text()
     process = start(
         tmp_path / "out",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)),
     )
     stdout, stderr = process.communicate(timeout=100)
-    if limit > 20_000:  # everything of this small model fits
-        assert process.returncode == 0, stderr
-        return
     assert process.returncode == 1 and stdout == ""
     assert stderr.count("\n") == 1 and "File too large" in stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
@@ -217,8 +213,10 @@ def test_existing_out_is_refused(whole: Path) -> None:
     assert snapshot(whole) == before
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("error", [KeyboardInterrupt, Broken])
+@pytest.mark.parametrize(
+    ("stage", "error"),
+    [("calibration", Broken), ("pricing", KeyboardInterrupt), ("encoding", Broken)],
+)
 def test_force_replaces_only_on_success(
     stage: str, error: type[BaseException], whole: Path, tmp_path: Path
 ) -> None:
