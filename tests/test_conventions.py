@@ -59,6 +59,15 @@ def test_nothing_runs_code_from_files(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_no_error_is_swallowed(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ExceptHandler):
+            broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+            quiet = all(isinstance(s, ast.Pass) for s in node.body)
+            assert not (broad and quiet), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     tree = ast.parse(path.read_text("utf-8"))
     assert ast.get_docstring(tree) or not tree.body, "no docstring"

@@ -124,6 +124,16 @@ def test_load_without_torch(name: str) -> None:
         assert line == f"{tensor} {array.shape} {array.dtype} {digest}"
 
 
+def test_load_without_the_native_core() -> None:
+    golden = Path(__file__).parent / "golden" / "artifact" / "trellis.safetensors"
+    code = (
+        "import sys, waterfill\nsys.modules['waterfill._core'] = None\n"
+        "print(sum(a.nbytes for a in waterfill.load(sys.argv[1]).values()))"
+    )
+    want = sum(a.nbytes for a in waterfill.load(golden).values())
+    assert int(python(code, golden).stdout) == want
+
+
 def test_what_needs_torch_says_so_without_it() -> None:
     code = (
         f"{BLOCKED}\ntry:\n    waterfill.load_model(sys.argv[1])\n"

@@ -25,7 +25,7 @@ from waterfill.pipeline import calibrate_to, plan_json, price_statistics, show  
 from waterfill.sources import FolderSource  # noqa: E402
 from waterfill.types import BudgetError, SpecError, WaterfillError  # noqa: E402
 
-FREE = ("llama", "gpt2")  # every codec is tried on these
+FREE = ("gpt2",)  # every codec is tried on these
 
 
 def compress(out: Path, **options: Any) -> Any:
@@ -56,7 +56,7 @@ def quick_codecs(source: FolderSource) -> dict[str, str]:
     ("name", "dtype"),
     [
         *((name, "float32") for name in tiny.ARCHITECTURES),
-        *((name, "bfloat16") for name in ("llama", "bert", "mixtral")),
+        *((name, "bfloat16") for name in ("llama", "mixtral")),
         ("qwen2", "float16"),
     ],
 )
@@ -111,7 +111,7 @@ def test_close_to_the_original(tmp_path: Path) -> None:
 # Budgets
 
 
-@pytest.mark.parametrize("bits", [3.5, 4.25, 5, 6.5, 8, 11])
+@pytest.mark.parametrize("bits", [3.5, 5, 8])
 def test_bits(bits: float, tmp_path: Path) -> None:
     record = compress(tmp_path / "out", bits=bits)
     assert record.bits_per_weight <= bits

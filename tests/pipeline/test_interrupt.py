@@ -189,6 +189,21 @@ def test_no_room_for_a_file(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+def test_disk_full_at_the_last_byte(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(WaterfillError, match="disk is full"):
+            compress(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
+    compress(tmp_path / "out")
+    small.same_files(tmp_path / "out", whole)
+
+
 def test_disk_full_while_decompressing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small.artifact()
     Full(monkeypatch, "plain.partial")
