@@ -51,15 +51,17 @@ def fill(
     checks.
     """
     coded = _first_pass(c, budget - overhead, encode)
-    best, slack = coded, budget - file_nbytes(coded)
+    slack = budget - file_nbytes(coded)
+    best, best_slack = coded, slack
     margin = 0.0
     for _ in range(PASSES):
-        if -0.002 * budget <= slack <= 0.01 * budget:
+        if -0.002 * budget <= best_slack <= 0.01 * budget:
             break
-        margin += max(-slack, 0)  # rungs may not give way by just as much as was asked
-        coded = _next_pass(c, coded, budget - file_nbytes(coded) - margin, encode)
-        if _better(budget - file_nbytes(coded), slack):
-            best, slack = coded, budget - file_nbytes(coded)
+        margin += max(-best_slack, 0)  # rungs may not give way by just as much as was asked
+        coded = _next_pass(c, coded, slack - margin, encode)
+        slack = budget - file_nbytes(coded)
+        if _better(slack, best_slack):
+            best, best_slack = coded, slack
     return _settle(c, best, budget, encode, file_nbytes)
 
 
