@@ -52,8 +52,16 @@ def shared_data() -> Path:
     return folder
 
 
-def main(name: str, protocol: str, run: Callable[[bool], Iterable[Row]]) -> None:
-    """Parse ``[--json FILE] [--quick]``, run, print, and exit 1 where a bar is missed."""
+def main(
+    name: str,
+    protocol: str,
+    run: Callable[[bool], Iterable[Row]],
+    more: Callable[[], dict[str, object]] = dict,
+) -> None:
+    """Parse ``[--json FILE] [--quick]``, run, print, and exit 1 where a bar is missed.
+
+    What `more` gives after the run goes into the JSON too.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=protocol)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--quick", action="store_true", help="same bars, less work")
@@ -65,7 +73,7 @@ def main(name: str, protocol: str, run: Callable[[bool], Iterable[Row]]) -> None
         bar = "" if row.bar is None else f"{row.sense} {row.bar:g}"
         verdict = "" if row.bar is None else ("met" if row.met else "MISSED")
         sys.stdout.write(
-            f"  {row.name:<52} {row.measured:>12.5g} {row.unit:<12} {bar:<12} {verdict:<7} {row.note}\n"
+            f"  {row.name:<60} {row.measured:>12.5g} {row.unit:<12} {bar:<12} {verdict:<7} {row.note}\n"
         )
         sys.stdout.flush()
     missed = [r.name for r in rows if not r.met]
@@ -74,5 +82,7 @@ def main(name: str, protocol: str, run: Callable[[bool], Iterable[Row]]) -> None
     )
     if args.json:
         result = {"bench": name, "protocol": protocol, "quick": args.quick}
-        args.json.write_text(json.dumps({**result, "rows": [asdict(r) for r in rows]}, indent=1))
+        result |= {"rows": [asdict(r) for r in rows], **more()}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1))
     raise SystemExit(1 if missed else 0)

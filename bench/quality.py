@@ -2,59 +2,114 @@
 
 from __future__ import annotations
 
-import shutil
+import sys
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 from bench.harness import Row, main
-from bench.models import WINDOW, WORK, source_of, statistics_of, text_of
-from waterfill.pipeline import compare, compress
+from bench.measure import Measured, Subject, curves
+from bench.peers.make import PEERS, Peer, Skipped, made
+from waterfill.types import BudgetError
 
 PROTOCOL = (
-    "english-7m calibrated on wiki.txt (32768 tokens, fisher); KL(original || compressed) per token on "
-    "english_heldout.txt, windows of 256 tokens, stride 128 (16384 tokens with --quick). Peer: every matrix "
-    "integer, group 128, successive rounding, searched clip, from the same statistics. Ours: the planner's free "
-    "choice, at the peer's file size"
+    "KL(original || compressed) in nats per token on held-out text, ours against a peer's at the size of "
+    "the peer's weights file, every byte of both counted. english-7m: text it writes itself, measured on "
+    "english_heldout.txt, windows of 256; stories260K: first and second half of tinystories.txt, 512; demo: "
+    "c4.txt and wikitext2_valid.txt, 512; stride half a window; 32768 tokens of calibration, the same for "
+    "all that calibrate; 16384 tokens measured (8192, and fewer sizes, with --quick). trellis: the planner's "
+    "free choice; WaterSIC: *=trellis:states=1,mmse=0.0 at the same budget; integer, planned: *=integer "
+    "at the same budget; integer, uniform: every matrix alike, successive rounding, searched clip, from the "
+    "same statistics; others as pip installs them (bench/peers)"
 )
+MODELS = ("english-7m", "stories260K", "demo")
+SIZES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+UNIFORM = tuple((bits, group) for group in (128, 64) for bits in (2, 3, 4))
+WATERSIC = {"*": "trellis:states=1,mmse=0.0"}
 
 
-def measure(out: Path, quick: bool) -> float:
-    """KL in nats per token on held-out text."""
-    model = source_of("english-7m").path
-    assert model is not None
-    text = [text_of("english-7m", held_out=True)]
-    kl: float = compare(
-        out, model, text, window=WINDOW["english-7m"], tokens=16384 if quick else None
-    )["kl_nats"]
-    return kl
+def bar_of(model: str, bits: int, group: int) -> float:
+    """Ours over uniform integers of this kind, at most."""
+    return 0.12 if model == "english-7m" and group == 128 and bits >= 3 else 1.0
 
 
-def made(name: str, **options: object) -> tuple[Path, int]:
-    """Compress english-7m; returns the artifact and its file size."""
-    out = WORK / f"quality-{name}"
-    shutil.rmtree(out, ignore_errors=True)
-    record = compress(
-        str(source_of("english-7m").path),
-        out,
-        calibration=statistics_of("english-7m").folder,
-        **options,
-    )  # type: ignore[arg-type]
-    return out, record.nbytes
+class Contest:
+    """One model against all peers; every figure taken is kept for the curves."""
 
+    def __init__(self, name: str, quick: bool, log: list[Measured]) -> None:
+        self.name, self.quick, self.log = name, quick, log
+        self.subject = Subject(name, 8192 if quick else 16384)
 
-def run(quick: bool) -> Iterator[Row]:
-    """KL of both, and their ratio, at the peer's 3- and 4-bit file sizes."""
-    for bits in (3, 4):
-        peer, nbytes = made(
-            f"integer{bits}", bits=32, codec={"*": f"integer:bits={bits},group=128"}
+    def ours(self, **options: Any) -> Measured:
+        """The planner's free choice."""
+        method = "trellis, same matrices kept" if "keep" in options else "trellis"
+        self.log.append(self.subject.planned(method, **options))
+        return self.log[-1]
+
+    def theirs(self, method: str, **options: Any) -> Measured:
+        """Under rules for the codec."""
+        self.log.append(self.subject.planned(method, **options))
+        return self.log[-1]
+
+    def row(self, peer: Measured, ours: Measured, bar: float | None, label: str = "") -> Row:
+        """Ours over the peer's, with what it was made of."""
+        note = (
+            f"{ours.kl_nats:.3g} / {peer.kl_nats:.3g} nats, perplexity {ours.perplexity:.4g} / "
+            f"{peer.perplexity:.4g}, {ours.nbytes:,} / {peer.nbytes:,} bytes"
         )
-        ours, got = made(f"planned{bits}", size=nbytes)
-        peer_kl, our_kl = measure(peer, quick), measure(ours, quick)
-        note = f"{got:,} of {nbytes:,} bytes"
-        yield Row(f"integer {bits} bits, g128, successive: KL", peer_kl, "nats/token")
-        yield Row("planned at the same file size: KL", our_kl, "nats/token", note=note)
-        yield Row(f"ratio at the {bits}-bit size", our_kl / peer_kl, "", 0.25)
+        at = f"{peer.bits_per_weight:.2f} bits"
+        name = f"{self.name}: KL over {label or peer.method}, {at}"
+        return Row(name, ours.kl_nats / peer.kl_nats, "", bar, note=note)
+
+    def planned(self) -> Iterator[Row]:
+        """WaterSIC and planned integers, at round numbers of bits."""
+        for bits in (1.5, 3.0) if self.quick else SIZES:
+            sic = self.theirs("WaterSIC", bits=bits, codec=WATERSIC)
+            yield self.row(sic, self.ours(bits=bits), 0.8)
+            try:
+                peer = self.theirs("integer, planned", bits=bits, codec={"*": "integer"})
+            except BudgetError:
+                continue  # two bits and a scale are the least that integers take
+            yield self.row(peer, self.ours(size=peer.nbytes), 1.0)
+
+    def uniform(self) -> Iterator[Row]:
+        """Integers, every matrix alike."""
+        kinds = ((3, 128), (4, 128)) if self.quick else UNIFORM
+        for bits, group in kinds:
+            method = f"integer {bits} bits g{group}, uniform"
+            peer = self.theirs(method, bits=32, codec={"*": f"integer:bits={bits},group={group}"})
+            yield self.row(peer, self.ours(size=peer.nbytes), bar_of(self.name, bits, group))
+
+    def installed(self) -> Iterator[Row]:
+        """What pip installs on a CPU."""
+        tokens = self.subject.calibration()
+        for peer in PEERS:
+            try:
+                yield from self.against(peer, tokens)
+            except Skipped as why:
+                sys.stdout.write(f"  {self.name}: {peer.label} skipped: {why}\n")
+
+    def against(self, peer: Peer, tokens: Any) -> Iterator[Row]:
+        """One of them; where it keeps matrices in 16 bits, also with ours keeping the same."""
+        result = made(peer, self.subject.path, tokens, new=not self.quick)
+        one = self.subject.decoded(peer.label, result.folder, result.nbytes)
+        self.log.append(one)
+        yield self.row(one, self.ours(size=result.nbytes), 1.0)
+        if result.exact and not self.quick:
+            same = self.ours(size=result.nbytes, keep=list(result.exact))
+            kept = ", ".join(result.exact)
+            yield self.row(one, same, None, f"{peer.label}, with {kept} as exact as theirs")
+
+
+def run(log: list[Measured], quick: bool) -> Iterator[Row]:
+    """Every model against every peer."""
+    for name in MODELS:
+        contest = Contest(name, quick, log)
+        yield from contest.planned()
+        yield from contest.uniform()
+        yield from contest.installed()
 
 
 if __name__ == "__main__":
-    main("quality", PROTOCOL, run)
+    taken: list[Measured] = []
+    main("quality", PROTOCOL, partial(run, taken), lambda: {"curves": curves(taken)})

@@ -43,37 +43,42 @@ template <class Call> void share_rows(size_t rows, size_t segment, int threads, 
     for (auto& t : pool) t.join();
 }
 
+const TrellisCode& code_of(unsigned states) {
+    for (const TrellisCode& code : kTrellisCodes)
+        if (code.states == states) return code;
+    throw std::invalid_argument("states must be 1, or a power of two from 4 to 256");
+}
+
 void quantise(Matrix<const float> weight, Matrix<float> target, Matrix<const float> carry,
-              Vector<const float> step, Matrix<int32_t> index, Matrix<float> error, int states,
+              Vector<const float> step, Matrix<int32_t> index, Matrix<float> error, unsigned states,
               size_t segment, int threads) {
     size_t columns = weight.shape(0), rows = weight.shape(1);
     auto same = [&](auto& a) { return a.shape(0) == columns && a.shape(1) == rows; };
     require(same(target) && same(index) && same(error), "weight, target, index and error must agree in shape");
     require(carry.shape(0) == columns && carry.shape(1) == columns && step.shape(0) == columns,
             "carry must be (columns, columns) and step (columns,)");
-    require(states == 1 || states == 4, "states must be 1 or 4");
     require(segment > 0, "segment must be positive");
-    TrellisBlock block{rows, columns, segment, states, weight.data(), target.data(), carry.data(),
+    TrellisBlock block{code_of(states), rows, columns, segment, weight.data(), target.data(), carry.data(),
                        step.data(), index.data(), error.data()};
     auto run = kernels().quantise;
     nb::gil_scoped_release release;
     share_rows(rows, segment, threads, [&](size_t first, size_t last) { run(block, first, last); });
 }
 
-void walk(Matrix<const int32_t> index, Vector<const float> step, Matrix<float> out, int states,
+void walk(Matrix<const int32_t> index, Vector<const float> step, Matrix<float> out, unsigned states,
           size_t segment, int threads) {
     size_t rows = index.shape(0), columns = index.shape(1);
     require(out.shape(0) == rows && out.shape(1) == columns && step.shape(0) == columns,
             "out must have the shape of index, step one value a column");
-    require(states == 1 || states == 4, "states must be 1 or 4");
     require(segment > 0, "segment must be positive");
+    const TrellisCode code = code_of(states);
     auto run = kernels().walk;
     const int32_t* k = index.data();
     const float* d = step.data();
     float* o = out.data();
     nb::gil_scoped_release release;
     share_rows(rows, segment, threads, [=](size_t first, size_t last) {
-        run(k + first * columns, last - first, columns, segment, states, d, o + first * columns);
+        run(code, k + first * columns, last - first, columns, segment, d, o + first * columns);
     });
 }
 

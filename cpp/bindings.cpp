@@ -8,6 +8,7 @@
 namespace nb = nanobind;
 
 void bind_rans(nb::module_& m);
+void bind_paths(nb::module_& m);
 void bind_trellis(nb::module_& m);
 
 NB_MODULE(_core, m) {
@@ -20,5 +21,6 @@ NB_MODULE(_core, m) {
         return names;
     }, "The instruction sets this machine can be forced to by WATERFILL_SIMD.");
     bind_rans(m);
+    bind_paths(m);
     bind_trellis(m);
 }

@@ -15,12 +15,7 @@ namespace {
 
 using namespace rans;
 
-// Where the next word is read. A row may begin only while `at <= limit`, so a row's reads (at most
-// kMaxLanes words) need no check of their own.
-struct Cursor {
-    const uint8_t* at;
-    const uint8_t* limit;
-};
+#include "rans_block.h"
 
 struct Panel {
     uint8_t* out;
@@ -29,6 +24,11 @@ struct Panel {
     unsigned width;
     const uint8_t* classes;  // null where all are of class `uniform`
     unsigned uniform;
+
+    void advance(size_t done) {
+        rows -= done;
+        out += done * stride;
+    }
 };
 
 inline unsigned class_of(const Panel& panel, unsigned lane) {
@@ -90,83 +90,45 @@ size_t decode_rows(uint32_t* x, Cursor& cursor, const Panel& panel, const Decode
 #include "rans_avx512.h"
 #endif
 
-// All of a block's panels: the cursor walks the words as they lie while a whole row may be read
-// unchecked, then a zero-padded copy of the last few, so that nothing outside is ever touched.
-class BlockReader {
-public:
-    explicit BlockReader(const DecodeBlock& block) : block_(block), end_(block.words + 2 * block.n_words) {
-        cursor_.at = block.words;
-        if (block.n_words > kMaxLanes) {
-            cursor_.limit = end_ - 2 * kMaxLanes;
-        } else {
-            begin_tail();
-        }
+Status decode_block(const DecodeBlock& block) {
+    BlockReader reader(block.states, block.n_states, block.words, block.n_words);
+    if (reader.low_state()) return Status::low_state;
+    const auto rows = [&](uint32_t* x, Cursor& cursor, const Panel& panel) {
+        return decode_rows(x, cursor, panel, *block.tables);
+    };
+    size_t col = 0;
+    if (block.rows == 1 && !block.classes) {
+        // One-row panels of one class follow each other as the rows of a matrix do.
+        const size_t whole = block.cols / block.lanes;
+        if (!reader.decode(Panel{block.out, block.lanes, whole, block.lanes, nullptr, 0}, rows)) return Status::words_short;
+        col = whole * block.lanes;
     }
-
-    Status run() {
-        for (unsigned i = 0; i < kMaxLanes; ++i) x_[i] = kLower;
-        std::memcpy(x_, block_.states, 4 * size_t(block_.n_states));
-        for (unsigned i = 0; i < block_.n_states; ++i)
-            if (x_[i] < kLower) return Status::low_state;
-        size_t col = 0;
-        if (block_.rows == 1 && !block_.classes) {
-            // One-row panels of one class follow each other as the rows of a matrix do.
-            const size_t whole = block_.cols / block_.lanes;
-            if (!decode({block_.out, block_.lanes, whole, block_.lanes, nullptr, 0})) return Status::words_short;
-            col = whole * block_.lanes;
+    for (; col < block.cols; col += block.lanes) {
+        const size_t left = block.cols - col;
+        const unsigned width = left < block.lanes ? unsigned(left) : block.lanes;
+        Panel panel{block.out + col, block.stride, block.rows, width, nullptr, 0};
+        if (block.classes) {
+            const uint8_t* classes = block.classes + col;
+            panel.uniform = classes[0];
+            for (unsigned i = 1; i < width; ++i)
+                if (classes[i] != classes[0]) panel.classes = classes;
         }
-        for (; col < block_.cols; col += block_.lanes) {
-            const size_t left = block_.cols - col;
-            const unsigned width = left < block_.lanes ? unsigned(left) : block_.lanes;
-            Panel panel{block_.out + col, block_.stride, block_.rows, width, nullptr, 0};
-            if (block_.classes) {
-                const uint8_t* classes = block_.classes + col;
-                panel.uniform = classes[0];
-                for (unsigned i = 1; i < width; ++i)
-                    if (classes[i] != classes[0]) panel.classes = classes;
-            }
-            if (!decode(panel)) return Status::words_short;
-        }
-        if (!in_tail_) return Status::words_left;
-        if (cursor_.at > cursor_.limit) return Status::words_short;
-        if (cursor_.at < cursor_.limit) return Status::words_left;
-        for (unsigned i = 0; i < kMaxLanes; ++i)
-            if (i < block_.n_states && x_[i] != kLower) return Status::wrong_end;
-        return Status::ok;
+        if (!reader.decode(panel, rows)) return Status::words_short;
     }
+    return reader.end();
+}
 
-private:
-    void begin_tail() {
-        const size_t left = size_t(end_ - cursor_.at);
-        std::memset(tail_, 0, sizeof tail_);
-        if (left) std::memcpy(tail_, cursor_.at, left);
-        cursor_.at = tail_;
-        cursor_.limit = tail_ + left;
-        in_tail_ = true;
-    }
-
-    bool decode(Panel panel) {
-        while (panel.rows) {
-            const size_t done = decode_rows(x_, cursor_, panel, *block_.tables);
-            panel.rows -= done;
-            panel.out += done * panel.stride;
-            if (cursor_.at > cursor_.limit) {
-                if (in_tail_) return false;
-                begin_tail();
-            }
-        }
-        return true;
-    }
-
-    const DecodeBlock& block_;
-    const uint8_t* end_;
-    Cursor cursor_{};
-    bool in_tail_ = false;
-    alignas(64) uint32_t x_[kMaxLanes];
-    alignas(64) uint8_t tail_[4 * kMaxLanes + 64];
-};
-
-Status decode_block(const DecodeBlock& block) { return BlockReader(block).run(); }
+inline void put(uint32_t& x, const EncodeSymbol& s, const uint16_t* slots, uint16_t*& at, bool& unknown) {
+    uint32_t state = x;
+    const uint32_t full = state > s.limit;
+    at[-1] = uint16_t(state);
+    at -= full;
+    state >>= 16 & (0 - full);
+    const uint32_t quotient = uint32_t((state * s.reciprocal) >> 44);
+    const uint32_t offset = state - quotient * s.frequency;
+    x = (quotient << kScaleBits) | slots[(s.base + offset) & (kTotal - 1)];
+    unknown |= s.frequency == 0;
+}
 
 size_t encode_block(const EncodeBlock& block) {
     uint32_t x[kMaxLanes];
@@ -188,17 +150,12 @@ size_t encode_block(const EncodeBlock& block) {
             }
         for (size_t row = block.rows; row-- > 0;) {
             const uint8_t* in = block.in + row * block.stride + col;
-            for (unsigned i = width; i-- > 0;) {
-                const EncodeSymbol& s = symbols[i][in[i]];
-                uint32_t state = x[i];
-                const uint32_t full = state > s.limit;
-                at[-1] = uint16_t(state);
-                at -= full;
-                state >>= 16 & (0 - full);
-                const uint32_t quotient = uint32_t((state * s.reciprocal) >> 44);
-                const uint32_t offset = state - quotient * s.frequency;
-                x[i] = (quotient << kScaleBits) | slots[i][(s.base + offset) & (kTotal - 1)];
-                unknown |= s.frequency == 0;
+            if (block.contexts) {
+                const uint8_t* context = block.contexts + row * block.stride + col;
+                for (unsigned i = width; i-- > 0;)
+                    put(x[i], block.tables->symbols[context[i] * 256 + in[i]], block.tables->slots + size_t(context[i]) * kTotal, at, unknown);
+            } else {
+                for (unsigned i = width; i-- > 0;) put(x[i], symbols[i][in[i]], slots[i], at, unknown);
             }
         }
     }

@@ -80,11 +80,12 @@ inline size_t get32(const uint8_t* at) { return at[0] | at[1] << 8 | at[2] << 16
 // A block is at least this many steps of all lanes, so that states cost little.
 constexpr size_t kBlockSteps = 1 << 14;
 
-inline Geometry geometry_for(size_t rows, size_t cols, size_t lanes) {
+// Blocks begin at multiples of `unit` rows.
+inline Geometry geometry_for(size_t rows, size_t cols, size_t lanes, size_t unit) {
     const size_t panels = (cols + lanes - 1) / lanes;
     if (rows >= 2 * kBlockSteps) {
-        const size_t down = rows / kBlockSteps;
-        return {rows, cols, lanes, (rows + down - 1) / down, 1};
+        const size_t down = rows / kBlockSteps, each = (rows + down - 1) / down;
+        return {rows, cols, lanes, (each + unit - 1) / unit * unit, 1};
     }
     const size_t least = (kBlockSteps + rows - 1) / rows;
     const size_t across = std::max<size_t>(1, panels / least);
@@ -98,22 +99,31 @@ inline unsigned log2_of(size_t lanes) {
     return log;
 }
 
-inline std::string encode(const uint8_t* in, size_t rows, size_t cols, const uint8_t* classes,
-                          const Frequencies& frequencies, size_t lanes, unsigned threads, Isa isa) {
+// What is coded: symbols, and the model of each by its column or by itself.
+struct Symbols {
+    const uint8_t* values;
+    size_t rows, cols;
+    const uint8_t* classes;   // of columns, or null
+    const uint8_t* contexts;  // of symbols, or null
+};
+
+inline std::string encode(const Symbols& in, const Frequencies& frequencies, size_t lanes, size_t unit, unsigned threads, Isa isa) {
     const unsigned log = log2_of(lanes);
-    if (rows == 0 || cols == 0) return {};
+    const size_t cols = in.cols;
+    if (in.rows == 0 || cols == 0) return {};
     const Encoder encoder(frequencies);
-    const Geometry geometry = geometry_for(rows, cols, lanes);
+    const Geometry geometry = geometry_for(in.rows, cols, lanes, unit);
     const size_t count = geometry.down() * geometry.across();
-    if (rows > UINT32_MAX || geometry.panels > UINT32_MAX) throw std::invalid_argument("rANS: too large a matrix");
+    if (in.rows > UINT32_MAX || geometry.panels > UINT32_MAX) throw std::invalid_argument("rANS: too large a matrix");
     std::vector<std::string> blocks(count);
     in_parallel(count, threads, [&](size_t i) {
         const Geometry::Part part = geometry.part(i);
-        const size_t most = part.rows * part.cols;
+        const size_t most = part.rows * part.cols, first = part.row * cols + part.col;
         const std::unique_ptr<uint16_t[]> words(new uint16_t[most + 1]);
         uint32_t states[kMaxLanes];
-        const size_t n = kernels_for(isa).encode_block({&encoder.tables(), in + part.row * cols + part.col, cols, part.rows, part.cols,
-                                                        unsigned(lanes), classes ? classes + part.col : nullptr, states,
+        const size_t n = kernels_for(isa).encode_block({&encoder.tables(), in.values + first, cols, part.rows, part.cols,
+                                                        unsigned(lanes), in.classes ? in.classes + part.col : nullptr,
+                                                        in.contexts ? in.contexts + first : nullptr, states,
                                                         words.get() + most + 1});
         if (n == SIZE_MAX) throw std::invalid_argument("rANS: a symbol that its class's model does not know");
         for (size_t k = 0; k < std::min(lanes, part.cols); ++k) put32(blocks[i], states[k]);
@@ -132,17 +142,14 @@ inline std::string encode(const uint8_t* in, size_t rows, size_t cols, const uin
     return out;
 }
 
-inline void decode(const uint8_t* data, size_t size, uint8_t* out, size_t rows, size_t cols, const uint8_t* classes,
-                   const Frequencies& frequencies, const uint8_t* lut, unsigned threads, Isa isa) {
-    if (rows == 0 || cols == 0) {
-        if (size) throw FormatError("rANS: bytes where there are no symbols");
-        return;
-    }
-    if (classes)
-        for (size_t i = 0; i < cols; ++i)
-            if (classes[i] >= frequencies.classes) throw FormatError("rANS: class " + std::to_string(classes[i]) + " has no model");
-    constexpr size_t kFewClasses = 8;  // whose unrolled tables stay in a cache
-    const Decoder decoder(frequencies, lut, isa == Isa::scalar && frequencies.classes <= kFewClasses);
+// Where the blocks of a stream lie: every length checked against the stream's.
+struct Layout {
+    struct Place { const uint8_t* states; unsigned n_states; const uint8_t* words; size_t n_words; };
+    Geometry geometry;
+    std::vector<Place> places;
+};
+
+inline Layout read_layout(const uint8_t* data, size_t size, size_t rows, size_t cols) {
     if (size == 0) throw FormatError("rANS: empty where symbols were promised");
     if (data[0] & 0xE8) throw FormatError("rANS: unknown header byte " + std::to_string(data[0]));
     const bool several = data[0] & 0x10;
@@ -163,8 +170,7 @@ inline void decode(const uint8_t* data, size_t size, uint8_t* out, size_t rows, 
         if (count < 2) throw FormatError("rANS: one block announced as several");
         at = 9 + 4 * count;
     }
-    struct Place { size_t states, words; };
-    std::vector<Place> places(count);
+    Layout layout{geometry, std::vector<Layout::Place>(count)};
     if (at > size) throw FormatError("rANS: header cut short");
     size_t end = at;
     for (size_t i = 0; i < count; ++i) {
@@ -172,20 +178,38 @@ inline void decode(const uint8_t* data, size_t size, uint8_t* out, size_t rows, 
         if (left < 4 * n_states) throw FormatError("rANS: states of block " + std::to_string(i) + " cut short");
         const size_t words = several ? get32(data + 9 + 4 * i) : (left - 4 * n_states) / 2;
         if ((left - 4 * n_states) / 2 < words) throw FormatError("rANS: words of block " + std::to_string(i) + " cut short");
-        places[i] = {end, words};
+        layout.places[i] = {data + end, unsigned(n_states), data + end + 4 * n_states, words};
         end += 4 * n_states + 2 * words;
     }
     if (end != size) throw FormatError("rANS: bytes left over after the last block");
-    in_parallel(count, threads, [&](size_t i) {
-        const Geometry::Part part = geometry.part(i);
-        const unsigned n_states = unsigned(std::min(lanes, part.cols));
-        const uint8_t* block = data + places[i].states;
-        const Status status = kernels_for(isa).decode_block(
-            {&decoder.tables(), block, n_states, block + 4 * size_t(n_states), places[i].words, out + part.row * cols + part.col,
-             cols, part.rows, part.cols, unsigned(lanes), classes ? classes + part.col : nullptr});
-        if (status == Status::ok) return;
-        static const char* const reasons[] = {"", "a state below 2^16", "words run out", "words left over", "lanes do not end where they began"};
-        throw FormatError("rANS: block " + std::to_string(i) + ": " + reasons[int(status)]);
+    return layout;
+}
+
+inline void require_ok(Status status, size_t block) {
+    if (status == Status::ok) return;
+    static const char* const reasons[] = {"", "a state below 2^16", "words run out", "words left over", "lanes do not end where they began"};
+    throw FormatError("rANS: block " + std::to_string(block) + ": " + reasons[int(status)]);
+}
+
+inline void decode(const uint8_t* data, size_t size, uint8_t* out, size_t rows, size_t cols, const uint8_t* classes,
+                   const Frequencies& frequencies, const uint8_t* lut, unsigned threads, Isa isa) {
+    if (rows == 0 || cols == 0) {
+        if (size) throw FormatError("rANS: bytes where there are no symbols");
+        return;
+    }
+    if (classes)
+        for (size_t i = 0; i < cols; ++i)
+            if (classes[i] >= frequencies.classes) throw FormatError("rANS: class " + std::to_string(classes[i]) + " has no model");
+    constexpr size_t kFewClasses = 8;  // whose unrolled tables stay in a cache
+    const Decoder decoder(frequencies, lut, isa == Isa::scalar && frequencies.classes <= kFewClasses);
+    const Layout layout = read_layout(data, size, rows, cols);
+    in_parallel(layout.places.size(), threads, [&](size_t i) {
+        const Geometry::Part part = layout.geometry.part(i);
+        const Layout::Place& place = layout.places[i];
+        require_ok(kernels_for(isa).decode_block({&decoder.tables(), place.states, place.n_states, place.words, place.n_words,
+                                                  out + part.row * cols + part.col, cols, part.rows, part.cols,
+                                                  unsigned(layout.geometry.lanes), classes ? classes + part.col : nullptr}),
+                   i);
     });
 }
 

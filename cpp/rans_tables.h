@@ -67,7 +67,8 @@ class Decoder {
 public:
     // `lut` maps symbols to output bytes; null for the symbols themselves. `by_slot` unrolls even
     // the alias layout into 4096 entries a class, which suits a decoder without vectors.
-    Decoder(const Frequencies& f, const uint8_t* lut, bool by_slot) {
+    // `paired` puts each bucket's two entries side by side, for a decoder that gathers them at once.
+    Decoder(const Frequencies& f, const uint8_t* lut, bool by_slot, bool paired = false) {
         check(f);
         by_slot |= !f.aliased();
         for (unsigned i = 0; i < 64; ++i) tables_.lut[i] = uint8_t(lut && i < f.alphabet ? lut[i] : i);
@@ -78,7 +79,7 @@ public:
             if (by_slot)
                 fill_slots(&entries_[k * kTotal], frequency, f.alphabet, lut);
             else
-                fill_buckets(&entries_[k * kBucketDwords], frequency, f.alphabet);
+                fill_buckets(&entries_[k * kBucketDwords], frequency, f.alphabet, paired);
         }
         (by_slot ? tables_.slots : tables_.buckets) = entries_.data();
     }
@@ -104,13 +105,14 @@ private:
             }
     }
 
-    static void fill_buckets(uint32_t* entry, const uint16_t* frequency, size_t alphabet) {
+    static void fill_buckets(uint32_t* entry, const uint16_t* frequency, size_t alphabet, bool paired) {
+        const size_t pitch = paired ? 2 : 1, second = paired ? 1 : kBuckets;
         const AliasTable table(frequency, alphabet);
         for (uint32_t b = 0; b < kBuckets; ++b) {
             const uint32_t a = table.alias[b], cut = table.cut[b];
-            entry[b] = cut ? (cut - 1) << 25 | b << kSymbolShift | frequency[b] : 0;
+            entry[pitch * b] = cut ? (cut - 1) << 25 | b << kSymbolShift | frequency[b] : 0;
             // Where the bucket is whole the alias is never chosen; the zero keeps it harmless.
-            entry[kBuckets + b] = a == b ? 0 : (table.start[b] - cut) << kBiasShift | a << kSymbolShift | frequency[a];
+            entry[pitch * b + second] = a == b ? 0 : (table.start[b] - cut) << kBiasShift | a << kSymbolShift | frequency[a];
         }
     }
 

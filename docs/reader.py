@@ -1,6 +1,6 @@
 """A second reader, written from docs/format: numpy and the standard library, no waterfill.
 
-python docs/reader.py OUT     prints names, shapes, dtypes, means; entropy coding: reader_coding.py
+python docs/reader.py OUT  prints names, shapes, dtypes, means; see reader_coding.py, reader_paths.py
 """
 
 import json
@@ -10,12 +10,12 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from reader_coding import integers, need, octets, scales, sections
+from reader_coding import grid, integers, need, octets, scales, sections
+from reader_paths import paths
 
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 INTS = {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
 DTYPES = FLOATS | INTS | {"BOOL": "?", "F8_E4M3": "u1", "F8_E5M2": "u1"}
-NEXT = np.array([[0, 2], [2, 0], [1, 3], [3, 1]])
 
 
 def raw(parts, m, n, dtype):
@@ -45,15 +45,13 @@ def integer(parts, m, n, dtype, bits=4, group=128, pack="packed", solver="", dam
     return (codes * np.repeat(scale, group, axis=1)[:, :n]).astype("f4")
 
 
-def trellis(parts, m, n, dtype, states=4, step=0, mmse=0, gains=False, rows=0, damping=0):
-    columns, rows, gains, codes = sections(parts["codes"], 4)
-    step, level, state = scales(columns, n, 8), integers(codes, m, n), np.zeros(n, int)
+def trellis(parts, m, n, dtype, states=64, step=0, mmse=0, gains=False, rows=0, damping=0):
+    columns, rows, gains, path = sections(parts["codes"], 4)
+    q = 8 if m >= 512 else 4
+    columns, rows = grid(columns, n, 126 * q), grid(rows, m, 252)
+    step = scales(columns, q)
     step = step * np.frombuffer(gains, "<f2").astype("f4") if gains else step
-    for r, k in enumerate(level.copy() if states == 4 else ()):
-        state = state * (r % 512 > 0)
-        level[r] = 2 * k - np.sign(k) * (state >> 1)
-        state = NEXT[state, k & 1]
-    return level.astype("f4") * step * scales(rows, m, 2, sign=-1)[:, None]
+    return paths(path, states, step, scales(-rows, 2), (-columns / q, rows / 2))
 
 
 CODECS = {"raw": raw, "lossless": lossless, "integer": integer, "trellis": trellis}
@@ -62,7 +60,8 @@ CODECS = {"raw": raw, "lossless": lossless, "integer": integer, "trellis": trell
 def decode(entry, parts):
     """One index entry and its parts -> array; BF16 as float32, fp8 as its bits."""
     (codec, version, options), dtype, shape = entry["codec"], entry["dtype"], entry["shape"]
-    need(codec in CODECS and version == 1, f"codec {codec} version {version} is unknown here")
+    known = codec in CODECS and version == 1 + (codec == "trellis")
+    need(known, f"codec {codec} version {version} is unknown here")
     m = shape[0] if len(shape) > 1 else 1
     n, turned = math.prod(shape) // max(m, 1), entry.get("transposed") and len(shape) > 1
     m, n = (n, m) if turned else (m, n)

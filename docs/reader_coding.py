@@ -63,12 +63,16 @@ def parametric(shape, scale, low, size, escape):
     w = np.ldexp(np.polyval(EXP2[::-1], t % 1), 40 - t.astype(int)).astype(int)
     if escape:
         w = np.append(w[wing:-wing], w[:wing].sum() + w[-wing:].sum())
-    w = np.maximum(w, 1)
-    rare = 4096 * w < w.sum()
+    return frequencies(np.maximum(w, 1))
+
+
+def frequencies(w):
+    """Weights, where there are any, to frequencies that sum to 4096."""
+    rare = (w > 0) & (4096 * w < w.sum())
     shared, total = 4096 - rare.sum(), w[~rare].sum()
-    f = np.where(rare, 1, np.maximum(1, (2 * shared * w + total) // (2 * total)))
+    f = np.where(rare, 1, np.maximum(w > 0, (2 * shared * w + total) // (2 * total)))
     while f.sum() < 4096:
-        f[np.argmax(w / (f + 0.5))] += 1
+        f[np.argmax(np.where(w > 0, w / (f + 0.5), -1))] += 1
     while f.sum() > 4096:
         f[np.argmin(np.where(f > 1, w / (f - 0.5), np.inf))] -= 1
     return f
@@ -116,37 +120,53 @@ def layout(freqs):
     return np.where(own, bucket, alias[bucket]), np.where(own, r, start[bucket] + r - cut[bucket])
 
 
-def rans(source, rows, cols, table, ids=None):
+class Lanes:
+    """The states of a block's lanes and the words that they share."""
+
+    def __init__(self, source, count, length, tables):
+        self.x, self.words = source.take(count, "<u4"), source.take(length, "<u2")
+        self.symbol, self.offset, self.freq = tables
+        need((self.x >= 1 << 16).all(), "a state below 2^16")
+
+    def row(self, models):
+        """A symbol in each of the first lanes, under the models named."""
+        slot, y = self.x[: models.size] % 4096, self.x[: models.size] // 4096
+        y = self.freq[models, slot] * y + self.offset[models, slot]
+        low = np.flatnonzero(y < 1 << 16)
+        need(low.size <= self.words.size, "words run out")
+        y[low] = (y[low] << 16) + self.words[: low.size]
+        self.x[: models.size], self.words = y, self.words[low.size :]
+        return self.symbol[models, slot]
+
+
+def blocks(source, rows, cols, table):
+    """Lanes of each block of a stream, with rows and columns of each of its panels."""
     symbol, offset = np.array([layout(f) for f in table]).swapaxes(0, 1)
-    freq = np.take_along_axis(table, symbol, axis=1)
-    ids, out = np.zeros(cols, int) if ids is None else ids, np.empty((rows, cols), "u1")
+    tables = symbol, offset, np.take_along_axis(table, symbol, axis=1)
     head = source.byte()
     need(not head & 0xE8, "head of a stream")
     lanes, several = 1 << (head & 7), head & 16
     height, panels = source.take(2, "<u4").tolist() if several else (rows, -(-cols // lanes))
     need(0 < height <= rows and 0 < panels <= -(-cols // lanes), "size of blocks")
     width = panels * lanes
-    blocks = [(top, left) for left in range(0, cols, width) for top in range(0, rows, height)]
-    need((len(blocks) > 1) == (several > 0), "number of blocks")
+    corners = [(top, left) for left in range(0, cols, width) for top in range(0, rows, height)]
+    need((len(corners) > 1) == (several > 0), "number of blocks")
     words_in = [(len(source.data) - 4 * min(lanes, cols)) // 2]
-    words_in = source.take(len(blocks), "<u4") if several else words_in
-    for (top, left), length in zip(blocks, words_in, strict=True):
-        block, classes = out[top : top + height, left : left + width], ids[left : left + width]
-        x = source.take(min(lanes, classes.size), "<u4")
-        words = source.take(length, "<u2")
-        need((x >= 1 << 16).all(), "a state below 2^16")
-        for at in range(0, classes.size, lanes):
-            k = classes[at : at + lanes]
-            for row in block[:, at : at + lanes]:
-                slot, y = x[: k.size] % 4096, x[: k.size] // 4096
-                row[:] = symbol[k, slot]
-                y = freq[k, slot] * y + offset[k, slot]
-                low = np.flatnonzero(y < 1 << 16)
-                need(low.size <= words.size, "words run out")
-                y[low] = (y[low] << 16) + words[: low.size]
-                x[: k.size], words = y, words[low.size :]
-        need(not words.size and (x == 1 << 16).all(), "end of a block")
+    words_in = source.take(len(corners), "<u4") if several else words_in
+    for (top, left), length in zip(corners, words_in, strict=True):
+        right = min(left + width, cols)
+        block = Lanes(source, min(lanes, right - left), length, tables)
+        for at in range(left, right, lanes):
+            yield block, range(top, min(top + height, rows)), slice(at, min(at + lanes, right))
+        need(not block.words.size and (block.x == 1 << 16).all(), "end of a block")
     need(not len(source.data), "bytes after a stream")
+
+
+def rans(source, rows, cols, table, ids=None):
+    ids, out = np.zeros(cols, int) if ids is None else ids, np.empty((rows, cols), "u1")
+    for block, across, panel in blocks(source, rows, cols, table):
+        for row in across:
+            out[row, panel] = block.row(ids[panel])
     return out
 
 
@@ -212,14 +232,22 @@ def sections(data, count):
     return [*first, bytes(source.data)]
 
 
-def scales(data, count, per_octave, sign=1):
-    exponent = np.zeros(count, int)
+def grid(data, count, limit):
+    """Whole exponents of scales, or levels."""
+    source, out = Source(data), np.zeros(count, int)
     if data:
-        exponent += integers(data[2:], count, 1)[:, 0] + int.from_bytes(
-            data[:2], "little", signed=True
-        )
-    need((abs(exponent) <= 100 * per_octave).all(), "a scale outside the grid")
-    octave, rest = np.divmod(sign * exponent, per_octave)
-    return np.ldexp(
-        np.array([2 ** (i / per_octave) for i in range(per_octave)], "f4")[rest], octave
-    )
+        middle, kind = unzigzag(source.varint()), source.byte()
+        need(kind in (*range(33), 255), "kind of scales")
+        if kind == 255:
+            out = middle + integers(source.data, count, 1)[:, 0]
+        else:
+            out = middle + unzigzag(source.golomb(count, kind))
+            need(not len(source.data), "bytes after scales")
+    need((abs(out) <= limit).all(), "a scale outside the grid")
+    return out
+
+
+def scales(exponent, per_octave):
+    octave, rest = np.divmod(exponent, per_octave)
+    fraction = np.array([2 ** (i / per_octave) for i in range(per_octave)], "f4")
+    return np.ldexp(fraction[rest], octave)

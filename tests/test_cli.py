@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,9 @@ QUICK = ["--tokens", str(small.TOKENS), "--codec", "*=integer", "--codec", f"{sm
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Run:
@@ -126,6 +122,13 @@ def test_the_whole_chain(run: Shell, tmp_path: Path) -> None:
     record = done.json
     assert {"name", "nbytes", "bits_per_weight", "predicted", "ledger", "curve"} <= record.keys()
     assert record["about"]["command"].startswith("waterfill compress ")
+
+    for plan in ("deep/plan.json", "out"):
+        options = ["--plan", plan, "--calibrate", "stats", "--json"]
+        done = run("compress", model, "-o", "planned", "--force", *options)
+        assert (done.status, done.err) == (0, "")
+    assert Path("planned", FILE_NAME).read_bytes() == Path("out", FILE_NAME).read_bytes()
+    shutil.rmtree("planned")
 
     done = run("show", "out", "--json")
     assert (done.status, done.err) == (0, "")
@@ -330,6 +333,7 @@ def test_examples_parse(verb: str, run: Shell) -> None:
         (["compress", "M"], "-o"),
         (["compress", "M", "-o", "x"], "--size --bits --ratio"),
         (["compress", "M", "-o", "x", "--bits", "3", "--size", "3MB"], "not allowed with"),
+        (["compress", "M", "-o", "x", "--bits", "3", "--plan", "p"], "not allowed with"),
         (["compress", "M", "-o", "x", "--bits", "0"], "try 3.2"),
         (["compress", "M", "-o", "x", "--bits", "nan"], "try 3.2"),
         (["compress", "M", "-o", "x", "--bits", "many"], "try 3.2"),
@@ -340,6 +344,12 @@ def test_examples_parse(verb: str, run: Shell) -> None:
         (["compress", "M", "-o", "x", "--ratio", "500%"], "for example 20%"),
         (["compress", "M", "-o", "x", "--bits", "3", "--codec", "nonsense"], "GLOB=SPEC"),
         (["compress", "M", "-o", "x", "--bits", "3", "--tokens", "0"], "positive"),
+        (["compress", "", "-o", "x", "--bits", "3"], "model: the name is empty"),
+        (["compress", "M", "-o", "", "--bits", "3"], "-o/--out: the name is empty"),
+        (["compress", "M", "-o", "x", "--bits", "3", "--calibrate", ""], "the name is empty"),
+        (["calibrate", " ", "-o", "x"], "model: the name is empty"),
+        (["eval", "OUT", "--against", ""], "--against: the name is empty"),
+        (["show", ""], "OUT: the name is empty"),
         (["calibrate", "M"], "-o"),
         (["calibrate", "M", "-o", "x", "--method", "magic"], "fisher"),
         (["calibrate", "M", "-o", "x", "--self", "--text", "t"], "not allowed with"),
@@ -465,6 +475,24 @@ def test_no_tokenizer_is_fine_where_no_text_is_needed(run: Shell, tmp_path: Path
     refused(run("eval", "out", "--against", "model", "--text", small.text()), "tokenizer")
 
 
+def test_layers_beyond_the_config_are_said(run: Shell, tmp_path: Path) -> None:
+    shutil.copytree(small.model(), "model")
+    first = "model.layers.0.mlp.up_proj.weight"
+
+    def second_layer(tensors: dict[str, Any]) -> None:
+        extra = {k.replace(".0.", ".1."): v for k, v in tensors.items() if "layers.0" in k}
+        tensors.update({k: v + np.float32(1) for k, v in extra.items()})
+
+    _weights(second_layer)(tmp_path / "model")
+    words = ["--bits", "20", "--calibrate", small.text(), *QUICK, "--json"]
+    done = run("compress", "model", "-o", "out", *words)
+    assert done.status == 0 and done.err.count("\n") == 1
+    assert done.err.startswith("waterfill: warning: model.layers.1.") and "6 more" in done.err
+    why = {row["name"]: row["why"] for row in done.json["ledger"]}
+    assert "config.json" not in why[first]
+    assert "config.json" in why[first.replace("0", "1")] and "kept" in why[first.replace("0", "1")]
+
+
 @pytest.mark.parametrize("model", ["nosuch", "no/such", "/no/such/folder", "no such", "a/b/c"])
 def test_models_that_are_not_there(model: str, run: Shell, tmp_path: Path) -> None:
     refused(run("compress", "-o", "out", "--bits", "4", "--", model), "there is no folder")
@@ -478,7 +506,15 @@ def test_a_file_is_not_a_model(run: Shell) -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"", "empty"), (b" \n\t ", "empty"), (b"too short", "64"), (None, "cannot read")],
+    [
+        (b"", "empty"),
+        (b" \n\t ", "empty"),
+        (b"too short", "64"),
+        (None, "cannot read"),
+        ("Caf\xe9, cr\xe8me".encode("latin1") * 99, "not UTF-8 text (byte 3)"),
+        (bytes(range(32)) * 99, "control characters"),
+        ("A plain text. ".encode("utf-16-le") * 99, "control characters"),
+    ],
 )
 def test_texts_that_are_none(content: bytes | None, said: str, run: Shell, tmp_path: Path) -> None:
     if content is not None:
@@ -486,6 +522,9 @@ def test_texts_that_are_none(content: bytes | None, said: str, run: Shell, tmp_p
     before = sorted(tmp_path.iterdir())
     refused(run("compress", small.model(), "-o", "out", "--bits", "5", "--calibrate", "text"), said)
     refused(run("calibrate", small.model(), "-o", "stats", "--text", "text"), said)
+    if content and said != "64":  # eval takes short texts
+        said = "no text" if said == "empty" else said
+        refused(run("eval", small.artifact(), "--against", small.model(), "--text", "text"), said)
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -133,7 +133,9 @@ def test_other_files_are_refused_with_a_word(tmp_path: Path) -> None:
     [[], {"about": {}}, {"about": {}, "tensors": {}}, {"about": {}, "tensors": [{"name": "x"}]},
      {"about": {}, "tensors": [{"name": "x", "codec": 3, "dtype": "F32", "shape": [1], "kind": "", "parts": {}}]},
      {"about": {}, "tensors": [{"name": "x", "codec": ["raw", 1, {}], "dtype": "F99", "shape": [1], "kind": "", "parts": {}}]},
-     {"about": {}, "tensors": [{"name": "x", "codec": ["raw", 1, {}], "dtype": "F32", "shape": [-1], "kind": "", "parts": {}}]}],
+     {"about": {}, "tensors": [{"name": "x", "codec": ["raw", 1, {}], "dtype": "F32", "shape": [-1], "kind": "", "parts": {}}]},
+     {"about": {}, "tensors": [{"name": "x", "codec": ["raw", 1, {}], "dtype": "F32", "shape": [0, 2**40, 2**40], "kind": "", "parts": {}}]},
+     {"about": {}, "tensors": [{"name": "x", "codec": ["raw", 1, {}], "dtype": "F32", "shape": [1] * 33, "kind": "", "parts": {}}]}],
 )  # fmt: skip
 def test_an_index_that_lies_with_a_right_checksum(tmp_path: Path, document: object) -> None:
     path = tmp_path / "model.safetensors"

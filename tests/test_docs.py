@@ -15,8 +15,10 @@ import pytest
 
 import waterfill
 from waterfill import types
+from waterfill.coding import gaussian
 from waterfill.coding.scales import encode_grid
-from waterfill.coding.sections import join
+from waterfill.coding.sections import join, split
+from waterfill.coding.trellis import CODES
 from waterfill.container import Reader, describe, write
 from waterfill.testing import check_codec
 from waterfill.types import (
@@ -75,7 +77,9 @@ def trellis_example() -> tuple[bytes, Any]:
     weighting = Weighting(
         np.array([1, 16, 1 / 16], np.float32), np.array([1, 1, 1, 16], np.float32)
     )
-    parts, y = coded("trellis:step=0.125,rows=1.0,gains=yes,damping=0.0", values, "F32", weighting)
+    parts, y = coded(
+        "trellis:states=4,step=0.125,rows=1.0,gains=yes,damping=0.0", values, "F32", weighting
+    )
     return parts["codes"], y
 
 
@@ -101,6 +105,37 @@ def test_trellis() -> None:
     page = (FORMAT / "trellis.md").read_text()
     for row in values:
         assert "| " + " ".join(str(v).removesuffix(".0") for v in row) + " |" in page
+
+
+def test_paths() -> None:
+    data, _ = trellis_example()
+    assert hexed("paths", split(data, 4)[-1])
+    page = (FORMAT / "paths.md").read_text()
+    for level, grid, most in ((0, 0, 3), (9, 0, 3), (9, 1, 3), (13, 0, 4), (13, 1, 4)):
+        table = gaussian.frequencies(2, 7, 14, level, level)[grid]
+        row = f"| {level}, {grid} | {2 * level + grid} | "
+        assert row + " ".join(map(str, table[14 - most : 15 + most])) in page
+    for states, (feedback, source) in {1: (0, 0), **CODES}.items():
+        assert f"| {states} | {feedback} | {source} |\n" in page
+
+
+def test_the_table_of_a_path_is_what_the_machine_does() -> None:
+    """Columns down the rows: machine, context, level and value of each index."""
+    values = trellis_example()[1]
+    page = (FORMAT / "paths.md").read_text()
+    rows = re.findall(
+        r"^\| (\d) \| (\d) \| (\d) \| (\d+) \| (-?\d) \| (-?\d) \| (\S+) \|", page, re.M
+    )
+    assert len(rows) == 12
+    state, (feedback, source) = 0, CODES[4]
+    for column, row, *numbers in rows:
+        state = state if int(row) else 0
+        at, context, k, level = map(int, numbers[:4])
+        grid = state & 1
+        assert (at, context) == (state, 2 * (0, 9, 9, 13)[int(row)] + grid)
+        assert level == 2 * k - grid * np.sign(k)
+        assert numbers[4] == str(values[int(row), int(column)]).removesuffix(".0")
+        state = state >> 1 ^ feedback * grid ^ source * (k & 1)
 
 
 def test_sections_and_scales() -> None:

@@ -25,7 +25,7 @@ from waterfill.container import Reader, describe, write
 from waterfill.types import FLOAT_DTYPES, Encoded, Spec, TensorInfo, WaterfillError, Weighting
 
 DOCS = Path(__file__).parents[1] / "docs"
-FILES = [DOCS / "reader.py", DOCS / "reader_coding.py"]
+FILES = [DOCS / "reader.py", DOCS / "reader_coding.py", DOCS / "reader_paths.py"]
 TEXTS = (
     "raw",
     "lossless",
@@ -33,6 +33,8 @@ TEXTS = (
     "integer:bits=5,group=16,pack=coded",
     "trellis",
     "trellis:states=1,step=0.1",
+    "trellis:states=4,step=0.3",
+    "trellis:states=256,step=0.02",
     "trellis:step=3.0,gains=yes",
     "trellis:step=0.001,rows=1.0",
 )
@@ -151,7 +153,14 @@ def test_any_flipped_bit_is_refused_by_both(reader: ModuleType, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "codec", [["raw", 2, {}], ["raw", 0, {}], ["unheard_of", 1, {}], ["raw", 1, {"option": 1}]]
+    "codec",
+    [
+        ["raw", 2, {}],
+        ["raw", 0, {}],
+        ["trellis", 1, {}],
+        ["unheard_of", 1, {}],
+        ["raw", 1, {"option": 1}],
+    ],
 )
 def test_unknown_codecs_versions_and_options_are_refused(
     reader: ModuleType, tmp_path: Path, codec: list[Any]
@@ -184,6 +193,7 @@ def test_reader_is_independent_and_short() -> None:
         imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         allowed = {"json", "math", "sys", "zlib", "pathlib", "numpy", "reader_coding"}
+        allowed.add("reader_paths")
         assert imported <= allowed
     assert len(FILES[0].read_text().splitlines()) <= 120
 

@@ -114,6 +114,7 @@ def compress(args: argparse.Namespace) -> Any:
         size=args.size,
         bits=args.bits,
         ratio=args.ratio,
+        plan=args.plan,
         keep=args.keep,
         codec=dict(args.codec),
         calibration=_calibration(args.calibrate),
@@ -123,6 +124,7 @@ def compress(args: argparse.Namespace) -> Any:
         command=args.command_line,
         progress=args.progress,
     )
+    _warn(record.about["warnings"])
     if not args.json:
         about = record.about
         budget = about["budget_nbytes"]
@@ -141,6 +143,12 @@ def compress(args: argparse.Namespace) -> Any:
             )
         else:
             print(f"  predicted harm: {record.predicted['kl_nats']:.4g} nats of KL per token")
+            if "kl_nats_calibration" in record.predicted:
+                whole = record.predicted
+                print(
+                    f"  on {whole['tokens_calibration']:,} tokens of the calibration text: "
+                    f"{whole['kl_nats_calibration']:.4g}"
+                )
         print(
             f"next: waterfill eval {shlex.quote(str(args.out))} --against {shlex.quote(args.model)} --text FILE"
         )
@@ -149,7 +157,7 @@ def compress(args: argparse.Namespace) -> Any:
 
 def calibrate(args: argparse.Namespace) -> Any:
     """Run text through a model once and keep what every later plan needs."""
-    from waterfill.pipeline import calibrate_to
+    from waterfill.pipeline import calibrate_to, warnings_of
 
     statistics = calibrate_to(
         args.model,
@@ -162,6 +170,7 @@ def calibrate(args: argparse.Namespace) -> Any:
         trust_remote_code=args.trust_remote_code,
         progress=args.progress,
     )
+    _warn(warnings_of(statistics))
     if not args.json:
         weighted = sum(
             i.kind in ("linear", "embedding", "conv", "expert") for i in statistics.infos.values()
@@ -206,6 +215,8 @@ def plan(args: argparse.Namespace) -> Any:
         print(
             f"predicted harm: {result['predicted_nats']:.4g} nats of KL per token; nothing was encoded"
         )
+        if args.out and not args.dry_run:
+            print(f"next: waterfill compress MODEL --plan {shlex.quote(str(args.out))} -o OUT")
     return result
 
 
@@ -254,6 +265,8 @@ def evaluate(args: argparse.Namespace) -> Any:
                 print(f"{key:<22} {metrics[key]:.6g}")
         if metrics.get("predicted_kl_nats") is not None:
             print(f"{'predicted_kl_nats':<22} {metrics['predicted_kl_nats']:.6g}")
+        if metrics.get("calibration_kl_nats") is not None:
+            print(f"{'calibration_kl_nats':<22} {metrics['calibration_kl_nats']:.6g}")
         print("protocol:")
         for key, value in metrics["protocol"].items():
             print(f"  {key}: {_short(value)}")
@@ -335,6 +348,11 @@ def codecs(args: argparse.Namespace) -> Any:
         if not args.json:
             print(f"{name:<10} {summary}\n{'':<10} {cls().spec}")
     return result
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for line in warnings:
+        print(f"waterfill: warning: {line}", file=sys.stderr)
 
 
 def _short(value: Any) -> str:

@@ -14,12 +14,13 @@ EXAMPLES = {
     "compress": """examples:
   waterfill compress demo -o out/small --bits 3
   waterfill compress meta-llama/Llama-3.2-1B -o out/llama --size 600MB --calibrate wiki.txt
+  waterfill compress demo -o out/planned --plan plan.json
   waterfill compress ./model -o out/m --ratio 20% --keep '*lm_head*' --codec '*.down_proj*=integer:bits=4'""",
     "calibrate": """examples:
   waterfill calibrate demo -o out/stats
   waterfill calibrate ./model --text wiki.txt code.txt --tokens 65536 -o out/stats""",
     "plan": """examples:
-  waterfill plan out/stats --size 2MB
+  waterfill plan out/stats --size 2MB -o plan.json
   waterfill plan out/stats --bits 2.5 --dry-run --json""",
     "show": "examples:\n  waterfill show out/small\n  waterfill show out/small --json | jq '.ledger[0]'",
     "eval": "examples:\n  waterfill eval out/small --against demo --text book.txt",
@@ -39,6 +40,17 @@ def _pair(text: str) -> tuple[str, str]:
             f"{text!r}: write GLOB=SPEC, for example '*.mlp.*=integer:bits=4'"
         )
     return glob, spec
+
+
+def _named(text: str) -> str:
+    if not text.strip():
+        # A shell variable that is not set; as a path it would be the current folder.
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_named(text))
 
 
 def _checked(parse: Callable[[str], Any]) -> Callable[[str], str]:
@@ -94,7 +106,7 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
         p.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return p
 
-    def budget(p: argparse.ArgumentParser) -> None:
+    def budget(p: argparse.ArgumentParser, or_plan: bool = False) -> None:
         one = p.add_mutually_exclusive_group(required=True)
         one.add_argument(
             "--size",
@@ -114,6 +126,13 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
             metavar="R",
             help="share of the original's bytes: 20%%",
         )
+        if or_plan:
+            one.add_argument(
+                "--plan",
+                type=_path,
+                metavar="PLAN|OUT",
+                help="sizes and codecs as `waterfill plan -o PLAN` chose them, or as in an artifact",
+            )
         p.add_argument(
             "--keep",
             action="append",
@@ -122,7 +141,7 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
             help="keep these tensors exact (repeatable)",
         )
         p.add_argument("--codec", action="append", default=[], type=_pair, metavar="GLOB=SPEC",
-                       help="a codec id, or one setting such as integer:bits=3; the last match wins")  # fmt: skip
+                       help="a codec id, with options (integer:bits=3) or without; the last match wins")  # fmt: skip
 
     def code(p: argparse.ArgumentParser) -> None:
         p.add_argument(
@@ -132,12 +151,13 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
         )
 
     p = verb("compress")
-    p.add_argument("model", help="folder in Hugging Face layout, hub id, or demo")
-    p.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
-    budget(p)
+    p.add_argument("model", type=_named, help="folder in Hugging Face layout, hub id, or demo")
+    p.add_argument("-o", "--out", type=_path, required=True, metavar="OUT")
+    budget(p, or_plan=True)
     p.add_argument(
         "--calibrate",
         nargs="+",
+        type=_named,
         metavar="FILE|STATS|self",
         help="text files, a statistics folder, or self; default: a packaged text",
     )
@@ -148,11 +168,11 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
     code(p)
 
     p = verb("calibrate")
-    p.add_argument("model")
-    p.add_argument("-o", "--out", type=Path, required=True, metavar="STATS")
+    p.add_argument("model", type=_named)
+    p.add_argument("-o", "--out", type=_path, required=True, metavar="STATS")
     text = p.add_mutually_exclusive_group()
     text.add_argument(
-        "--text", nargs="+", type=Path, metavar="FILE", help="default: a packaged text"
+        "--text", nargs="+", type=_path, metavar="FILE", help="default: a packaged text"
     )
     text.add_argument(
         "--self", dest="self_text", action="store_true", help="let the model sample its own text"
@@ -169,9 +189,9 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
     code(p)
 
     p = verb("plan")
-    p.add_argument("statistics", type=Path, metavar="STATS")
+    p.add_argument("statistics", type=_path, metavar="STATS")
     budget(p)
-    p.add_argument("-o", "--out", type=Path, metavar="PLAN", help="write the plan as JSON")
+    p.add_argument("-o", "--out", type=_path, metavar="PLAN", help="write the plan as JSON")
     p.add_argument(
         "--dry-run",
         action="store_true",
@@ -179,12 +199,12 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
     )
 
     p = verb("show")
-    p.add_argument("artifact", type=Path, metavar="OUT")
+    p.add_argument("artifact", type=_path, metavar="OUT")
 
     p = verb("eval")
-    p.add_argument("artifact", type=Path, metavar="OUT")
-    p.add_argument("--against", required=True, metavar="MODEL")
-    p.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="default: a packaged text")
+    p.add_argument("artifact", type=_path, metavar="OUT")
+    p.add_argument("--against", type=_named, required=True, metavar="MODEL")
+    p.add_argument("--text", nargs="+", type=_path, metavar="FILE", help="default: a packaged text")
     p.add_argument("--window", type=_count, help="context length in tokens (default: up to 1024)")
     p.add_argument(
         "--stride", type=_count, help="tokens scored per window (default: half a window)"
@@ -198,22 +218,22 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
     code(p)
 
     p = verb("decompress")
-    p.add_argument("artifact", type=Path, metavar="OUT")
-    p.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("artifact", type=_path, metavar="OUT")
+    p.add_argument("-o", "--out", type=_path, required=True, metavar="DIR")
     p.add_argument("--force", action="store_true", help="replace DIR if it exists")
 
     p = verb("verify")
-    p.add_argument("artifact", type=Path, metavar="OUT")
+    p.add_argument("artifact", type=_path, metavar="OUT")
 
     p = verb("generate")
-    p.add_argument("artifact", type=Path, metavar="OUT")
+    p.add_argument("artifact", type=_path, metavar="OUT")
     p.add_argument("--prompt", required=True)
     p.add_argument("--tokens", type=_count, default=60)
     p.add_argument("--seed", type=int, help="sample with this seed; default: greedy")
 
     p = verb("report")
-    p.add_argument("artifacts", type=Path, nargs="+", metavar="OUT")
-    p.add_argument("-o", "--out", type=Path, metavar="HTML", help="default: OUT/report.html")
+    p.add_argument("artifacts", type=_path, nargs="+", metavar="OUT")
+    p.add_argument("-o", "--out", type=_path, metavar="HTML", help="default: OUT/report.html")
 
     verb("codecs")
     return parser

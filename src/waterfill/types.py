@@ -46,6 +46,7 @@ __all__ = [
     "codec_ids",
     "find_codec",
     "parse_spec",
+    "read_spec",
     "to_float32",
 ]
 
@@ -185,8 +186,11 @@ class TensorInfo:
 
     def unmatrix(self, matrix: Floats) -> Array:
         """Float32 (m, n) -> bits of the stored shape and dtype."""
-        values = matrix.T if self.transposed else matrix
-        return from_float32(np.ascontiguousarray(values), self.dtype).reshape(self.shape)
+        return self.arrange(from_float32(matrix, self.dtype))
+
+    def arrange(self, matrix: Array) -> Array:
+        """Matrix (m, n) -> the stored shape, in the same dtype."""
+        return np.ascontiguousarray(matrix.T if self.transposed else matrix).reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,7 +347,10 @@ class Codec:
 
     id: ClassVar[str]
     version: ClassVar[int]
+    oldest: ClassVar[int] = 1  # version that `decode` still reads
     lossy: ClassVar[bool] = True
+    # Names of what `encode` returns, at most: the planner counts what each costs in the header.
+    parts: ClassVar[tuple[str, ...]] = ("codes",)
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
@@ -432,8 +439,11 @@ def find_codec(id: str) -> type[Codec]:
 def make_codec(spec: Spec) -> Codec:
     """A codec from its specification; SpecError names what does not fit."""
     cls = find_codec(spec.id)
-    if spec.version < 1:
-        raise FormatError(f"codec {spec.id} has no version {spec.version}")
+    if spec.version < cls.oldest:
+        raise FormatError(
+            f"codec {spec.id} version {spec.version} cannot be read: this waterfill knows "
+            f"versions {cls.oldest} to {cls.version}"
+        )
     if spec.version > cls.version:
         raise FormatError(
             f"codec {spec.id} version {spec.version} is newer than this waterfill knows "
@@ -455,6 +465,11 @@ def make_codec(spec: Spec) -> Codec:
 
 def parse_spec(text: str) -> Codec:
     """``integer:bits=3,group=128,solver=successive`` -> codec. Inverse of ``str(codec.spec)``."""
+    return make_codec(read_spec(text))
+
+
+def read_spec(text: str) -> Spec:
+    """As `parse_spec`, but with only the options that the text names."""
     name, _, rest = text.strip().partition(":")
     cls = find_codec(name)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -464,7 +479,7 @@ def parse_spec(text: str) -> Codec:
         if not sep or key not in known:
             raise SpecError(f"{text!r}: {item!r} is not an option; {name} has: {', '.join(known)}")
         config[key] = _read(value, known[key].default, text)
-    return make_codec(Spec(name, config, cls.version))
+    return Spec(name, config, cls.version)
 
 
 def _read(value: str, default: Any, text: str) -> Any:

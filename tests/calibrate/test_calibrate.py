@@ -141,7 +141,7 @@ def test_weights_that_will_not_do(home: Path, tmp_path: Path) -> None:
     def poison(tensors: Any) -> None:
         tensors[name][3, 3] = np.nan
 
-    with pytest.raises(WaterfillError, match=f"{name} has NaN"):
+    with pytest.raises(WaterfillError, match=rf"{name} has NaN.*mend"):
         small(altered(home, tmp_path / "a", poison), tmp_path / "s", home)
 
     def cut(tensors: Any) -> None:
@@ -256,12 +256,35 @@ def test_no_backward_pass_is_no_disaster(
     assert weighting is not None and np.allclose(weighting.row_weights, 1 / tiny.VOCABULARY)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+    ],
+)
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_out_of_memory_is_said(
+    where: str, error: Exception, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    target = "torch.autograd.backward" if where == "backward" else "torch.nn.functional.linear"
+    monkeypatch.setattr(target, fail)
+    with pytest.raises(WaterfillError, match=r"out of memory.*--tokens.*--method none"):
+        small(FolderSource(home / "llama"), tmp_path / "s", home)
+    assert not (tmp_path / "s" / "statistics.json").exists()
+
+
 def test_statistics_that_lie(home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     small(FolderSource(home / "llama"), folder, home)
     path = folder / "statistics.json"
     good = json.loads(path.read_text())
-    with pytest.raises(WaterfillError, match=r"no statistics\.json"):
+    with pytest.raises(WaterfillError, match=r"no statistics\.json.*waterfill calibrate"):
         Statistics.open(tmp_path)
 
     def attempt(change: Any, words: str) -> None:
@@ -276,7 +299,7 @@ def test_statistics_that_lie(home: Path, tmp_path: Path) -> None:
     def matrix(table: Any) -> Any:
         return next(e for e in table["tensors"] if e["name"].endswith("q_proj.weight"))
 
-    attempt(lambda t: t.update(version=9), "version 9")
+    attempt(lambda t: t.update(version=9), r"version 9.*waterfill calibrate")
     attempt(lambda t: t.pop("notes"), "notes")
     attempt(lambda t: matrix(t).pop("shape"), "shape")
     attempt(lambda t: matrix(t).update(shape=[31, 32]), "31 row weights")

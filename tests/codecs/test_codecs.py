@@ -37,6 +37,7 @@ SETTINGS = (
     "trellis:states=1,step=0.5",
     "trellis:step=2.5,gains=yes,mmse=0.05",
     "trellis:step=0.02,rows=0.0",
+    *(f"trellis:states={states},step=0.4" for states in (4, 8, 16, 32, 64, 128, 256)),
 )
 
 
@@ -137,6 +138,13 @@ def test_bad_specifications_are_refused(text: str) -> None:
 def test_a_newer_codec_version_is_refused() -> None:
     with pytest.raises(FormatError, match="upgrade"):
         make_codec(Spec("trellis", {}, 99))
+
+
+def test_a_version_that_is_no_longer_read_is_refused_by_name() -> None:
+    with pytest.raises(FormatError, match=r"trellis version 1 cannot be read.*versions 2 to 2"):
+        make_codec(Spec("trellis", {"states": 4}, 1))
+    with pytest.raises(FormatError, match="raw version 0"):
+        make_codec(Spec("raw", {}, 0))
 
 
 @pytest.mark.parametrize("text", SETTINGS)

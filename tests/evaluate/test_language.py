@@ -12,13 +12,13 @@ import pytest
 from waterfill.evaluate import (
     compare,
     language,
-    load_tokenizer,
     max_positions,
     perplexity,
     plain_windows,
     strided_windows,
     text_windows,
 )
+from waterfill.sources.text import load_tokenizer
 from waterfill.types import WaterfillError
 
 torch = pytest.importorskip("torch")

@@ -16,7 +16,6 @@ import numpy as np
 
 from waterfill import load
 from waterfill.coding.entropy import encode_ints
-from waterfill.coding.sections import join
 from waterfill.container import describe, write
 from waterfill.types import (
     DTYPES,
@@ -117,32 +116,53 @@ INTEGERS += [f"integer:bits={b},group=16,pack=coded" for b in (2, 5, 8)]
 INTEGERS += ["integer:solver=nearest", "integer:bits=3,group=8,damping=0.1,pack=coded"]
 TRELLISES = ["trellis", "trellis:states=1", "trellis:step=2.0,rows=1.0", "trellis:rows=0.0"]
 TRELLISES += ["trellis:gains=yes", "trellis:gains=yes,mmse=0.1,states=1", "trellis:step=0.01"]
+TRELLISES += [f"trellis:states={s},step={t}" for s in (4, 8, 16, 32, 128, 256) for t in (0.4, 0.1)]
+
+
+def paths() -> Iterator[Encoded]:
+    """The trellis: its options and every number of states; segments, escapes, each precision."""
+    yield from rounded(TRELLISES)
+    random = np.random.default_rng(6)
+    cases: dict[str, tuple[str, Array]] = {
+        "segments": ("states=8,step=0.5", random.normal(size=(2100, 3))),
+        "fine": ("states=4,step=2.5", random.normal(size=(1030, 512))),
+        "outliers": ("states=16,step=0.3", random.standard_t(2, size=(70, 60))),
+        "few": ("step=1.5", random.standard_t(1, size=(40, 9))),
+        "far": ("states=1,step=0.001", np.where(random.random((9, 7)) < 0.1, 900, 0.01)),
+        "scaled": ("states=32,step=0.7", random.normal(size=(90, 80)) * 2.0 ** random.integers(-9, 9, 80)),
+        "shifted": ("states=4,step=0.7", 1e4 * random.normal(size=(80, 90)) * 2.0 ** random.integers(0, 9, (80, 1))),
+        "constant": ("states=4", np.full((20, 30), 3.0)),
+        "silence": ("states=8", np.zeros((300, 40))),
+        "blocks": ("states=4,step=3.0", random.normal(size=(33_000, 2))),
+    }  # fmt: skip
+    for name, (text, values) in cases.items():
+        info = TensorInfo(name, values.shape, "F32", "linear")
+        rows = np.where(np.arange(len(values)) % 2, 9, 1).astype(np.float32)
+        weighting = Weighting(np.ones(values.shape[1], np.float32), rows)
+        yield code(f"trellis:{text}", info, values.astype(np.float32), weighting)
 
 
 def streams() -> Iterator[Encoded]:
-    """Matrices of integers that need every part of the entropy coder; one step, no row scales."""
+    """Matrices of integers that need every part of the entropy coder; one scale for all."""
     random = np.random.default_rng(4)
     normal = random.normal(size=(30, 24))
     cases: dict[str, Array] = {
-        "constant": np.full((3, 4), -70_000),
+        "constant": np.full((3, 4), -70),
+        "empty": np.zeros((0, 3)),
         "parametric": np.rint(normal * 3),
-        "explicit": np.where(random.random((30, 24)) < 0.7, 500, 520),
-        "wide": np.rint(1000 + 20 * random.normal(size=(40, 40))),
-        "escapes": np.rint(random.standard_cauchy((40, 50)) * 3).clip(-(2**31), 2**31 - 1),
-        "ends": np.where(random.random((9, 9)) < 0.9, 0, [[2**31 - 1, -(2**31), 5] * 3] * 9),
-        "classes": np.rint(random.normal(size=(300, 6)) * 4.0 ** np.arange(6)),
+        "explicit": np.where(random.random((30, 24)) < 0.7, 50, 70),
+        "wide": np.rint(20 + 20 * random.normal(size=(40, 40))),
+        "escapes": np.rint(random.standard_cauchy((40, 50)) * 3),
+        "ends": np.where(random.random((9, 9)) < 0.9, 0, [[127, -128, 5] * 3] * 9),
+        "classes": np.rint(random.normal(size=(300, 6)) * 2.0 ** np.arange(6)),
         "silent columns": np.rint(random.normal(size=(200, 5)) * [0, 9, 0, 90, 9]),
-        "many columns": np.rint(random.normal(size=(10, 300)) * np.where(np.arange(300) % 99, 1, 60)),
-        "long segments": np.rint(random.normal(size=(1100, 2))),
-        "blocks": np.rint(random.normal(size=(33_000, 2)) * [0.23, 0.35]),
+        "many columns": np.rint(random.normal(size=(30, 300)) * np.where(np.arange(300) % 99, 0.5, 40)),
     }  # fmt: skip
-    for number, (name, values) in enumerate(cases.items()):
+    spec = parse_spec("integer:bits=8,group=1024,pack=coded").spec
+    for name, values in cases.items():
         info = TensorInfo(name, values.shape, "F32", "linear")
-        codes = encode_ints(values.astype(np.int64))
-        spec = Spec(
-            "trellis", dict(parse_spec("trellis").spec.config) | {"states": 4 - 3 * (number % 2)}
-        )
-        yield Encoded(spec, info, {"codes": join([b"", b"", b"", codes])})  # fmt: skip
+        codes = encode_ints(values.clip(-128, 127).astype(np.int64))
+        yield Encoded(spec, info, {"codes": codes, "scales": b"\0\x3c" * len(values)})
 
 
 def shared() -> Iterator[Encoded]:
@@ -164,7 +184,7 @@ ARTIFACTS = {
     "raw": lambda: exact("raw"),
     "lossless": planes,
     "integer": lambda: rounded(INTEGERS),
-    "trellis": lambda: rounded(TRELLISES),
+    "trellis": paths,
     "streams": streams,
     "shared": shared,
     "empty": lambda: iter(()),

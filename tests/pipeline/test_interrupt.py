@@ -25,7 +25,7 @@ from waterfill.pipeline import calibrate_to  # noqa: E402
 from waterfill.runtime import artifact  # noqa: E402
 from waterfill.types import WaterfillError  # noqa: E402
 
-STAGES = ("calibration", "pricing", "encoding")
+STAGES = ("calibration", "pricing", "encoding", "measuring")
 CODEC = {"*": "integer", small.BIG: "trellis"}
 
 
@@ -69,7 +69,11 @@ def test_interrupt_and_go_on(stage: str, at: int, whole: Path, tmp_path: Path) -
     small.same_files(tmp_path / "out", whole)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     if stage != "calibration":
-        assert {name for name, _ in steps} == {"pricing", "encoding"}  # not calibrated again
+        assert {name for name, _ in steps} == {
+            "pricing",
+            "encoding",
+            "measuring",
+        }  # not calibrated again
 
 
 def test_other_rules_after_an_interrupt(whole: Path, tmp_path: Path) -> None:

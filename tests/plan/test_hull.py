@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waterfill.plan.hull import at_level, curves, point_near, point_on, smallest, solve_level, tail
-from waterfill.types import Point, Spec
+from waterfill.types import Point, Spec, find_codec
+
+VERSION = find_codec("trellis").version
 
 
 def rung(nbytes: float, nats: float, bits: int) -> Point:
@@ -20,7 +22,11 @@ def rung(nbytes: float, nats: float, bits: int) -> Point:
 def ladder(size: int, sensitivity: float) -> list[Point]:
     """A textbook trellis: six decibels a bit."""
     return [
-        Point(size * bits / 8, sensitivity * 4.0**-bits, Spec("trellis", {"step": 2.0**-bits}))
+        Point(
+            size * bits / 8,
+            sensitivity * 4.0**-bits,
+            Spec("trellis", {"step": 2.0**-bits}, VERSION),
+        )
         for bits in range(9)
     ]
 

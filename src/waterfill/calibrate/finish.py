@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from waterfill.calibrate.assemble import Evidence, Role, Square, combine, product_role
 from waterfill.calibrate.loader import Loader
 from waterfill.calibrate.names import Placement, place
-from waterfill.calibrate.statistics import VERSION, Statistics, entry_of
+from waterfill.calibrate.statistics import UNUSED, VERSION, Statistics, entry_of
 from waterfill.calibrate.sums import write_json
 from waterfill.types import FLOAT_DTYPES, TensorInfo, WaterfillError, Weighting
 
@@ -52,7 +52,7 @@ class _Writer:
         return result
 
 
-def save(tensors: Mapping[str, NDArray[np.float32]], path: Path) -> None:
+def save(tensors: Mapping[str, NDArray[Any]], path: Path) -> None:
     """Write safetensors to a temporary name, then rename."""
     from safetensors.numpy import save_file
 
@@ -120,7 +120,7 @@ def finish(
             else:
                 kind = _kind(loader, name, own)
                 if name not in used:
-                    words.append("the model does not use it")
+                    words.append(UNUSED)
                 elif len(own) > 1:
                     words.append("no product with a gradient was seen: kept exact")
             group = groups.get(name, "")

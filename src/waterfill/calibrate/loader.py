@@ -84,7 +84,11 @@ class Loader:
         values = to_float32(bits, dtype)
         if name not in self._checked:
             if not np.isfinite(values).all():
-                raise WaterfillError(f"tensor {name} has NaN or infinite values")
+                # Even --keep would not do: the model cannot be run with it, nor calibrated.
+                raise WaterfillError(
+                    f"tensor {name} has NaN or infinite values (or beyond float32); "
+                    "mend the checkpoint"
+                )
             self._checked.add(name)
         return torch.from_numpy(values)
 

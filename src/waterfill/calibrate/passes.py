@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from waterfill.calibrate.assemble import key_of
 from waterfill.calibrate.loader import Loader
 from waterfill.calibrate.lookups import EmbeddingWatch
+from waterfill.calibrate.memory import out_of_memory
 from waterfill.calibrate.stream import block_names, install_doors
 from waterfill.calibrate.sums import Sums
 from waterfill.calibrate.tallies import Inputs, Tally, Use
@@ -75,6 +76,8 @@ class Passes:
             except (WaterfillError, KeyboardInterrupt):
                 raise
             except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
+                if out_of_memory(error):
+                    raise
                 raise WaterfillError(
                     f"{type(model).__name__} could not run the text: {error}"
                 ) from error
@@ -95,6 +98,8 @@ class Passes:
         except (WaterfillError, KeyboardInterrupt):
             raise
         except (RuntimeError, NotImplementedError) as error:
+            if out_of_memory(error):
+                raise  # a poorer result must not be the answer to a busy machine
             raise NoGradient(f"its backward pass failed ({error})") from error
         finally:
             self.watch.backward = False
@@ -164,7 +169,10 @@ def check_finite(out: Any) -> None:
     values = getattr(out, "logits", None)
     values = out.last_hidden_state if values is None else values
     if not bool(torch.isfinite(values).all()):
-        raise WaterfillError("the model's output on this text is not finite, even in float32")
+        raise WaterfillError(
+            "the model's output on this text is not finite, even in float32; "
+            "mend the checkpoint, or give another text"
+        )
 
 
 def sampled_loss(

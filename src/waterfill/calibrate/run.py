@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from waterfill.calibrate.assemble import Evidence
 from waterfill.calibrate.differences import Trial, scale_of
-from waterfill.calibrate.finish import Rescale, finish
+from waterfill.calibrate.finish import Rescale, finish, save
 from waterfill.calibrate.loader import Loader, load_all
+from waterfill.calibrate.memory import remedy_for_memory
 from waterfill.calibrate.names import place
 from waterfill.calibrate.passes import NoGradient, Passes
-from waterfill.calibrate.statistics import Statistics
+from waterfill.calibrate.statistics import SAMPLE, Statistics
 from waterfill.calibrate.stream import block_names, build_skeleton
 from waterfill.calibrate.sums import Sums, open_sums
 from waterfill.calibrate.text import (
@@ -40,9 +42,13 @@ BATCH_LOGITS = 1 << 27
 KEPT_NBYTES = 64 << 20
 KEPT_SHARE = 0.05
 
+SAMPLE_TOKENS = 4096  # kept with the statistics, for a finished file to be measured on
+SAMPLE_SHARE = 8  # or one token in so many, if that is less
+
 Progress = Callable[[int, int, str], None]
 
 
+@remedy_for_memory()
 def calibrate(
     source: Source,
     folder: Path | str,
@@ -131,9 +137,17 @@ def calibrate(
     notes += [note] if note else []
     evidence = Evidence(sums, int(windows.ids.size), gradients)
     rescale = _trials(source, windows, seed, progress) if method == "differences" else None
+    save({"ids": _sample(windows.ids)}, folder / SAMPLE)
     done = finish(loader, folder, evidence, protocol, notes, fingerprint, rescale)
     shutil.rmtree(sums.folder)
     return done
+
+
+def _sample(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A few windows, from all over the text."""
+    most = min(SAMPLE_TOKENS, ids.size // SAMPLE_SHARE)
+    count = max(1, most // ids.shape[1])
+    return np.ascontiguousarray(ids[np.linspace(0, len(ids) - 1, count).astype(np.int64)])
 
 
 def _tokens_kept(model: Any) -> int:

@@ -2,7 +2,8 @@
 
 ``statistics.json`` lists every item of the checkpoint in order, with its notes and the protocol;
 ``moments/*.safetensors`` hold one input second moment each (items with the same input share it);
-``rows.safetensors`` holds all row weights. Opening it loads numpy only.
+``rows.safetensors`` holds all row weights; ``sample.safetensors`` a few windows of the text.
+Opening it loads numpy only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from waterfill.sources.folder import read_json
 from waterfill.sources.safetensors_file import SafetensorsFile, open_safetensors
@@ -23,6 +25,9 @@ from waterfill.types import DTYPES, FormatError, TensorInfo, WaterfillError, Wei
 __all__ = ["Statistics"]
 
 VERSION = 1
+SAMPLE = "sample.safetensors"
+UNUSED = "kept exact: the model that config.json describes does not use it"
+REMEDY = "make statistics with: waterfill calibrate MODEL -o"
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,17 @@ class Statistics:
             unfinished = (folder / "partial").is_dir()
             raise WaterfillError(
                 f"{folder} has no statistics.json"
-                + ("; its calibration was interrupted: run it again" if unfinished else "")
+                + (
+                    "; its calibration was interrupted: run it again"
+                    if unfinished
+                    else f"; {REMEDY} {folder if not folder.exists() else 'STATS'}"
+                )
             )
         table = read_json(path)
         if table.get("version") != VERSION:
-            raise FormatError(f"{path} is of version {table.get('version')}, not {VERSION}")
+            raise FormatError(
+                f"{path} is of version {table.get('version')}, not {VERSION}; {REMEDY} STATS"
+            )
         try:
             infos = {e["name"]: _info(e) for e in table["tensors"]}
             moments = {e["name"]: e["moment"] for e in table["tensors"] if "moment" in e}
@@ -82,7 +93,7 @@ class Statistics:
                 open_safetensors(folder / "rows.safetensors"),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{path} lacks or garbles {error}") from error
+            raise FormatError(f"{path} lacks or garbles {error}; {REMEDY} STATS") from error
         opened._check()
         return opened
 
@@ -106,6 +117,26 @@ class Statistics:
                     f"{file.path}: {name} needs float32 {n} x {n}, not {moment.shape}"
                 )
         return Weighting(moment, rows)
+
+    @property
+    def sample(self) -> NDArray[np.int64] | None:
+        """Windows of the text (count, window) to measure a finished file on; None if not kept."""
+        path = self.folder / SAMPLE
+        if not path.is_file():
+            return None
+        ids = open_safetensors(path).read("ids")
+        if ids.ndim != 2 or ids.dtype != np.int64 or not ids.size:
+            raise FormatError(f"{path} holds no windows of tokens; {REMEDY} STATS")
+        return ids
+
+    @property
+    def unused(self) -> list[str]:
+        """Matrices of the checkpoint that take no part in the model, as layers too many would."""
+        return [
+            name
+            for name, info in self.infos.items()
+            if len(info.shape) > 1 and not info.group and UNUSED in self.notes.get(name, "")
+        ]
 
     def _check(self) -> None:
         for name, path in self._moments.items():

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.sources.base import Source
+from waterfill.sources.text import decode_text, load_tokenizer
 from waterfill.types import WaterfillError
 
 __all__ = ["Windows", "default_text", "default_window", "read_windows", "write_itself"]
@@ -96,21 +97,13 @@ def tokenizer_of(source: Source) -> Any:
     """The source's own tokenizer; WaterfillError if it has none."""
     if source.tokenizer is not None:
         return source.tokenizer
-    import transformers
-
     hint = "; add its tokenizer files, or calibrate on text the model writes itself (self)"
     if source.path is None:
         raise WaterfillError(f"{source.name} came without a tokenizer{hint}")
-    if not list(source.path.glob("*token*")) and not list(source.path.glob("*vocab*")):
-        raise WaterfillError(f"{source.path} has no tokenizer{hint}")
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=source.trust_remote_code, local_files_only=True
-        )
-    except Exception as error:
-        raise WaterfillError(
-            f"cannot open the tokenizer of {source.path}: {error}{hint}"
-        ) from error
+        return load_tokenizer(source.path, source.trust_remote_code)
+    except WaterfillError as error:
+        raise WaterfillError(f"{error}{hint}") from error
 
 
 def read_windows(
@@ -136,7 +129,7 @@ def read_windows(
         except OSError as error:
             raise WaterfillError(f"cannot read {path}: {error.strerror or error}") from error
         about.append({"name": path.name, "sha256": hashlib.sha256(data).hexdigest()})
-        text = data[:MOST_BYTES].decode("utf-8", "ignore" if len(data) > MOST_BYTES else "replace")
+        text = decode_text(data, path, MOST_BYTES)
         if not text.strip():
             raise WaterfillError(f"{path} is empty: calibration needs text")
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

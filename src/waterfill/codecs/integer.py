@@ -50,6 +50,8 @@ class Integer(Codec):
         Added to the diagonal of S, relative to its mean.
     """
 
+    parts = ("codes", "scales")
+
     bits: int = 4
     group: int = 128
     solver: str = "successive"

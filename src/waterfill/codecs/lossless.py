@@ -21,6 +21,7 @@ class Lossless(Codec):
     """
 
     lossy = False
+    parts = ("planes",)
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:

@@ -15,6 +15,7 @@ class Raw(Codec):
     """Little-endian bytes as in safetensors, one part ``bytes``."""
 
     lossy = False
+    parts = ("bytes",)
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:

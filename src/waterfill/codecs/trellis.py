@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from waterfill.coding import trellis
-from waterfill.coding.entropy import decode_ints, encode_ints
+from waterfill.coding import paths, trellis
+from waterfill.coding.prior import aim
 from waterfill.coding.rounding import factor, finite
-from waterfill.coding.scales import decode_grid, encode_grid, from_grid, to_grid
+from waterfill.coding.scales import LIMIT, decode_grid, encode_grid, from_grid, to_grid
 from waterfill.coding.sections import join, split
 from waterfill.types import (
+    DTYPES,
     FLOAT_DTYPES,
     Array,
     Codec,
@@ -26,11 +27,10 @@ from waterfill.types import (
     codec,
 )
 
-COLUMN_GRID = 8  # steps to the octave for column steps
-ROW_GRID = 2  # and for row scales
+ROW_GRID = 2  # row scales to the octave
 
 
-@codec("trellis", version=1)
+@codec("trellis", version=2)
 class Trellis(Codec):
     """Each column rounded on its own step ``a / L_jj`` along a trellis path, errors carried on.
 
@@ -45,9 +45,10 @@ class Trellis(Codec):
         Step relative to the layer's own scale, ``rms(W) * geometric mean of L_jj``: about
         ``log2(1 / step) + 1.4`` bits per weight below one half. The planner's continuous knob.
     states : int
-        4, or 1 for plain rounding.
+        Of the trellis: 4 to 256, or 1 for plain rounding. Decoding is as fast with any.
     mmse : float
-        Shrinkage c of ``S + c I`` in units of the squared step; 0 is none.
+        Noise that the target is shrunk for, in squared steps; 0 is none. For Gaussian weights a
+        third (the noise itself) is best; trained ones want less.
     gains : bool
         Fit one gain per column by least squares afterwards (2 bytes a column).
     rows : float
@@ -57,21 +58,23 @@ class Trellis(Codec):
         Added to the diagonal of S, relative to its mean.
     """
 
+    oldest: ClassVar[int] = 2  # version 1 was never released
     step: float = 0.25
-    states: int = 4
-    mmse: float = 0.0
+    states: int = 64
+    mmse: float = 0.05
     gains: bool = False
     rows: float = 0.5
     damping: float = 0.01
 
     def __post_init__(self) -> None:
         if (
-            self.states not in (1, 4)
+            self.states not in (1, *trellis.CODES)
             or not 0 < self.step < 1e6
             or min(self.mmse, self.damping, self.rows) < 0
         ):
             raise SpecError(
-                "trellis: states is 1 or 4, step positive, the other numbers not negative"
+                "trellis: states is 1 or a power of two from 4 to 256, step positive, "
+                "the other numbers not negative"
             )
 
     @classmethod
@@ -107,18 +110,23 @@ class Trellis(Codec):
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
         """Bits of `info.shape` -> one part ``codes``."""
         matrix = finite(info.matrix(x), info.name)
+        if not info.size:
+            return {"codes": join([b"", b"", b"", b""])}, {}
         row_grid = self._row_exponents(matrix, weighting)
         row_scale = from_grid(row_grid, ROW_GRID)
         scaled = matrix * row_scale[:, None]
         lower, target, column_grid = self._prepare(scaled, weighting)
-        step = from_grid(column_grid, COLUMN_GRID)
+        step = from_grid(column_grid, _column_grid(len(matrix)))
+        octaves = _octaves(column_grid, row_grid)
         index = trellis.quantise(target, lower, step, self.states)
         gains = b""
         if self.gains:
             values = trellis.walk(index, step, self.states)
             gains = _fit_gains(scaled, values, weighting).tobytes()
         columns, rows = encode_grid(column_grid), encode_grid(row_grid)
-        return {"codes": join([columns, rows, gains, encode_ints(index)])}, {}
+        return {
+            "codes": join([columns, rows, gains, paths.encode(index, self.states, octaves)])
+        }, {}
 
     def decode(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
@@ -126,15 +134,27 @@ class Trellis(Codec):
         """Inverse of `encode`, the same bits on every machine."""
         m, n = info.matrix_shape
         columns, rows, gains, codes = split(parts["codes"], 4)
-        step = from_grid(decode_grid(columns, n, COLUMN_GRID), COLUMN_GRID)
+        if not info.size:
+            if columns or rows or gains or codes:
+                raise FormatError(f"{info.name}: bytes where there are no weights")
+            return np.zeros(info.shape, DTYPES[info.dtype])
+        paths.require_plausible(codes, m * n)  # before anything of that size is made
+        per_octave = _column_grid(m)
+        column_grid = decode_grid(columns, n, LIMIT * per_octave)
+        step = from_grid(column_grid, per_octave)
         if gains:
             if len(gains) != 2 * n:
                 raise FormatError(f"{info.name}: {len(gains)} bytes of gains where {2 * n} belong")
-            step = step * np.frombuffer(gains, "<f2").astype(np.float32)
-        matrix = trellis.walk(decode_ints(codes, m, n), step, self.states)
-        if rows:
-            matrix *= from_grid(-decode_grid(rows, m, ROW_GRID), ROW_GRID)[:, None]
-        return info.unmatrix(matrix)
+            with np.errstate(over="ignore", invalid="ignore"):
+                step = step * np.frombuffer(gains, "<f2").astype(np.float32)
+            if not np.isfinite(step).all():
+                raise FormatError(f"{info.name}: a gain is not finite")
+        row_grid = decode_grid(rows, m, LIMIT * ROW_GRID)
+        scale = from_grid(-row_grid, ROW_GRID)
+        octaves = _octaves(column_grid, row_grid)
+        if info.dtype == "BF16":
+            return info.arrange(paths.decode(codes, self.states, step, scale, octaves, bf16=True))
+        return info.unmatrix(paths.decode(codes, self.states, step, scale, octaves))
 
     def _row_exponents(self, matrix: Floats, weighting: Weighting) -> Array:
         weights = weighting.row_weights
@@ -158,12 +178,19 @@ class Trellis(Codec):
         a = self.step * (np.sqrt(energy) or 1.0) * spread
         target = scaled
         if self.mmse and moment is not None and moment.ndim == 2:
-            noise = self.mmse * a**2 / (energy or 1.0)
-            shrunk = moment + noise * np.eye(n, dtype=np.float32)
-            lower = factor(Weighting(shrunk), self.damping)
+            lower, target = aim(scaled, moment, self.damping, self.mmse * a**2)
             diagonal = lower.diagonal()
-            target = np.linalg.solve(shrunk, moment @ scaled.T).T.astype(np.float32)
-        return lower, target, to_grid(a / diagonal, COLUMN_GRID)
+        return lower, target, to_grid(a / diagonal, _column_grid(len(scaled)))
+
+
+def _column_grid(m: int) -> int:
+    """Column steps to the octave: finer where many rows share the bit it costs."""
+    return 8 if m >= 512 else 4
+
+
+def _octaves(column_grid: Array, row_grid: Array) -> tuple[Array, Array]:
+    """How weights were scaled before rounding, as logarithms to base 2."""
+    return -column_grid / _column_grid(len(row_grid)), row_grid / ROW_GRID
 
 
 def _fit_gains(weight: Floats, values: Floats, weighting: Weighting) -> Array:

@@ -18,7 +18,7 @@ from waterfill.coding import gamma
 from waterfill.coding.rans import TOTAL
 from waterfill.types import FormatError
 
-__all__ = ["Alphabet", "Models", "fit", "parametric", "quantise", "read_models"]
+__all__ = ["Alphabet", "Models", "exp2_of_minus", "fit", "parametric", "quantise", "read_models"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -100,6 +100,16 @@ class Alphabet:
         return self.size - self.escape
 
 
+def exp2_of_minus(exponent: Floats) -> Floats:
+    """``2 ** -exponent`` for exponents from 0 to 1000, the same bits on every machine."""
+    whole = np.floor(exponent)
+    fraction = exponent - whole
+    power = np.full_like(fraction, EXP2[-1])
+    for coefficient in EXP2[-2::-1]:
+        power = power * fraction + coefficient
+    return np.ldexp(power, -whole.astype(np.int32))
+
+
 def _weights(alphabet: Alphabet, shape: int, scale: Ints) -> Ints:
     """Integer weights ``2**(40 - (|k| / s)**(shape / 4))``, one row per scale index.
 
@@ -118,12 +128,7 @@ def _weights(alphabet: Alphabet, shape: int, scale: Ints) -> Ints:
     for _ in range(shape - 1):
         exponent = np.minimum(exponent * quarter, 1e6)
     exponent = np.minimum(exponent, WEIGHT_BITS + 1.0)
-    whole = np.floor(exponent)
-    fraction = exponent - whole
-    power = np.full_like(fraction, EXP2[-1])
-    for coefficient in EXP2[-2::-1]:
-        power = power * fraction + coefficient
-    weights: Ints = np.ldexp(power, (WEIGHT_BITS - whole).astype(np.int32)).astype(np.int64)
+    weights: Ints = np.ldexp(exp2_of_minus(exponent), WEIGHT_BITS).astype(np.int64)
     if not alphabet.escape:
         return weights
     inner = weights[:, wing : wing + alphabet.direct]

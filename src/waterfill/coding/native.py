@@ -25,6 +25,11 @@ def threads() -> int:
     return max(1, int(wanted)) if wanted.isdigit() else os.cpu_count() or 1
 
 
+def device() -> str:
+    """Where encoding computes, in torch's words: WATERFILL_DEVICE, or the CPU (without torch)."""
+    return os.environ.get("WATERFILL_DEVICE") or "cpu"
+
+
 def return_freed_memory() -> None:
     """Hand freed memory back to the system now, and from now on as soon as a tensor is freed.
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from waterfill.types import FormatError
 
-__all__ = ["alias_buckets", "decode", "encode", "slot_layout"]
+__all__ = ["alias_buckets", "decode", "encode", "read_blocks", "slot_layout"]
 
 SCALE_BITS = 12
 TOTAL = 1 << SCALE_BITS
@@ -182,19 +182,12 @@ def decode(data: Bytes, out: Bytes, classes: Bytes | None, table: Table) -> None
     ids = np.zeros(cols, np.int64) if classes is None else classes.astype(np.int64)
     if ids.max() >= len(table):
         raise FormatError("rANS: a class has no model")
-    geometry, lengths, at = _header(data, rows, cols)
     symbol, offset = slot_layout(table)
     freqs = np.take_along_axis(table.astype(np.int64), symbol, axis=1).ravel()
     symbols, offsets = symbol.astype(np.uint8).ravel(), offset.ravel()
-    for part, length in zip(geometry.parts(), lengths, strict=True):
-        used = min(geometry.lanes, part[1].stop - part[1].start)
-        x = data[at : at + 4 * used].view("<u4").astype(np.int64)
-        words = data[at + 4 * used : at + 4 * used + 2 * length].view("<u2").astype(np.int64)
-        at += 4 * used + 2 * length
-        if (x < LOWER).any():
-            raise FormatError("rANS: a state below 2^16")
-        read = 0
-        for panel, panel_ids in _panels(out[part], ids[part[1]], geometry.lanes):
+    for part, lanes, x, words in read_blocks(data, rows, cols):
+        read, length = 0, words.size
+        for panel, panel_ids in _panels(out[part], ids[part[1]], lanes):
             width = panel.shape[1]
             base = panel_ids * TOTAL
             for row in panel:
@@ -211,6 +204,21 @@ def decode(data: Bytes, out: Bytes, classes: Bytes | None, table: Table) -> None
             raise FormatError("rANS: words left over")
         if (x != LOWER).any():
             raise FormatError("rANS: lanes do not end where they began")
+
+
+def read_blocks(
+    data: Bytes, rows: int, cols: int
+) -> Iterator[tuple[tuple[slice, slice], int, Ints, Ints]]:
+    """Rows and columns, lanes, first states and words of each block of a stream."""
+    geometry, lengths, at = _header(data, rows, cols)
+    for part, length in zip(geometry.parts(), lengths, strict=True):
+        used = min(geometry.lanes, part[1].stop - part[1].start)
+        x = data[at : at + 4 * used].view("<u4").astype(np.int64)
+        words = data[at + 4 * used : at + 4 * used + 2 * length].view("<u2").astype(np.int64)
+        at += 4 * used + 2 * length
+        if (x < LOWER).any():
+            raise FormatError("rANS: a state below 2^16")
+        yield part, geometry.lanes, x, words
 
 
 def _header(data: Bytes, rows: int, cols: int) -> tuple[Geometry, list[int], int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from waterfill.coding import gamma
 from waterfill.coding.entropy import decode_ints, encode_ints
 from waterfill.coding.rounding import Indices
 from waterfill.types import Array, Floats, FormatError
 
 # Correctly rounded constants, not libm's pow: a decoder must not depend on the machine.
 _FRACTIONS = {
+    4: np.array([1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429], np.float32),
     2: np.array([1.0, 1.4142135623730951], np.float32),
     8: np.array(
         [
@@ -25,14 +27,15 @@ _FRACTIONS = {
         np.float32,
     ),
 }
-_LIMIT = 126  # octaves either side of one: what float32 holds
+MODELLED = 255
+LIMIT = 126  # octaves either side of one: what float32 holds
 
 
 def to_grid(scales: Array, per_octave: int) -> Indices:
     """Nearest grid exponents of positive scales (zeros and overflow go to the ends of the grid)."""
     with np.errstate(divide="ignore"):
         exponent = np.log2(scales.astype(np.float64)) * per_octave
-    limit = _LIMIT * per_octave
+    limit = LIMIT * per_octave
     grid: Indices = np.clip(np.rint(exponent), -limit, limit).astype(np.int32)
     return grid
 
@@ -48,16 +51,35 @@ def encode_grid(exponents: Indices) -> bytes:
     if not exponents.any():
         return b""
     middle = int(np.median(exponents))
-    coded = encode_ints((exponents - middle).reshape(-1, 1), classes=None)
-    return middle.to_bytes(2, "little", signed=True) + coded
+    around = exponents - middle
+    size = gamma.zigzag(around)
+    order, bits = gamma.best_order(size)
+    coded = bytes([order]) + gamma.pack(size, order)
+    if bits > 64:  # a model of its own takes a dozen bytes
+        modelled = bytes([MODELLED]) + encode_ints(around.reshape(-1, 1), classes=None)
+        coded = min(coded, modelled, key=len)
+    return gamma.varint(int(gamma.zigzag(middle))) + coded
 
 
-def decode_grid(data: bytes, count: int, per_octave: int) -> Indices:
-    """Inverse of `encode_grid` for `count` exponents."""
+def decode_grid(data: bytes, count: int, limit: int) -> Indices:
+    """Inverse of `encode_grid` for `count` exponents of at most `limit` either way."""
     if not data:
         return np.zeros(count, np.int32)
-    exponents = decode_ints(data[2:], count, 1).reshape(-1).astype(np.int64)
-    exponents += int.from_bytes(data[:2], "little", signed=True)
-    if np.abs(exponents).max(initial=0) > _LIMIT * per_octave:
+    source = np.frombuffer(data, np.uint8)
+    zigzag, at = gamma.read_varint(source, 0)
+    if at >= source.size:
+        raise FormatError("scales are cut short")
+    kind, at = int(source[at]), at + 1
+    if kind == MODELLED:
+        exponents = decode_ints(source[at:], count, 1).reshape(-1).astype(np.int64)
+    elif kind <= gamma.MAX_ORDER and count <= 8 * source.size:
+        size, end = gamma.unpack(source, at, count, kind)
+        exponents = gamma.unzigzag(size)
+        if end != source.size:
+            raise FormatError("bytes left over after the scales")
+    else:
+        raise FormatError("scales of an unknown kind, or cut short")
+    exponents = exponents + int(gamma.unzigzag(zigzag))
+    if np.abs(exponents).max(initial=0) > limit:
         raise FormatError("a scale lies outside the grid")
     return exponents.astype(np.int32)

@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from waterfill.coding.native import core, threads
+from waterfill.coding.native import core, device, threads
 from waterfill.coding.rounding import Indices, successive
 from waterfill.types import Floats, WaterfillError
 
-SEGMENT = 512
+SEGMENT = 1024
+# states: (feedback, input) of the machine; Ungerboeck 1982, confirmed by search (docs/flagship.md).
+CODES = {
+    4: (2, 1),
+    8: (5, 2),
+    16: (9, 2),
+    32: (18, 4),
+    64: (33, 10),
+    128: (78, 43),
+    256: (166, 121),
+}
 
 
 def quantise(weight: Floats, lower: Floats, step: Floats, states: int) -> Indices:
@@ -24,12 +34,17 @@ def quantise(weight: Floats, lower: Floats, step: Floats, states: int) -> Indice
     weight : float32 (m, n)
     lower : float32 (n, n) or (n,) from `rounding.factor`
     step : float32 (n,)
-    states : 1 or 4
+    states : 1 or a key of `CODES`
 
     Returns
     -------
     int32 (m, n)
     """
+    # The path down one segment is sequential: with nothing beside it, a core is the faster place.
+    if device() != "cpu" and len(weight) > SEGMENT:
+        from waterfill.coding import trellis_torch
+
+        return trellis_torch.quantise(weight, lower, step, states, device())
     native = core()
     if native is None:
         raise WaterfillError("encoding needs the native core; install waterfill with its extension")
@@ -64,11 +79,13 @@ def walk(index: Indices, step: Floats, states: int) -> Floats:
         return out
     if states == 1:
         return index.astype(np.float32) * step
+    feedback, source = CODES[states]
     level = np.empty(index.shape, np.int64)
     state = np.zeros(index.shape[1], np.int64)
     for row, k in enumerate(index):
         if row % SEGMENT == 0:
             state[:] = 0
-        level[row] = 2 * k.astype(np.int64) - np.where(state >> 1, np.sign(k), 0)
-        state = (((state & 1) ^ (k & 1)) << 1) | (state >> 1)
+        grid = state & 1
+        level[row] = 2 * k.astype(np.int64) - grid * np.sign(k)
+        state = (state >> 1) ^ (feedback * grid) ^ (source * (k & 1))
     return level.astype(np.float32) * step

@@ -7,7 +7,6 @@ from waterfill.evaluate.language import compare, is_masked, max_positions, perpl
 from waterfill.evaluate.layers import layer_errors, layer_kl
 from waterfill.evaluate.windows import (
     Windows,
-    load_tokenizer,
     plain_windows,
     strided_windows,
     text_windows,
@@ -19,7 +18,6 @@ __all__ = [
     "is_masked",
     "layer_errors",
     "layer_kl",
-    "load_tokenizer",
     "max_positions",
     "perplexity",
     "plain_windows",

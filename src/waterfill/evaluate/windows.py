@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from waterfill.sources.text import decode_text
 from waterfill.types import WaterfillError
 
-__all__ = ["Windows", "load_tokenizer", "plain_windows", "strided_windows", "text_windows"]
+__all__ = ["Windows", "plain_windows", "strided_windows", "text_windows"]
 
 Ids = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -195,7 +196,7 @@ def text_windows(
         texts.append(
             {"name": path.name, "nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         )
-        pieces = _decode(data, path).split(DOCUMENT_BREAK)
+        pieces = decode_text(data, path).split(DOCUMENT_BREAK)
         documents += [
             tokenizer.encode(p, add_special_tokens=False, verbose=False)
             for p in pieces
@@ -225,18 +226,6 @@ def text_windows(
     return Windows(made.tokens, made.scored, {**made.protocol, **extra})
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a model folder; WaterfillError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WaterfillError(
-            f"{folder} has no tokenizer that transformers can load: {error}"
-        ) from error
-
-
 def _join(documents: Sequence[Sequence[int]], mark: int | None) -> tuple[Ids, Mask]:
     """Documents with the mark between them, and False where a token is such a mark."""
     between = [] if mark is None else [mark]
@@ -259,10 +248,3 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
         if full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]
     return [], []
-
-
-def _decode(data: bytes, path: Path) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise WaterfillError(f"{path} is not UTF-8 text (byte {error.start})") from error

@@ -2,8 +2,9 @@
 
 from waterfill.pipeline.compare import compare, record_of, show
 from waterfill.pipeline.compress import compress
-from waterfill.pipeline.planning import plan, plan_json, price_statistics
-from waterfill.pipeline.preparing import calibrate_to
+from waterfill.pipeline.planning import plan, price_statistics
+from waterfill.pipeline.plans import plan_json, read_plan
+from waterfill.pipeline.preparing import calibrate_to, warnings_of
 
 __all__ = [
     "calibrate_to",
@@ -12,6 +13,8 @@ __all__ = [
     "plan",
     "plan_json",
     "price_statistics",
+    "read_plan",
     "record_of",
     "show",
+    "warnings_of",
 ]

@@ -11,8 +11,9 @@ from waterfill.container import Reader
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.runtime import artifact
 from waterfill.runtime.arrays import checkpoint_infos, decode
-from waterfill.runtime.torch_model import load_model, load_original, load_tokenizer, to_torch
+from waterfill.runtime.torch_model import load_model, load_original, to_torch
 from waterfill.sources import Source, open_source
+from waterfill.sources.text import load_tokenizer
 from waterfill.types import Record, WaterfillError
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ def record_of(path: str | Path) -> Record:
         nbytes=shown["nbytes"],
         bits_per_weight=shown["bits_per_weight"],
         metrics=stored.get(METRICS, {}),
-        predicted={"kl_nats": shown["predicted_kl_nats"]},
+        predicted={**stored.get("predicted", {}), "kl_nats": shown["predicted_kl_nats"]},
         ledger=tuple(shown["ledger"]),
         curve=tuple(stored.get("curve", ())),
         about=stored.get("about", {}),
@@ -90,7 +91,7 @@ def compare(
         raise WaterfillError(f"{source.name} is itself quantised; compare with the original")
     shown = show(folder)
     _check_alike(folder, source)
-    tokenizer = load_tokenizer(source.path)
+    tokenizer = load_tokenizer(source.path, trust_remote_code)
     original = load_original(source.path, trust_remote_code)
     compressed = load_model(folder, dtype="float32", trust_remote_code=trust_remote_code)
     paths = [Path(t) for t in text] if text else [_packaged_text()]
@@ -105,7 +106,10 @@ def compare(
     )
     watched = _watcher(progress)
     metrics = evaluate.compare(original, compressed, windows, progress=watched)
-    metrics["predicted_kl_nats"] = shown["predicted_kl_nats"]
+    predicted = record_of(path).predicted
+    metrics["predicted_kl_nats"] = predicted["kl_nats"]
+    if "kl_nats_calibration" in predicted:
+        metrics["calibration_kl_nats"] = predicted["kl_nats_calibration"]
     if layers:
         metrics["layers"] = _layers(folder, original, windows, shown["ledger"], watched)
     stored = artifact.read_record(folder)

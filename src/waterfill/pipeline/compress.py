@@ -29,13 +29,15 @@ from waterfill.pipeline.planning import (
     prepare,
     quiet,
 )
-from waterfill.pipeline.preparing import check_early, statistics_for
+from waterfill.pipeline.plans import check_fits, read_plan, statistics_of
+from waterfill.pipeline.preparing import check_early, statistics_for, warnings_of
+from waterfill.pipeline.remeasuring import remeasure
 from waterfill.plan.budget import budget_nbytes
 from waterfill.plan.price import Rules
 from waterfill.runtime import artifact
 from waterfill.runtime.pieces import Pieces
 from waterfill.sources import open_source
-from waterfill.types import Record
+from waterfill.types import Record, SpecError, WaterfillError
 
 
 def compress(
@@ -45,6 +47,7 @@ def compress(
     size: str | int | None = None,
     bits: float | None = None,
     ratio: str | float | None = None,
+    plan: str | Path | None = None,
     keep: Sequence[str] = (),
     codec: Mapping[str, str] | None = None,
     calibration: str | Path | Sequence[str | Path] | None = None,
@@ -62,6 +65,8 @@ def compress(
     out : folder to make
     size, bits, ratio : the budget, exactly one of them: bytes (``"250MB"``), average bits per weight
         with every byte counted, or the share of the original (``"20%"``)
+    plan : instead of a budget: a file that ``waterfill plan`` wrote, or an artifact. Its choices are
+        kept to, and its budget. Statistics are those it was made from, unless `calibration` is given.
     keep : globs of tensors to keep exact
     codec : glob -> codec id or specification such as ``"integer:bits=3,group=128"``
     calibration : text files, a statistics folder, ``"self"``, or None for the packaged text
@@ -81,8 +86,16 @@ def compress(
     out = Path(out)
     artifact.refuse_existing(out, force)
     source = open_source(model, trust_remote_code=trust_remote_code)
-    artifact.refuse_existing(out, force, [source.path, *_paths(calibration)])
     rules = Rules(tuple(keep), tuple((codec or {}).items()))
+    saved = None
+    if plan is not None:
+        if rules != Rules() or any(x is not None for x in (size, bits, ratio)):
+            raise SpecError("a plan has a size and codecs of its own: name no others beside it")
+        saved = read_plan(Path(plan))
+        size, rules = saved.plan.budget_nbytes, saved.rules
+        calibration = statistics_of(saved) if calibration is None else calibration
+    used = [source.path, *_paths(calibration), None if plan is None else Path(plan)]
+    artifact.refuse_existing(out, force, used)
     check_early(source, rules, size=size, bits=bits, ratio=ratio)
     work = out.with_name(out.name + ".work")
     try:
@@ -96,12 +109,17 @@ def compress(
             bits=bits,
             ratio=ratio,
         )
+        planned = None
+        if saved is not None:
+            check_fits(saved, priced)
+            planned = saved.plan.choices
+            priced = dataclasses.replace(priced, why={**priced.why, **saved.plan.why})
         pieces = Pieces(
             work / "pieces", f"{source.fingerprint()} {statistics.digest} {__version__}"
         )
         with artifact.new_folder(out, force) as folder:
-            encode(priced, budget, folder, pieces, progress)
-            record = _finish(priced, budget, folder, command, out.name)
+            encode(priced, budget, folder, pieces, progress, planned)
+            record = _finish(priced, budget, folder, command, out.name, progress)
     except OSError as error:
         raise artifact.explain(error, out) from error
     shutil.rmtree(work, ignore_errors=True)
@@ -115,7 +133,9 @@ def _paths(calibration: str | Path | Sequence[str | Path] | None) -> list[Path]:
     return [Path(p) for p in paths]
 
 
-def _finish(priced: Priced, budget: int, folder: Path, command: str, name: str) -> Record:
+def _finish(
+    priced: Priced, budget: int, folder: Path, command: str, name: str, progress: Progress
+) -> Record:
     """Check the file as written, then put around it what an artifact needs."""
     source = priced.source
     with Reader(folder / FILE_NAME) as reader:
@@ -125,6 +145,14 @@ def _finish(priced: Priced, budget: int, folder: Path, command: str, name: str) 
         nbytes = reader.nbytes
     predicted = sum(r["predicted_nats"] for r in rows)
     lossless = all(r["predicted_nats"] == 0 for r in rows)
+    whole: dict[str, Any] = {}
+    warnings = warnings_of(priced.statistics)
+    if not lossless:
+        try:
+            whole = remeasure(source, priced.statistics, folder / FILE_NAME, progress)
+        except WaterfillError as error:
+            # The file is whole and its predictions stand; that they went unchecked is said.
+            warnings = [*warnings, f"the compressed model was not measured: {error}"]
     facts = {
         **about(priced),
         "local": Path(str(source.path)).exists(),
@@ -137,12 +165,13 @@ def _finish(priced: Priced, budget: int, folder: Path, command: str, name: str) 
         "numpy": np.__version__,
         "python": platform.python_version(),
         "calibration": dict(priced.statistics.protocol),
+        "warnings": warnings,
     }
     record = Record(
         name=name,
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / max(priced.params, 1),
-        predicted={"kl_nats": predicted},
+        predicted={"kl_nats": predicted, **whole},
         ledger=tuple(rows),
         curve=predicted_curve(priced, budget),
         about=facts,

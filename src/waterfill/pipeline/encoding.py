@@ -11,7 +11,7 @@ import numpy as np
 
 from waterfill.container import FILE_NAME, describe, file_nbytes, payload_nbytes, write
 from waterfill.pipeline.planning import Priced, Progress, about, overhead_nbytes, plan, quiet, read
-from waterfill.plan.fill import Coded, fill
+from waterfill.plan.fill import Coded, fill, keep_to
 from waterfill.runtime.pieces import Pieces
 from waterfill.types import (
     Array,
@@ -46,10 +46,18 @@ def encode_tensor(
 
 
 def encode(
-    priced: Priced, budget: int, out: Path, pieces: Pieces, progress: Progress = quiet
+    priced: Priced,
+    budget: int,
+    out: Path,
+    pieces: Pieces,
+    progress: Progress = quiet,
+    planned: Mapping[str, Point] | None = None,
 ) -> dict[str, Coded]:
-    """Encode every tensor to fill the budget and write the weights file into folder `out`."""
-    plan(priced, budget)
+    """Encode every tensor and write the weights file into folder `out`.
+
+    The budget is filled; with points `planned` before, those are kept to instead.
+    """
+    overhead = 0 if planned else overhead_nbytes(priced, plan(priced, budget).choices)
     provenance = about(priced)
     described: dict[tuple[str, str], dict[str, Any]] = {}
     done = 0
@@ -76,13 +84,16 @@ def encode(
             for name, info in priced.infos.items()
         ]
 
-    overhead = overhead_nbytes(priced.infos.values(), provenance)
+    def total(coded: Mapping[str, Coded]) -> int:
+        return file_nbytes(entries(coded), provenance)
+
     aim = budget
     for _ in range(ATTEMPTS):
-        coded = fill(
-            priced.curves, aim, overhead, one, lambda coded: file_nbytes(entries(coded), provenance)
-        )
-        excess = file_nbytes(entries(coded), provenance) - budget
+        if planned is not None:
+            coded = keep_to(priced.curves, planned, budget, one, total)
+            break
+        coded = fill(priced.curves, aim, overhead, one, total)
+        excess = total(coded) - budget
         if excess <= 0:
             break
         # Codecs with rungs only have nothing to trim a surprise with: aim lower by as much.

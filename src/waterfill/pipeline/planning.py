@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ import numpy as np
 from waterfill import __version__
 from waterfill.calibrate import Statistics
 from waterfill.container import file_nbytes, payload_nbytes
-from waterfill.plan.budget import budget_nbytes
-from waterfill.plan.hull import Curves, at_level, curves, point_on, smallest, solve_level
+from waterfill.plan.hull import Curves, at_level, cheapest, curves, point_on, smallest, solve_level
 from waterfill.plan.price import Rules, contenders, price
 from waterfill.sources import Source, open_source
 from waterfill.types import (
     Array,
     BudgetError,
+    Codec,
     Plan,
     Point,
     Spec,
@@ -45,6 +45,7 @@ class Priced:
     statistics: Statistics
     curves: Curves
     why: Mapping[str, str]
+    rules: Rules
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -109,8 +110,8 @@ def prepare(
                 repr([c.spec.to_json() for c in candidates]).encode()
             ).hexdigest()[:12]
             prices[name] = kept.get((name, ladder), [])
+            alike = info.kind, info.matrix_shape, info.dtype
             if not prices[name]:
-                alike = info.kind, info.matrix_shape, info.dtype
                 if not forced and alike in worth:
                     candidates = [c for c in candidates if c.id in worth[alike]]
                 prices[name] = price(
@@ -119,11 +120,12 @@ def prepare(
                 points = [[p.nbytes, p.distortion_nats, p.spec.to_json()] for p in prices[name]]
                 file.write(json.dumps([name, ladder, points]) + "\n")
                 file.flush()
-                if not forced:
-                    worth.setdefault(alike, contenders(prices[name]))
+            if not forced:  # prices from an earlier run count too, or it would not be the same plan
+                worth.setdefault(alike, contenders(prices[name]))
             progress("pricing", done, len(own))
     largest_first = sorted(own, key=lambda n: -own[n].size)
-    return Priced(source, statistics, curves({n: prices[n] for n in largest_first}), why)
+    found = curves({n: prices[n] for n in largest_first})
+    return Priced(source, statistics, found, why, rules)
 
 
 def _read_prices(path: Path) -> Iterator[tuple[tuple[str, str], list[Point]]]:
@@ -137,23 +139,44 @@ def _read_prices(path: Path) -> Iterator[tuple[tuple[str, str], list[Point]]]:
         yield (name, ladder), [Point(b, d, Spec.from_json(s)) for b, d, s in points]
 
 
-def overhead_nbytes(infos: Iterable[TensorInfo], about: Mapping[str, Any]) -> int:
+def overhead_nbytes(priced: Priced, points: Mapping[str, Point]) -> int:
     """Header and index bytes to expect: real entries with made-up checksums and sizes."""
     random = np.random.default_rng(0)
     described = []
-    for info in infos:
+    for name, info in priced.infos.items():
         entry: dict[str, Any] = {
-            "name": info.name,
-            "codec": ["trellis", 1, {"step": float(random.random())}],
+            "name": name,
+            "codec": ["raw", 1, {}],
             "dtype": info.dtype,
             "shape": list(info.shape),
             "kind": info.kind,
-            "parts": {"codes": [int(random.integers(info.size + 1)), int(random.integers(2**32))]},
-            "note": {"why": "water level", "nats": float(f"{random.random():.4g}")},
+            "parts": {},
         }
+        if info.group:
+            entry |= {"same_as": info.group, "note": {"why": f"same as {info.group}"}}
+        else:
+            chosen = make_codec(points[name].spec)
+            entry["codec"] = _made_up(chosen, random)
+            entry["parts"] = {
+                part: [int(random.integers(info.size + 1)), int(random.integers(2**32))]
+                for part in chosen.parts
+            }
+            nats = {"nats": float(f"{random.random():.4g}")} if chosen.lossy else {}
+            entry["note"] = {"why": priced.why[name]} | nats
+        entry |= {"index": info.index} if info.index is not None else {}
+        entry |= {"transposed": True} if info.transposed else {}
         described.append(entry)
-    header_and_index = file_nbytes(described, about) - sum(map(payload_nbytes, described))
-    return header_and_index
+    return file_nbytes(described, about(priced)) - sum(map(payload_nbytes, described))
+
+
+def _made_up(chosen: Codec, random: np.random.Generator) -> list[Any]:
+    """A specification whose continuous settings have as many digits as real ones will."""
+    usual = type(chosen)().spec.config
+    own = {
+        key: float(random.random()) if isinstance(value, float) and value != usual[key] else value
+        for key, value in chosen.spec.config.items()
+    }
+    return Spec(chosen.id, own, chosen.version).to_json()
 
 
 def plan(priced: Priced, budget: int) -> Plan:
@@ -165,23 +188,26 @@ def plan(priced: Priced, budget: int) -> Plan:
         If the budget is smaller than the cheapest plan; the message states the smallest possible.
     """
     c = priced.curves
-    overhead = overhead_nbytes(priced.infos.values(), about(priced))
+    choices = cheapest(c)
+    overhead = overhead_nbytes(priced, choices)
     least = smallest(c) + overhead
     if budget < least:
         raise BudgetError(
             f"{budget:,} bytes is too small: the smallest this model can be is about {int(least * 1.01):,} "
             f"bytes ({8 * least * 1.01 / priced.params:.2f} bits per weight)"
         )
-    level = solve_level(c, budget - overhead)
-    nbytes, nats, pick = at_level(c, level)
-    chosen = zip(c.names, pick, nbytes, strict=True)
-    choices = {name: point_on(c, int(s), float(b)) for name, s, b in chosen}
+    for _ in range(2):  # codecs differ in what their entries take: count those that were chosen
+        level = solve_level(c, budget - overhead)
+        nbytes, nats, pick = at_level(c, level)
+        chosen = zip(c.names, pick, nbytes, strict=True)
+        choices = {name: point_on(c, int(s), float(b)) for name, s, b in chosen}
+        overhead = overhead_nbytes(priced, choices)
     return Plan(choices, priced.why, budget, float(nats.sum()), level)
 
 
 def predicted_curve(priced: Priced, budget: int) -> tuple[dict[str, float], ...]:
     """Predicted rate-distortion points of the whole model around a budget."""
-    overhead = overhead_nbytes(priced.infos.values(), about(priced))
+    overhead = overhead_nbytes(priced, cheapest(priced.curves))
     points = []
     for octave in np.linspace(-1.25, 1.25, 21):
         target = budget * 2.0**octave - overhead
@@ -220,42 +246,3 @@ def price_statistics(
     check_same(statistics, source)
     rules = Rules(tuple(keep), tuple((codec or {}).items()))
     return prepare(source, statistics, rules, write, progress)
-
-
-def plan_json(
-    priced: Priced,
-    *,
-    size: str | int | None = None,
-    bits: float | None = None,
-    ratio: str | float | None = None,
-) -> dict[str, Any]:
-    """A plan as JSON: one row per tensor, in the order of the checkpoint."""
-    budget = budget_nbytes(
-        params=priced.params,
-        original_nbytes=priced.original_nbytes,
-        size=size,
-        bits=bits,
-        ratio=ratio,
-    )
-    chosen = plan(priced, budget)
-    rows = [
-        {
-            "name": name,
-            "codec": str(make_codec(chosen.choices[name].spec)),
-            "nbytes": chosen.choices[name].nbytes,
-            "bits_per_weight": 8 * chosen.choices[name].nbytes / max(info.size, 1),
-            "predicted_nats": chosen.choices[name].distortion_nats,
-            "why": chosen.why[name],
-        }
-        for name, info in priced.infos.items()
-        if not info.group
-    ]
-    return {
-        "version": 1,
-        "model": priced.source.name,
-        "budget_nbytes": budget,
-        "bits_per_weight": 8 * budget / max(priced.params, 1),
-        "predicted_nats": chosen.predicted_nats,
-        "water_level_nats_per_byte": chosen.water_level,
-        "choices": rows,
-    }

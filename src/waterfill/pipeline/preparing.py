@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from waterfill.calibrate import Statistics
+from waterfill.coding.native import device
+from waterfill.coding.trellis_torch import find_device
 from waterfill.pipeline.planning import Progress, check_same, quiet
 from waterfill.plan.budget import budget_nbytes
 from waterfill.plan.price import Rules
@@ -22,11 +24,13 @@ Texts = Sequence[Path] | Literal["self"] | None
 
 
 def check_early(source: Source, rules: Rules, **budget: Any) -> None:
-    """Refuse patterns, codecs and sizes that cannot be right, before minutes of calibration.
+    """Refuse patterns, codecs, sizes and devices that cannot be right, before minutes of calibration.
 
     What a tensor is (a matrix, transposed, in use at all) is not known yet; `Rules.check` is
     called again when it is.
     """
+    if device() != "cpu":
+        find_device(device())
     infos = {info.name: info for info in _guesses(source)}
     rules.check(infos, dict.fromkeys(infos, True))
     shapes = source.tensors.values()
@@ -64,6 +68,20 @@ def statistics_for(
             check_same(statistics, source)
             return statistics
     return _calibrate(source, work / "statistics", texts, tokens, progress)
+
+
+def warnings_of(statistics: Statistics) -> list[str]:
+    """What a user should hear of a model even where all went well: one line each."""
+    unused = statistics.unused
+    if not unused:
+        return []
+    own = [i for i in statistics.infos.values() if not i.group]
+    share = sum(statistics.infos[n].size for n in unused) / max(sum(i.size for i in own), 1)
+    what = f"{unused[0]} and {len(unused) - 1} more" if len(unused) > 1 else unused[0]
+    return [
+        f"{what}, {share:.1%} of all parameters, are in the checkpoint but not in the model that "
+        "config.json describes (has it fewer layers?): kept exact"
+    ]
 
 
 def calibrate_to(

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from waterfill.plan.hull import Curves, at_level, point_near, point_on, solve_level, tail
-from waterfill.types import Point
+from waterfill.types import BudgetError, Point
 
 RESOLVES = 64  # how often the water level is solved again on the way
 PASSES = 3  # more, over all tensors, where the first was far off
 ROUNDS = 40
+GIVE = 0.03  # of the budget: how far off the sizes of a plan may be
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,33 @@ def fill(
         if _better(slack, best_slack):
             best, best_slack = coded, slack
     return _settle(c, best, budget, encode, file_nbytes)
+
+
+def keep_to(
+    c: Curves,
+    points: Mapping[str, Point],
+    budget: int,
+    encode: Encode,
+    file_nbytes: FileSize,
+) -> dict[str, Coded]:
+    """Encode every tensor at a point chosen before.
+
+    What fits is left as it is, slack and all. Sizes in a plan are estimates, though: where they were
+    a little too kind, a tensor or two give way, as in `fill`, and all others stay.
+
+    Raises
+    ------
+    BudgetError
+        If the choices ask for much more than the budget.
+    """
+    coded = {name: Coded(points[name], encode(name, points[name])) for name in c.names}
+    total = file_nbytes(coded)
+    if total > (1 + GIVE) * budget:
+        raise BudgetError(
+            f"the choices of the plan take {total:,} bytes, but its budget is {budget:,}: plan again, "
+            "or change one or the other in it"
+        )
+    return coded if total <= budget else _settle(c, coded, budget, encode, file_nbytes)
 
 
 def _first_pass(c: Curves, budget: float, encode: Encode) -> dict[str, Coded]:

@@ -133,6 +133,15 @@ def smallest(c: Curves) -> float:
     return float(np.minimum.reduceat(c.b0, c.start).sum())
 
 
+def cheapest(c: Curves) -> dict[str, Point]:
+    """The point of fewest bytes of each tensor."""
+    stops = [*c.start[1:], len(c.b0)]
+    return {
+        name: c.ends[int(first + np.argmin(c.b0[first:stop]))][0]
+        for name, first, stop in zip(c.names, c.start, stops, strict=True)
+    }
+
+
 def tail(c: Curves, first: int) -> Curves:
     """The curves of the tensors from `first` on."""
     at = int(c.start[first])

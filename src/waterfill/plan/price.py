@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +23,16 @@ from waterfill.types import (
     Weighting,
     codec_ids,
     find_codec,
+    make_codec,
     parse_spec,
+    read_spec,
 )
 
 SAMPLE_WEIGHTS = 1 << 18  # enough for rate and harm to within a few per mille
 SAMPLE_ROWS = 128  # at least, so that side information of columns does not swamp the estimate
+LIKE = 0.7  # similarity from which on one name may be a slip for another
 MARGIN = 1.1  # a codec this much dearer than the others' hull everywhere has no part in it
+_LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +42,8 @@ class Rules:
     Attributes
     ----------
     keep : globs on tensor names that stay exact
-    codecs : (glob, text) pairs; text is a codec id (its whole ladder) or a full specification.
-        The last match wins.
+    codecs : (glob, text) pairs; text is a codec id, with options or without. Options hold for every
+        rung of its ladder, so one that the ladder varies pins the codec. The last match wins.
     """
 
     keep: tuple[str, ...] = ()
@@ -47,12 +54,12 @@ class Rules:
         for pattern in [*self.keep, *(glob for glob, _ in self.codecs)]:
             if not fnmatch.filter(infos, pattern):
                 raise SpecError(
-                    f"the pattern {pattern!r} matches no tensor; `waterfill show` lists names"
+                    f"the pattern {pattern!r} matches no tensor; {_near(pattern, infos)}"
                 )
         for pattern, text in self.codecs:
             parse_spec(text)
             names = fnmatch.filter(infos, pattern)
-            if not any(_takes(text, infos[n], weighted[n]) for n in names):
+            if not any(takes(text, infos[n], weighted[n]) for n in names):
                 raise SpecError(
                     f"{pattern}={text}: that codec can take none of the tensors that match"
                 )
@@ -65,16 +72,45 @@ class Rules:
         if any(fnmatch.fnmatchcase(info.name, glob) for glob in self.keep):
             return _all(info, lossy=False), "kept exact by --keep"
         forced = [t for glob, t in self.codecs if fnmatch.fnmatchcase(info.name, glob)]
-        if forced and _takes(forced[-1], info, weighted):
-            if ":" in forced[-1]:
-                return [parse_spec(forced[-1])], "set by --codec"
-            return list(find_codec(forced[-1]).ladder(info)), "codec set by --codec"
+        if forced and takes(forced[-1], info, weighted):
+            rungs = _ladder(forced[-1], info)
+            return rungs, "set by --codec" if len(rungs) == 1 else "codec set by --codec"
         return _all(info, lossy=weighted), ""
 
 
-def _takes(text: str, info: TensorInfo, weighted: bool) -> bool:
-    cls = find_codec(text.partition(":")[0])
+def _near(pattern: str, infos: Mapping[str, TensorInfo]) -> str:
+    """Names like a pattern, in words; as globs, so that forty layers are one name."""
+    names = (info.tensor + ("*" if info.index is not None else "") for info in infos.values())
+    globs = dict.fromkeys(_LAYER.sub("*", name) for name in names)
+    wanted = _LAYER.sub("*", pattern).strip("*.")
+    near = []
+    for glob in globs:
+        parts = glob.split(".")
+        # A pattern is mostly of a part of the name.
+        runs = [".".join(parts[i:j]) for i, j in itertools.combinations(range(len(parts) + 1), 2)]
+        score = max(difflib.SequenceMatcher(None, wanted, run).ratio() for run in runs)
+        near.append((-score, glob))
+    best = [glob for score, glob in sorted(near)[:3] if score <= -LIKE]
+    if best:
+        return f"did you mean {' or '.join(best)}?"
+    return f"there are {', '.join(list(globs)[:3])}{', ...' if len(globs) > 3 else ''}"
+
+
+def takes(text: str, info: TensorInfo, weighted: bool) -> bool:
+    """Whether a codec, or a setting of one, is for such a tensor."""
+    cls = find_codec(text.strip().partition(":")[0])
     return (weighted or not cls.lossy) and next(iter(cls.ladder(info)), None) is not None
+
+
+def _ladder(text: str, info: TensorInfo) -> list[Codec]:
+    """The rungs of a codec with the options that the text names; equal ones once."""
+    spec = read_spec(text)
+    rungs = find_codec(spec.id).ladder(info)
+    return list(dict.fromkeys(_with_options(rung, spec.config) for rung in rungs))
+
+
+def _with_options(rung: Codec, options: Mapping[str, Any]) -> Codec:
+    return make_codec(dataclasses.replace(rung.spec, config={**rung.spec.config, **options}))
 
 
 def _all(info: TensorInfo, lossy: bool) -> list[Codec]:

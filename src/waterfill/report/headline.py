@@ -61,6 +61,9 @@ def prediction(record: Record, layers: Sequence[Mapping[str, Any]]) -> str:
     whole = ""
     if is_number(measured) and is_number(predicted):
         whole = f"The whole model was predicted to lose {nats(predicted)} nats per token "
+        again = record.predicted.get("kl_nats_calibration")
+        if is_number(again):
+            whole += f"(all tensors together, on calibration text: {nats(again)}) "
         whole += f"and lost {nats(measured)}. "
     if not ratios:
         return whole + (

@@ -158,6 +158,10 @@ def _chapter(record: Record, number: int) -> dict[str, Any]:
             "budget_nbytes": about.get("budget_nbytes"),
             "params": total["params"],
             "predicted_nats": record.predicted.get("kl_nats"),
+            # Tensors together do more than their sum; that was looked at once the file was there.
+            "predicted_whole": record.predicted.get(
+                "kl_nats_calibration", record.predicted.get("kl_nats")
+            ),
             "measured": measured,
             "curve": [
                 [p.get(k) for k in ("nbytes", "bits_per_weight", "predicted_nats")]

@@ -157,7 +157,7 @@ function toggle(parent, label, options, value, change) {
 // ---- picture 1 ------------------------------------------------------------------------------------
 function scatter(holder, record) {
   const points = record.layers.filter(([, p, m]) => p > 0 && m > 0); // null > 0 is false
-  const whole = record.predicted_nats > 0 && record.measured.kl_nats > 0 ? [record.predicted_nats, record.measured.kl_nats] : null;
+  const whole = record.predicted_whole > 0 && record.measured.kl_nats > 0 ? [record.predicted_whole, record.measured.kl_nats] : null;
   const [order, colour] = palette(record, "kind");
   legend(make(holder, "div", { className: "tools" }), order.filter((k) => points.some(([n]) => record.kindOf.get(n) === k)), colour);
   const [svg, width] = canvas(holder, Math.min(520, Math.max(360, holder.clientWidth * 0.55)), `Predicted against measured harm of ${points.length} tensors, nats per token, both axes logarithmic`);

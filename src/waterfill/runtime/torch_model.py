@@ -12,6 +12,7 @@ import numpy as np
 from waterfill.container import Reader
 from waterfill.runtime.arrays import read_tensors
 from waterfill.runtime.artifact import folder_of, read_config
+from waterfill.sources.text import load_tokenizer
 from waterfill.types import Array, WaterfillError
 
 if TYPE_CHECKING:
@@ -125,21 +126,6 @@ def load_original(path: Path, trust_remote_code: bool) -> Any:
         cls = model_class(config)
         model = cls.from_pretrained(path, dtype="float32", trust_remote_code=trust_remote_code)
     return model.eval()
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer beside a model or artifact; WaterfillError if there is none."""
-    from transformers import AutoTokenizer
-
-    if not any(
-        (path / f).exists()
-        for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    ):
-        raise WaterfillError(f"{path} has no tokenizer, and this needs text")
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # whatever a tokenizer file can provoke
-        raise WaterfillError(f"cannot open the tokenizer of {path}: {error}") from error
 
 
 def generate(path: Path, prompt: str, tokens: int, seed: int | None) -> tuple[str, float]:

@@ -29,6 +29,8 @@ def resolve(model: str, trust_remote_code: bool = False) -> FolderSource:
 
     ``demo`` is always the packaged model; a folder of that name is ``./demo``.
     """
+    if not model.strip():  # which pathlib would take for the current folder
+        raise WaterfillError("the model's name is empty; name a folder, a hub id, or demo")
     if model == "demo":
         return FolderSource(_demo(), name="demo")
     folder = Path(model).expanduser()

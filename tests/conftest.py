@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,11 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    torch = pytest.importorskip("torch")
+    """Two busy threads on two shared cores spend their time waiting for each other."""
+    torch = sys.modules.get("torch")  # tests that do without it must not load it for this
+    if torch is None:
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

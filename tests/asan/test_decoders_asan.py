@@ -34,22 +34,30 @@ def _compiler(folder: Path) -> str:
     return compiler
 
 
-def test_decoders_never_leave_their_buffers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("driver", "sources", "rounds"),
+    [("rans_fuzz", ["rans_kernel"], 1500), ("paths_fuzz", ["rans_kernel", "paths_kernel"], 250)],
+)
+def test_decoders_never_leave_their_buffers(
+    tmp_path: Path, driver: str, sources: list[str], rounds: int
+) -> None:
     compiler = _compiler(tmp_path)
     isas = list(FLAGS) if X86 else ["scalar"]
     host = ["-DWATERFILL_X86=1"] if X86 else []
     jobs, objects = [], []
     units = {
-        f"kernel_{isa}": [
+        f"{source}_{isa}": [
             *FLAGS[isa],
             f"-DWATERFILL_ISA={isa}",
             f"-DWATERFILL_ISA_{isa}=1",
+            "-ffp-contract=off",
             "-c",
-            str(ROOT / "cpp" / "rans_kernel.cpp"),
+            str(ROOT / "cpp" / f"{source}.cpp"),
         ]
+        for source in sources
         for isa in isas
     }
-    units["fuzz"] = [*host, "-c", str(ROOT / "tests" / "asan" / "rans_fuzz.cpp")]
+    units["fuzz"] = [*host, "-c", str(ROOT / "tests" / "asan" / f"{driver}.cpp")]
     for name, arguments in units.items():
         objects.append(str(tmp_path / f"{name}.o"))
         command = [compiler, *BASE, *arguments, "-o", objects[-1]]
@@ -57,8 +65,8 @@ def test_decoders_never_leave_their_buffers(tmp_path: Path) -> None:
     for job in jobs:
         errors = job.communicate()[1]
         assert job.returncode == 0, errors
-    program = str(tmp_path / "rans_fuzz")
+    program = str(tmp_path / driver)
     subprocess.run([compiler, *BASE, *objects, "-o", program], check=True)
-    done = subprocess.run([program, "1500"], capture_output=True, text=True)
+    done = subprocess.run([program, str(rounds)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "damaged streams refused" in done.stdout

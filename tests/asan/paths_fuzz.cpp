@@ -1,0 +1,155 @@
+// Trellis paths whole and damaged, through every decoder this machine has, under the sanitizers: a
+// good stream must come back as it was, a damaged one may only be refused or come back as something.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "paths_stream.h"
+
+using namespace waterfill;
+
+namespace {
+
+uint64_t seed = 0x9E3779B97F4A7C15u;
+
+uint64_t random(uint64_t below) {
+    seed ^= seed << 13;
+    seed ^= seed >> 7;
+    seed ^= seed << 17;
+    return seed % below;
+}
+
+// Both escapes always have a frequency: the encoder needs them.
+std::vector<uint16_t> random_table(size_t contexts, size_t alphabet) {
+    std::vector<uint16_t> table(contexts * alphabet, 0);
+    for (size_t k = 0; k < contexts; ++k) {
+        uint16_t* row = &table[k * alphabet];
+        unsigned left = rans::kTotal - 2;
+        row[alphabet - 2] = row[alphabet - 1] = 1;
+        for (size_t s = 0; s + 2 < alphabet && left; ++s) {
+            const unsigned share = unsigned(random(4) ? random(left / 2 + 1) : 0);
+            row[s] = uint16_t(row[s] + share);
+            left -= share;
+        }
+        row[random(alphabet)] += uint16_t(left);
+    }
+    return table;
+}
+
+void damage(std::string& stream) {
+    switch (random(5)) {
+        case 0: stream.resize(random(stream.size() + 1)); break;
+        case 1: stream.append(1 + random(9), char(random(256))); break;
+        case 2: for (size_t i = 0; i < stream.size() && i < 24; ++i) if (!random(3)) stream[i] = char(random(256)); break;
+        case 3: for (char& c : stream) c = char(random(256)); break;
+        default: if (!stream.empty()) stream[random(stream.size())] ^= char(1 << random(8));
+    }
+}
+
+// Buffers of exactly the size in use, so that one byte too far is seen.
+template <class T> std::unique_ptr<T[]> exactly(const std::vector<T>& values) {
+    std::unique_ptr<T[]> copy(new T[values.size()]);
+    std::copy(values.begin(), values.end(), copy.get());
+    return copy;
+}
+
+struct Problem {
+    size_t rows, cols;
+    std::vector<uint8_t> columns, across;
+    std::vector<float> step, scale;
+    std::vector<uint16_t> table;
+    size_t contexts, alphabet;
+    TrellisCode code;
+    unsigned reach;
+};
+
+template <class T> bool decodes(const std::string& stream, std::vector<T>& out, const Problem& p, Isa isa) {
+    const std::vector<uint8_t> bytes(stream.begin(), stream.end());
+    const auto data = exactly(bytes), columns = exactly(p.columns), across = exactly(p.across);
+    const auto step = exactly(p.step), scale = exactly(p.scale);
+    const std::unique_ptr<T[]> to(new T[out.size()]);
+    paths::Weights weights{p.rows, p.cols, nullptr, nullptr};
+    if constexpr (sizeof(T) == 4) weights.out = to.get();
+    else weights.bf16 = to.get();
+    const paths::Model model{columns.get(), across.get(), p.code, 1024, p.reach};
+    try {
+        paths::decode(data.get(), bytes.size(), model, {p.table.data(), p.contexts, p.alphabet}, step.get(), scale.get(), weights, 2, isa);
+    } catch (const rans::FormatError&) {
+        return false;
+    }
+    std::copy(to.get(), to.get() + out.size(), out.begin());
+    return true;
+}
+
+template <class T> bool same(const std::vector<T>& a, const std::vector<T>& b) {
+    return std::memcmp(a.data(), b.data(), sizeof(T) * a.size()) == 0;
+}
+
+// What the index stands for, or the NaN of an escape.
+float value_of(int32_t k, bool escaped, int32_t grid, float step, float scale) {
+    const uint32_t nan = 0x7FC00000u | uint32_t(grid);
+    float value = float(2 * int64_t(k) - (grid ? (k > 0) - (k < 0) : 0)) * step * scale;
+    if (escaped) std::memcpy(&value, &nan, 4);
+    return value;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const unsigned rounds = argc > 1 ? unsigned(std::atoi(argv[1])) : 1000;
+    std::vector<Isa> isas;
+    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
+        if (machine_has(isa)) isas.push_back(isa);
+    unsigned refused = 0, passed = 0;
+    for (unsigned round = 0; round < rounds; ++round) {
+        Problem p;
+        p.reach = unsigned(random(3) ? 1 + random(14) : 1 + random(126));
+        p.code = kTrellisCodes[random(8)];
+        p.rows = 1 + random(60);
+        p.cols = 1 + random(300);
+        if (round % 16 == 0) p.rows = 1000 + random(1200), p.cols = 1 + random(20);
+        if (round % 128 == 0) p.rows = 33000 + random(3000), p.cols = 1 + random(3);
+        const size_t most_columns = 1 + random(random(2) ? 120 : 4), most_rows = 1 + random(128 - most_columns);
+        for (size_t i = 0; i < p.cols; ++i) p.columns.push_back(uint8_t(random(most_columns))), p.step.push_back(float(random(1000)) / 64);
+        for (size_t i = 0; i < p.rows; ++i) p.across.push_back(uint8_t(random(most_rows))), p.scale.push_back(float(1 + random(1000)) / 64);
+        p.alphabet = 2 * p.reach + 3;
+        p.contexts = 2 * (most_columns + most_rows - 1);
+        p.table = random_table(p.contexts, p.alphabet);
+        std::vector<int32_t> index(p.rows * p.cols);
+        for (int32_t& k : index) k = random(40) ? int32_t(random(2 * p.reach + 1)) - int32_t(p.reach) : int32_t(uint32_t(random(1ull << 32)));
+        std::vector<uint8_t> contexts(index.size()), symbols(index.size()), escaped(index.size());
+        const paths::Model model{p.columns.data(), p.across.data(), p.code, 1024, p.reach};
+        const Isa writer = isas[random(isas.size())];
+        paths::kernels_for(writer).contexts({&model, p.table.data(), index.data(), p.rows, p.cols, contexts.data(), symbols.data(), escaped.data()});
+        const std::string stream = rans::encode({symbols.data(), p.rows, p.cols, nullptr, contexts.data()}, {p.table.data(), p.contexts, p.alphabet},
+                                                size_t(1) << random(8), 1024, 2, writer);
+        std::vector<float> expected(index.size());
+        for (size_t i = 0; i < index.size(); ++i)
+            expected[i] = value_of(index[i], escaped[i], contexts[i] & 1, p.step[i % p.cols], p.scale[i / p.cols]);
+        std::string broken = stream;
+        damage(broken);
+        std::vector<float> first;
+        std::vector<uint16_t> first_half;
+        for (const Isa isa : isas) {
+            std::vector<float> out(index.size());
+            std::vector<uint16_t> half(index.size());
+            if (!decodes(stream, out, p, isa) || !same(out, expected) || !decodes(stream, half, p, isa)) {
+                std::printf("round %u: %s does not decode what was encoded\n", round, isa_name(isa));
+                return 1;
+            }
+            const bool whole = decodes(broken, out, p, isa);
+            if (whole != decodes(broken, half, p, isa)) return 1;
+            (whole ? passed : refused) += 1;
+            if (!whole) continue;
+            if (first.empty()) first = out, first_half = half;
+            if (!same(out, first) || !same(half, first_half)) {
+                std::printf("round %u: %s reads a damaged stream differently\n", round, isa_name(isa));
+                return 1;
+            }
+        }
+    }
+    std::printf("%u rounds, %zu decoders: %u damaged streams refused, %u consistent\n", rounds, isas.size(), refused, passed);
+    return 0;
+}
