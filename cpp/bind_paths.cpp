@@ -31,65 +31,49 @@ size_t highest(const Vector<const uint8_t>& levels) {
     return levels.shape(0) ? *std::max_element(levels.data(), levels.data() + levels.shape(0)) : 0;
 }
 
-struct Call {
-    paths::Model model;
-    size_t contexts;
-
-    Call(const Vector<const uint8_t>& columns, const Vector<const uint8_t>& rows, unsigned states, size_t segment, unsigned reach)
-        : model{columns.data(), rows.data(), code_of(states), segment, reach}, contexts(2 * (highest(columns) + highest(rows) + 1)) {
-        require(contexts <= 256, "paths: at most 128 levels");
-        require(segment > 0 && reach > 0 && reach <= 126, "paths: a segment, and a reach of 1 to 126");
-    }
-    void require_tables(const Matrix<const uint16_t>& freqs) const {
-        require(freqs.shape(0) >= contexts && freqs.shape(1) == 2 * size_t(model.reach) + 3, "paths: a table for each context");
-    }
-};
+paths::Header header_of(const Vector<const uint8_t>& columns, const Vector<const uint8_t>& rows, const Matrix<const uint16_t>& freqs,
+                        int widening, unsigned precision, unsigned states, size_t segment) {
+    const size_t levels = freqs.shape(0) / 2;
+    require(levels > highest(columns) + highest(rows) && levels <= 128, "paths: models for each level, at most 128");
+    require(freqs.shape(0) == 2 * levels && freqs.shape(1) == paths::kSymbols, "paths: two tables of 16 symbols for each level");
+    require(precision < 8 && std::abs(widening) < 4096 && (int(levels) + widening) >> precision < 16, "paths: shifts are below 16");
+    require(segment > 0, "paths: segments of a row at least");
+    rans::check({freqs.data(), 2 * levels, paths::kSymbols});
+    return {rows.shape(0), columns.shape(0), {columns.data(), rows.data(), widening, precision, code_of(states), segment}, {freqs.data(), levels}};
+}
 
 std::pair<nb::bytes, nb::ndarray<nb::numpy, int64_t, nb::ndim<1>>> encode(
     const Matrix<const int32_t>& index, const Vector<const uint8_t>& columns, const Vector<const uint8_t>& rows,
-    const Matrix<const uint16_t>& freqs, unsigned states, size_t segment, unsigned reach, unsigned lanes, unsigned threads) {
-    const Call call(columns, rows, states, segment, reach);
-    call.require_tables(freqs);
-    const size_t m = index.shape(0), n = index.shape(1);
-    require(columns.shape(0) == n && rows.shape(0) == m, "paths: a level for each row and column");
+    const Matrix<const uint16_t>& freqs, int widening, unsigned precision, unsigned states, size_t segment, unsigned lanes, unsigned threads) {
+    const paths::Header header = header_of(columns, rows, freqs, widening, precision, states, segment);
+    require(header.n == index.shape(1) && header.m == index.shape(0), "paths: a level for each row and column");
+    for (size_t i = 0; i < header.frequencies.levels; ++i)
+        for (unsigned grid = 0; grid < 2; ++grid)
+            require(header.frequencies.of(i, grid)[14] && header.frequencies.of(i, grid)[15], "paths: escapes have no frequency");
     const Isa isa = chosen_isa();
     auto* found = new std::vector<int64_t>();
     const nb::capsule owner(found, [](void* p) noexcept { delete static_cast<std::vector<int64_t>*>(p); });
     std::string out;
     {
         nb::gil_scoped_release release;
-        std::vector<uint8_t> contexts(m * n), symbols(m * n), escaped(m * n);
-        const size_t parts = segment ? (m + segment - 1) / segment : 0;
-        rans::in_parallel(parts, threads, [&](size_t part) {
-            const size_t first = part * segment, count = std::min(segment, m - first), at = first * n;
-            paths::Model model = call.model;
-            model.rows += first;
-            paths::kernels_for(isa).contexts({&model, freqs.data(), index.data() + at, count, n, contexts.data() + at, symbols.data() + at, escaped.data() + at});
-        });
-        for (const uint8_t *first = escaped.data(), *end = first + escaped.size(), *at = first; at < end; ++at) {
-            at = static_cast<const uint8_t*>(std::memchr(at, 1, size_t(end - at)));
-            if (!at) break;
-            found->push_back(at - first);
-        }
-        out = rans::encode({symbols.data(), m, n, nullptr, contexts.data()}, {freqs.data(), freqs.shape(0), freqs.shape(1)}, lanes, segment, threads, isa);
+        out = paths::encode(header, index.data(), lanes, threads, isa, *found);
     }
     return {nb::bytes(out.data(), out.size()), nb::ndarray<nb::numpy, int64_t, nb::ndim<1>>(found->data(), {found->size()}, owner)};
 }
 
 void decode(const Vector<const uint8_t>& data, const Vector<const uint8_t>& columns, const Vector<const uint8_t>& rows,
-            const Matrix<const uint16_t>& freqs, const Vector<const float>& step, const Vector<const float>& scale,
-            const std::optional<Matrix<float>>& out, const std::optional<Matrix<uint16_t>>& out_bf16, unsigned states,
-            size_t segment, unsigned reach, unsigned threads) {
-    const Call call(columns, rows, states, segment, reach);
-    call.require_tables(freqs);
-    const size_t m = rows.shape(0), n = columns.shape(0);
+            const Matrix<const uint16_t>& freqs, int widening, unsigned precision, const Vector<const float>& step,
+            const Vector<const float>& scale, const std::optional<Matrix<float>>& out, const std::optional<Matrix<uint16_t>>& out_bf16,
+            unsigned states, size_t segment, unsigned threads) {
+    const paths::Header header = header_of(columns, rows, freqs, widening, precision, states, segment);
+    const size_t m = header.m, n = header.n;
     require(out.has_value() != out_bf16.has_value(), "paths: one of the two outputs");
     require(out ? out->shape(0) == m && out->shape(1) == n : out_bf16->shape(0) == m && out_bf16->shape(1) == n, "paths: shapes differ");
     require(step.shape(0) == n && scale.shape(0) == m, "paths: a step for each column, a scale for each row");
     const Isa isa = chosen_isa();
     nb::gil_scoped_release release;
-    paths::decode(data.data(), data.shape(0), call.model, {freqs.data(), freqs.shape(0), freqs.shape(1)}, step.data(), scale.data(),
-                  {m, n, out ? out->data() : nullptr, out_bf16 ? out_bf16->data() : nullptr}, threads, isa);
+    paths::decode(header, data.data(), data.shape(0), step.data(), scale.data(), {out ? out->data() : nullptr, out_bf16 ? out_bf16->data() : nullptr},
+                  threads, isa);
 }
 
 // Places of the NaNs that stand for escaped indices. Groups are looked at as a whole first: they
@@ -120,24 +104,26 @@ nb::ndarray<nb::numpy, int64_t, nb::ndim<1>> escapes(const std::optional<Matrix<
 
 void tally(const Matrix<const int32_t>& index, const Vector<const uint8_t>& columns, const Vector<const uint8_t>& rows, unsigned states,
            size_t segment, unsigned reach, bool by_row, const Matrix<uint32_t>& counts) {
-    const Call call(columns, rows, states, segment, reach);
+    require(segment > 0 && reach > 0 && reach < 1u << 16, "paths: a segment, and a reach");
     const size_t m = index.shape(0), n = index.shape(1), each = 2 * (size_t(reach) + 1), levels = counts.shape(1) / each;
     require(columns.shape(0) == n && rows.shape(0) == m, "paths: a level for each row and column");
     require(counts.shape(0) == (by_row ? m : n) && counts.shape(1) == levels * each && (by_row ? highest(columns) : highest(rows)) < levels,
             "paths: counts of another shape");
+    const TrellisCode code = code_of(states);
     const Isa isa = chosen_isa();
     nb::gil_scoped_release release;
-    paths::kernels_for(isa).tally({&call.model, index.data(), m, n, unsigned(levels), by_row, counts.data()});
+    std::vector<int32_t> machine(n);
+    paths::kernels_for(isa).tally({columns.data(), rows.data(), code, segment, reach, index.data(), m, n, unsigned(levels), by_row, machine.data(), counts.data()});
 }
 
 }  // namespace
 
 void bind_paths(nb::module_& m) {
-    m.def("paths_encode", &encode, "index"_a.noconvert(), "columns"_a.noconvert(), "rows"_a.noconvert(), "freqs"_a.noconvert(), "states"_a,
-          "segment"_a, "reach"_a, "lanes"_a, "threads"_a, "A rANS stream of trellis indices, and the places of those it escapes.");
+    m.def("paths_encode", &encode, "index"_a.noconvert(), "columns"_a.noconvert(), "rows"_a.noconvert(), "freqs"_a.noconvert(),
+          "widening"_a, "precision"_a, "states"_a, "segment"_a, "lanes"_a, "threads"_a, "A rANS stream of trellis indices, and the places of those it escapes.");
     m.def("paths_decode", &decode, "data"_a.noconvert(), "columns"_a.noconvert(), "rows"_a.noconvert(), "freqs"_a.noconvert(),
-          "step"_a.noconvert(), "scale"_a.noconvert(), "out"_a.noconvert().none(), "out_bf16"_a.noconvert().none(), "states"_a, "segment"_a,
-          "reach"_a, "threads"_a, "Weights of a rANS stream of trellis indices; RuntimeError on bytes that lie.");
+          "widening"_a, "precision"_a, "step"_a.noconvert(), "scale"_a.noconvert(), "out"_a.noconvert().none(), "out_bf16"_a.noconvert().none(),
+          "states"_a, "segment"_a, "threads"_a, "Weights of a rANS stream of trellis indices; RuntimeError on bytes that lie.");
     m.def("paths_escapes", &escapes, "values"_a.noconvert().none(), "halves"_a.noconvert().none(), "Places of escaped indices in decoded bits.");
     m.def("paths_tally", &tally, "index"_a.noconvert(), "columns"_a.noconvert(), "rows"_a.noconvert(), "states"_a, "segment"_a, "reach"_a,
           "by_row"_a, "counts"_a.noconvert(), "Add occurrences of |k| by column or row, the other's level and the grid.");

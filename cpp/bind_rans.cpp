@@ -37,7 +37,7 @@ nb::bytes encode(const Matrix& symbols, const std::optional<Bytes>& classes, con
     std::string out;
     {
         nb::gil_scoped_release release;
-        out = rans::encode({symbols.data(), rows, cols, ids, nullptr}, {table.data(), table.shape(0), table.shape(1)}, lanes, 1, threads, isa);
+        out = rans::encode({symbols.data(), rows, cols, ids}, {table.data(), table.shape(0), table.shape(1)}, lanes, threads, isa);
     }
     return nb::bytes(out.data(), out.size());
 }

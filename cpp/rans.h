@@ -68,8 +68,7 @@ struct EncodeBlock {
     size_t rows;
     size_t cols;
     unsigned lanes;
-    const uint8_t* classes;   // of the block's columns, or null
-    const uint8_t* contexts;  // of each symbol, laid out as `in`, or null
+    const uint8_t* classes;  // of the block's columns, or null
     uint32_t* states;     // `lanes` of them, written
     uint16_t* words_end;  // words are written downwards from here
 };

@@ -1,8 +1,8 @@
 // Included by the kernels that decode rANS blocks, inside their namespace: the words of a block and
 // the states of its lanes, whatever is done with the symbols.
 
-// Where the next word is read. A row may begin only while `at <= limit`, so a row's reads (at most
-// kMaxLanes words) need no check of their own.
+// Where the next word is read. A row may begin only while `at <= limit`, so a row's reads need no
+// check of their own.
 struct Cursor {
     const uint8_t* at;
     const uint8_t* limit;
@@ -12,13 +12,14 @@ struct Cursor {
 // zero-padded copy of the last few, so that nothing outside is ever touched.
 class BlockReader {
 public:
-    BlockReader(const uint8_t* states, unsigned n_states, const uint8_t* words, size_t n_words)
-        : n_states_(n_states), end_(words + 2 * n_words) {
+    // A row reads at most `row_words` words; `tail` has room for twice as many, and 64 bytes.
+    BlockReader(const uint8_t* states, unsigned n_states, const uint8_t* words, size_t n_words, size_t row_words, uint8_t* tail)
+        : n_states_(n_states), end_(words + 2 * n_words), row_words_(row_words), tail_(tail) {
         for (unsigned i = 0; i < kMaxLanes; ++i) x_[i] = kLower;
         std::memcpy(x_, states, 4 * size_t(n_states));
         cursor_.at = words;
-        if (n_words > kMaxLanes) {
-            cursor_.limit = end_ - 2 * kMaxLanes;
+        if (n_words > row_words_) {
+            cursor_.limit = end_ - 2 * row_words_;
         } else {
             begin_tail();
         }
@@ -54,7 +55,7 @@ public:
 private:
     void begin_tail() {
         const size_t left = size_t(end_ - cursor_.at);
-        std::memset(tail_, 0, sizeof tail_);
+        std::memset(tail_, 0, 4 * row_words_ + 64);
         if (left) std::memcpy(tail_, cursor_.at, left);
         cursor_.at = tail_;
         cursor_.limit = tail_ + left;
@@ -63,8 +64,9 @@ private:
 
     unsigned n_states_;
     const uint8_t* end_;
+    size_t row_words_;
+    uint8_t* tail_;
     Cursor cursor_{};
     bool in_tail_ = false;
     alignas(64) uint32_t x_[kMaxLanes];
-    alignas(64) uint8_t tail_[4 * kMaxLanes + 64];
 };

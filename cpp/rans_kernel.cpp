@@ -91,7 +91,8 @@ size_t decode_rows(uint32_t* x, Cursor& cursor, const Panel& panel, const Decode
 #endif
 
 Status decode_block(const DecodeBlock& block) {
-    BlockReader reader(block.states, block.n_states, block.words, block.n_words);
+    uint8_t tail[4 * kMaxLanes + 64];
+    BlockReader reader(block.states, block.n_states, block.words, block.n_words, kMaxLanes, tail);
     if (reader.low_state()) return Status::low_state;
     const auto rows = [&](uint32_t* x, Cursor& cursor, const Panel& panel) {
         return decode_rows(x, cursor, panel, *block.tables);
@@ -150,13 +151,7 @@ size_t encode_block(const EncodeBlock& block) {
             }
         for (size_t row = block.rows; row-- > 0;) {
             const uint8_t* in = block.in + row * block.stride + col;
-            if (block.contexts) {
-                const uint8_t* context = block.contexts + row * block.stride + col;
-                for (unsigned i = width; i-- > 0;)
-                    put(x[i], block.tables->symbols[context[i] * 256 + in[i]], block.tables->slots + size_t(context[i]) * kTotal, at, unknown);
-            } else {
-                for (unsigned i = width; i-- > 0;) put(x[i], symbols[i][in[i]], slots[i], at, unknown);
-            }
+            for (unsigned i = width; i-- > 0;) put(x[i], symbols[i][in[i]], slots[i], at, unknown);
         }
     }
     std::memcpy(block.states, x, 4 * size_t(block.lanes));

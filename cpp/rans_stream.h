@@ -80,12 +80,11 @@ inline size_t get32(const uint8_t* at) { return at[0] | at[1] << 8 | at[2] << 16
 // A block is at least this many steps of all lanes, so that states cost little.
 constexpr size_t kBlockSteps = 1 << 14;
 
-// Blocks begin at multiples of `unit` rows.
-inline Geometry geometry_for(size_t rows, size_t cols, size_t lanes, size_t unit) {
+inline Geometry geometry_for(size_t rows, size_t cols, size_t lanes) {
     const size_t panels = (cols + lanes - 1) / lanes;
     if (rows >= 2 * kBlockSteps) {
         const size_t down = rows / kBlockSteps, each = (rows + down - 1) / down;
-        return {rows, cols, lanes, (each + unit - 1) / unit * unit, 1};
+        return {rows, cols, lanes, each, 1};
     }
     const size_t least = (kBlockSteps + rows - 1) / rows;
     const size_t across = std::max<size_t>(1, panels / least);
@@ -99,37 +98,30 @@ inline unsigned log2_of(size_t lanes) {
     return log;
 }
 
-// What is coded: symbols, and the model of each by its column or by itself.
+// What is coded: symbols, and the model of each by its column.
 struct Symbols {
     const uint8_t* values;
     size_t rows, cols;
-    const uint8_t* classes;   // of columns, or null
-    const uint8_t* contexts;  // of symbols, or null
+    const uint8_t* classes;  // of columns, or null
 };
 
-inline std::string encode(const Symbols& in, const Frequencies& frequencies, size_t lanes, size_t unit, unsigned threads, Isa isa) {
-    const unsigned log = log2_of(lanes);
-    const size_t cols = in.cols;
-    if (in.rows == 0 || cols == 0) return {};
-    const Encoder encoder(frequencies);
-    const Geometry geometry = geometry_for(in.rows, cols, lanes, unit);
-    const size_t count = geometry.down() * geometry.across();
-    if (in.rows > UINT32_MAX || geometry.panels > UINT32_MAX) throw std::invalid_argument("rANS: too large a matrix");
+// Cuts, codes and joins: encode_part(part, states, words_end) -> number of words, at most
+// `most_words` for each symbol.
+template <class EncodePart>
+std::string encode_blocks(const Geometry& geometry, size_t most_words, unsigned threads, EncodePart encode_part) {
+    const size_t count = geometry.down() * geometry.across(), lanes = geometry.lanes;
+    if (geometry.total_rows > UINT32_MAX || geometry.panels > UINT32_MAX) throw std::invalid_argument("rANS: too large a matrix");
     std::vector<std::string> blocks(count);
     in_parallel(count, threads, [&](size_t i) {
         const Geometry::Part part = geometry.part(i);
-        const size_t most = part.rows * part.cols, first = part.row * cols + part.col;
+        const size_t most = most_words * part.rows * part.cols;
         const std::unique_ptr<uint16_t[]> words(new uint16_t[most + 1]);
         uint32_t states[kMaxLanes];
-        const size_t n = kernels_for(isa).encode_block({&encoder.tables(), in.values + first, cols, part.rows, part.cols,
-                                                        unsigned(lanes), in.classes ? in.classes + part.col : nullptr,
-                                                        in.contexts ? in.contexts + first : nullptr, states,
-                                                        words.get() + most + 1});
-        if (n == SIZE_MAX) throw std::invalid_argument("rANS: a symbol that its class's model does not know");
+        const size_t n = encode_part(part, states, words.get() + most + 1);
         for (size_t k = 0; k < std::min(lanes, part.cols); ++k) put32(blocks[i], states[k]);
         blocks[i].append(reinterpret_cast<const char*>(words.get() + most + 1 - n), 2 * n);
     });
-    std::string out(1, char(log | (count > 1 ? 0x10 : 0)));
+    std::string out(1, char(log2_of(lanes) | (count > 1 ? 0x10 : 0)));
     if (count > 1) {
         put32(out, geometry.rows);
         put32(out, geometry.panels);
@@ -138,8 +130,23 @@ inline std::string encode(const Symbols& in, const Frequencies& frequencies, siz
     size_t total = out.size();
     for (const std::string& block : blocks) total += block.size();
     out.reserve(total);
-    for (const std::string& block : blocks) out += block;
+    for (std::string& block : blocks) {
+        out += block;
+        std::string().swap(block);
+    }
     return out;
+}
+
+inline std::string encode(const Symbols& in, const Frequencies& frequencies, size_t lanes, unsigned threads, Isa isa) {
+    log2_of(lanes);
+    if (in.rows == 0 || in.cols == 0) return {};
+    const Encoder encoder(frequencies);
+    return encode_blocks(geometry_for(in.rows, in.cols, lanes), 1, threads, [&](const Geometry::Part& part, uint32_t* states, uint16_t* words_end) {
+        const size_t n = kernels_for(isa).encode_block({&encoder.tables(), in.values + part.row * in.cols + part.col, in.cols, part.rows, part.cols,
+                                                        unsigned(lanes), in.classes ? in.classes + part.col : nullptr, states, words_end});
+        if (n == SIZE_MAX) throw std::invalid_argument("rANS: a symbol that its class's model does not know");
+        return n;
+    });
 }
 
 // Where the blocks of a stream lie: every length checked against the stream's.

@@ -33,7 +33,8 @@ inline void check(const Frequencies& f) {
 
 // Walker's alias method in integers: each bucket's first `cut` slots are its own symbol's, the rest
 // belong to `alias`, whose offsets go on at `start`.
-struct AliasTable {
+template <unsigned kBuckets> struct AliasTable {
+    static constexpr uint32_t kBucketSlots = kTotal / kBuckets;
     std::array<uint16_t, kBuckets> cut{}, alias{}, start{};
 
     AliasTable(const uint16_t* frequency, size_t alphabet) {
@@ -67,8 +68,7 @@ class Decoder {
 public:
     // `lut` maps symbols to output bytes; null for the symbols themselves. `by_slot` unrolls even
     // the alias layout into 4096 entries a class, which suits a decoder without vectors.
-    // `paired` puts each bucket's two entries side by side, for a decoder that gathers them at once.
-    Decoder(const Frequencies& f, const uint8_t* lut, bool by_slot, bool paired = false) {
+    Decoder(const Frequencies& f, const uint8_t* lut, bool by_slot) {
         check(f);
         by_slot |= !f.aliased();
         for (unsigned i = 0; i < 64; ++i) tables_.lut[i] = uint8_t(lut && i < f.alphabet ? lut[i] : i);
@@ -79,7 +79,7 @@ public:
             if (by_slot)
                 fill_slots(&entries_[k * kTotal], frequency, f.alphabet, lut);
             else
-                fill_buckets(&entries_[k * kBucketDwords], frequency, f.alphabet, paired);
+                fill_buckets(&entries_[k * kBucketDwords], frequency, f.alphabet);
         }
         (by_slot ? tables_.slots : tables_.buckets) = entries_.data();
     }
@@ -97,7 +97,7 @@ private:
                 for (uint32_t i = 0; i < frequency[s]; ++i) put(s, i);
             return;
         }
-        const AliasTable table(frequency, alphabet);
+        const AliasTable<kBuckets> table(frequency, alphabet);
         for (uint32_t b = 0; b < kBuckets; ++b)
             for (uint32_t r = 0; r < kBucketSlots; ++r) {
                 const bool own = r < table.cut[b];
@@ -105,14 +105,13 @@ private:
             }
     }
 
-    static void fill_buckets(uint32_t* entry, const uint16_t* frequency, size_t alphabet, bool paired) {
-        const size_t pitch = paired ? 2 : 1, second = paired ? 1 : kBuckets;
-        const AliasTable table(frequency, alphabet);
+    static void fill_buckets(uint32_t* entry, const uint16_t* frequency, size_t alphabet) {
+        const AliasTable<kBuckets> table(frequency, alphabet);
         for (uint32_t b = 0; b < kBuckets; ++b) {
             const uint32_t a = table.alias[b], cut = table.cut[b];
-            entry[pitch * b] = cut ? (cut - 1) << 25 | b << kSymbolShift | frequency[b] : 0;
+            entry[b] = cut ? (cut - 1) << 25 | b << kSymbolShift | frequency[b] : 0;
             // Where the bucket is whole the alias is never chosen; the zero keeps it harmless.
-            entry[pitch * b + second] = a == b ? 0 : (table.start[b] - cut) << kBiasShift | a << kSymbolShift | frequency[a];
+            entry[kBuckets + b] = a == b ? 0 : (table.start[b] - cut) << kBiasShift | a << kSymbolShift | frequency[a];
         }
     }
 
@@ -135,7 +134,7 @@ public:
                 base += n;
             }
             for (uint32_t i = 0; i < kTotal; ++i) slot[i] = uint16_t(i);
-            if (f.aliased()) alias_slots(slot, &symbols_[k * 256], AliasTable(frequency, f.alphabet));
+            if (f.aliased()) alias_slots(slot, &symbols_[k * 256], AliasTable<kBuckets>(frequency, f.alphabet));
         }
         tables_ = {symbols_.data(), slots_.data()};
     }
@@ -144,7 +143,7 @@ public:
     const EncodeTables& tables() const { return tables_; }
 
 private:
-    static void alias_slots(uint16_t* slot, const EncodeSymbol* symbols, const AliasTable& table) {
+    static void alias_slots(uint16_t* slot, const EncodeSymbol* symbols, const AliasTable<kBuckets>& table) {
         for (uint32_t b = 0; b < kBuckets; ++b) {
             const uint32_t cut = table.cut[b];
             for (uint32_t r = 0; r < kBucketSlots; ++r) {

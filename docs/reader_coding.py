@@ -97,25 +97,26 @@ def models(source, classes, size, low=None, escape=0):
     return table
 
 
-def layout(freqs):
-    slot = np.arange(4096)
-    if freqs.size > 32:
+def layout(freqs, buckets=32):
+    slot, width = np.arange(4096), 4096 // buckets
+    if freqs.size > buckets:
         symbol = np.repeat(np.arange(freqs.size), freqs)
         return symbol, slot - (np.cumsum(freqs) - freqs)[symbol]
-    cut, alias, start = np.pad(freqs, (0, 32 - freqs.size)), np.arange(32), np.zeros(32, int)
-    small, large = list(np.flatnonzero(cut < 128)), list(np.flatnonzero(cut > 128))
+    cut, alias = np.pad(freqs, (0, buckets - freqs.size)), np.arange(buckets)
+    start = np.zeros(buckets, int)
+    small, large = list(np.flatnonzero(cut < width)), list(np.flatnonzero(cut > width))
     for b in small:  # grows while it is walked
         alias[b] = donor = large[0]
-        cut[donor] -= 128 - cut[b]
-        if cut[donor] <= 128:
+        cut[donor] -= width - cut[b]
+        if cut[donor] <= width:
             large.pop(0)
-        if cut[donor] < 128:
+        if cut[donor] < width:
             small.append(donor)
     following = cut.copy()
-    for b in np.flatnonzero(alias != np.arange(32)):
+    for b in np.flatnonzero(alias != np.arange(buckets)):
         start[b] = following[alias[b]]
-        following[alias[b]] += 128 - cut[b]
-    bucket, r = slot // 128, slot % 128
+        following[alias[b]] += width - cut[b]
+    bucket, r = slot // width, slot % width
     own = r < cut[bucket]
     return np.where(own, bucket, alias[bucket]), np.where(own, r, start[bucket] + r - cut[bucket])
 
@@ -128,20 +129,23 @@ class Lanes:
         self.symbol, self.offset, self.freq = tables
         need((self.x >= 1 << 16).all(), "a state below 2^16")
 
-    def row(self, models):
-        """A symbol in each of the first lanes, under the models named."""
-        slot, y = self.x[: models.size] % 4096, self.x[: models.size] // 4096
-        y = self.freq[models, slot] * y + self.offset[models, slot]
-        low = np.flatnonzero(y < 1 << 16)
-        need(low.size <= self.words.size, "words run out")
-        y[low] = (y[low] << 16) + self.words[: low.size]
-        self.x[: models.size], self.words = y, self.words[low.size :]
+    def symbols(self, lanes, models):
+        """A symbol off each of some lanes, under the models named; no words yet."""
+        slot, rest = self.x[lanes] % 4096, self.x[lanes] // 4096
+        self.x[lanes] = self.freq[models, slot] * rest + self.offset[models, slot]
         return self.symbol[models, slot]
 
+    def refill(self, lanes):
+        low = np.arange(self.x.size)[lanes]
+        low = low[self.x[low] < 1 << 16]
+        need(low.size <= self.words.size, "words run out")
+        self.x[low] = (self.x[low] << 16) + self.words[: low.size]
+        self.words = self.words[low.size :]
 
-def blocks(source, rows, cols, table):
-    """Lanes of each block of a stream, with rows and columns of each of its panels."""
-    symbol, offset = np.array([layout(f) for f in table]).swapaxes(0, 1)
+
+def blocks(source, rows, cols, table, buckets=32):
+    """Each block of a stream: lanes, rows, columns and how many lanes there would be."""
+    symbol, offset = np.array([layout(f, buckets) for f in table]).swapaxes(0, 1)
     tables = symbol, offset, np.take_along_axis(table, symbol, axis=1)
     head = source.byte()
     need(not head & 0xE8, "head of a stream")
@@ -156,17 +160,20 @@ def blocks(source, rows, cols, table):
     for (top, left), length in zip(corners, words_in, strict=True):
         right = min(left + width, cols)
         block = Lanes(source, min(lanes, right - left), length, tables)
-        for at in range(left, right, lanes):
-            yield block, range(top, min(top + height, rows)), slice(at, min(at + lanes, right))
+        yield block, range(top, min(top + height, rows)), range(left, right), lanes
         need(not block.words.size and (block.x == 1 << 16).all(), "end of a block")
     need(not len(source.data), "bytes after a stream")
 
 
 def rans(source, rows, cols, table, ids=None):
     ids, out = np.zeros(cols, int) if ids is None else ids, np.empty((rows, cols), "u1")
-    for block, across, panel in blocks(source, rows, cols, table):
-        for row in across:
-            out[row, panel] = block.row(ids[panel])
+    for block, down, across, lanes in blocks(source, rows, cols, table):
+        for left in across[::lanes]:
+            panel = slice(left, min(left + lanes, across.stop))
+            used = slice(panel.stop - left)
+            for row in down:
+                out[row, panel] = block.symbols(used, ids[panel])
+                block.refill(used)
     return out
 
 

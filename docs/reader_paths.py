@@ -19,19 +19,37 @@ def tail(border):
     return np.polyval(ERFC, t) * t * np.ldexp(np.polyval(EXP2[::-1], e % 1), -e.astype(int))
 
 
-def gaussian(level, on_grid, precision, border, reach):
-    """Frequencies of k = -reach .. reach and of the two escapes."""
+def gaussian(level, on_grid, precision, border):
+    """Frequencies of zero, of 13 cells and of two escapes."""
     root = {1: 2.0, 2: math.sqrt(2), 4: math.sqrt(math.sqrt(2))}
     root = root.get(precision, math.sqrt(math.sqrt(math.sqrt(2))))
     scale = math.ldexp(math.prod([root] * (level % precision)), level // precision - 5)
-    size = np.arange(1, reach + 1)
+    size = np.arange(1, 14) << shift(level, precision)
     ends = np.append(0, size) if on_grid else np.append(BORDERS[border], size + 0.5)
     beyond = tail(ends / scale)
-    chance = np.concatenate([1 - beyond[:1], beyond[:-1] - beyond[1:], beyond[-1:]])
-    w = np.ldexp(np.maximum(chance, 0), 40).astype(int) >> np.minimum(np.arange(reach + 2), 1)
-    w[w < 1 << 24] = 0
+    chance = np.concatenate([1 - beyond[:1], beyond[:-1] - beyond[1:], beyond[-1:] / 2])
+    w = np.ldexp(np.maximum(chance, 0), 40).astype(int)
     rest = max(w[-1], 1 << 24)
-    return frequencies(np.concatenate([w[-2:0:-1], w[:-1], [rest, rest]]))
+    w[w < 1 << 24] = 0
+    return frequencies(np.append(w[:-1], [rest, rest]))
+
+
+def shift(level, precision):
+    return np.maximum(-(-level // precision) - 7, 0)
+
+
+def indices(block, k, first, context, shifts):
+    """The next few of a row, in a group of lanes; k gets them, escapes as if they were cells."""
+    lanes = np.arange(first, first + context.size)
+    symbol = block.symbols(lanes, context)
+    block.refill(lanes[shifts > 3])
+    bits = np.where(symbol, shifts + 1, 0)
+    raw = block.x[lanes] % (1 << bits)
+    block.x[lanes] >>= bits
+    block.refill(lanes)
+    size = np.where(symbol, (symbol - 1 << shifts) + (raw >> 1) + 1, 0)
+    k[:] = np.where(raw & 1, -size, size)
+    return symbol >= 14
 
 
 def paths(data, states, unit, scale, octaves):
@@ -43,7 +61,7 @@ def paths(data, states, unit, scale, octaves):
         return np.zeros((m, n), "f4")
     *packed, rest = sections(data, 3)
     source = Source(rest)
-    kind, reach, first = source.take(3).tolist()
+    kind, first = source.take(2).tolist()
     precision, border, hinted = 1 << (kind & 3), kind >> 2 & 15, (kind >> 6 & 1, kind >> 7)
     levels = [
         grid(part, hint.size, 4096) + use * np.rint(hint * precision).astype(int)
@@ -51,24 +69,31 @@ def paths(data, states, unit, scale, octaves):
     ]
     last = first + levels[0].max() + levels[1].max()
     need(min(v.min() for v in levels) == 0 and last < 16 * precision, "levels outside their scale")
-    need(border < len(BORDERS) and 0 < reach <= 126, "kind of a path")
+    need(border < len(BORDERS), "kind of a path")
     count = source.varint()
     escaped = unzigzag(source.golomb(count, source.byte())) if count else np.zeros(0, int)
-    places = range(first, last + 1)
-    table = [gaussian(at, g, precision, border, reach) for at in places for g in (0, 1)]
+    table = [gaussian(at, g, precision, border) for at in range(first, last + 1) for g in (0, 1)]
     feedback, driven = CODES[states]
-    k, odd_grid = np.empty((m, n), int), np.empty((m, n), int)
-    for block, rows, panel in blocks(source, m, n, np.array(table)):
-        need(rows[0] % 1024 == 0, "a block inside a segment")
-        state = np.zeros(panel.stop - panel.start, int)
-        for row in rows:
+    k, odd_grid, hidden = (np.empty((m, n), int) for _ in range(3))
+    for block, down, across, lanes in blocks(source, m, n, np.array(table), buckets=16):
+        need(down[0] % 1024 == 0, "a block inside a segment")
+        state, here = np.zeros(len(across), int), slice(across.start, across.stop)
+        for row in down:
             state = state * (row % 1024 > 0)
-            on_grid = state & 1
-            symbol = block.row(2 * (levels[0][panel] + levels[1][row]) + on_grid)
-            k[row, panel], odd_grid[row, panel] = symbol - reach, on_grid
-            state = state >> 1 ^ feedback * on_grid ^ driven * (symbol - reach & 1)
+            on_grid = odd_grid[row, here] = state & 1
+            level = levels[0][here] + levels[1][row]
+            for at in range(0, len(across), min(lanes, 16)):
+                part = slice(at, at + min(lanes, 16))
+                context, shifts = (
+                    2 * level[part] + on_grid[part],
+                    shift(first + level[part], precision),
+                )
+                hidden[row, here][part] = indices(
+                    block, k[row, here][part], at % lanes, context, shifts
+                )
+            state = state >> 1 ^ feedback * on_grid ^ driven * (k[row, here] & 1)
     need((abs(2 * escaped + 1) < 1 << 32).all(), "an escaped value beyond 32 bits")
-    need((k > reach).sum() == escaped.size, "number of escapes")
-    k[k > reach] = escaped
+    need(hidden.sum() == escaped.size, "number of escapes")
+    k[hidden > 0] = escaped
     unit = unit * np.float32(0.5) if states == 1 else unit
     return (2 * k - odd_grid * np.sign(k)).astype("f4") * unit * scale[:, None]

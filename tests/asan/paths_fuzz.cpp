@@ -21,19 +21,19 @@ uint64_t random(uint64_t below) {
     return seed % below;
 }
 
-// Both escapes always have a frequency: the encoder needs them.
-std::vector<uint16_t> random_table(size_t contexts, size_t alphabet) {
-    std::vector<uint16_t> table(contexts * alphabet, 0);
+// Both escapes always have a frequency, as the encoder needs them; there is no zero on grid 1.
+std::vector<uint16_t> random_table(size_t contexts) {
+    std::vector<uint16_t> table(contexts * paths::kSymbols, 0);
     for (size_t k = 0; k < contexts; ++k) {
-        uint16_t* row = &table[k * alphabet];
+        uint16_t* row = &table[k * paths::kSymbols];
         unsigned left = rans::kTotal - 2;
-        row[alphabet - 2] = row[alphabet - 1] = 1;
-        for (size_t s = 0; s + 2 < alphabet && left; ++s) {
+        row[paths::kEscape] = row[paths::kEscape + 1] = 1;
+        for (size_t s = k & 1; s < paths::kEscape && left; ++s) {
             const unsigned share = unsigned(random(4) ? random(left / 2 + 1) : 0);
             row[s] = uint16_t(row[s] + share);
             left -= share;
         }
-        row[random(alphabet)] += uint16_t(left);
+        row[1 + random(paths::kSymbols - 1)] += uint16_t(left);
     }
     return table;
 }
@@ -60,9 +60,14 @@ struct Problem {
     std::vector<uint8_t> columns, across;
     std::vector<float> step, scale;
     std::vector<uint16_t> table;
-    size_t contexts, alphabet;
+    size_t levels;
+    int32_t widening;
+    unsigned precision;
     TrellisCode code;
-    unsigned reach;
+
+    paths::Header header(const uint8_t* of_columns, const uint8_t* of_rows) const {
+        return {rows, cols, {of_columns, of_rows, widening, precision, code, 1024}, {table.data(), levels}};
+    }
 };
 
 template <class T> bool decodes(const std::string& stream, std::vector<T>& out, const Problem& p, Isa isa) {
@@ -70,12 +75,11 @@ template <class T> bool decodes(const std::string& stream, std::vector<T>& out, 
     const auto data = exactly(bytes), columns = exactly(p.columns), across = exactly(p.across);
     const auto step = exactly(p.step), scale = exactly(p.scale);
     const std::unique_ptr<T[]> to(new T[out.size()]);
-    paths::Weights weights{p.rows, p.cols, nullptr, nullptr};
+    paths::Weights weights{nullptr, nullptr};
     if constexpr (sizeof(T) == 4) weights.out = to.get();
     else weights.bf16 = to.get();
-    const paths::Model model{columns.get(), across.get(), p.code, 1024, p.reach};
     try {
-        paths::decode(data.get(), bytes.size(), model, {p.table.data(), p.contexts, p.alphabet}, step.get(), scale.get(), weights, 2, isa);
+        paths::decode(p.header(columns.get(), across.get()), data.get(), bytes.size(), step.get(), scale.get(), weights, 2, isa);
     } catch (const rans::FormatError&) {
         return false;
     }
@@ -105,7 +109,6 @@ int main(int argc, char** argv) {
     unsigned refused = 0, passed = 0;
     for (unsigned round = 0; round < rounds; ++round) {
         Problem p;
-        p.reach = unsigned(random(3) ? 1 + random(14) : 1 + random(126));
         p.code = kTrellisCodes[random(8)];
         p.rows = 1 + random(60);
         p.cols = 1 + random(300);
@@ -114,20 +117,28 @@ int main(int argc, char** argv) {
         const size_t most_columns = 1 + random(random(2) ? 120 : 4), most_rows = 1 + random(128 - most_columns);
         for (size_t i = 0; i < p.cols; ++i) p.columns.push_back(uint8_t(random(most_columns))), p.step.push_back(float(random(1000)) / 64);
         for (size_t i = 0; i < p.rows; ++i) p.across.push_back(uint8_t(random(most_rows))), p.scale.push_back(float(1 + random(1000)) / 64);
-        p.alphabet = 2 * p.reach + 3;
-        p.contexts = 2 * (most_columns + most_rows - 1);
-        p.table = random_table(p.contexts, p.alphabet);
+        p.levels = most_columns + most_rows - 1;
+        p.precision = unsigned(random(4));
+        p.widening = random(2) ? -1000 : int32_t(random(11ull << p.precision)) - int32_t(p.levels);
+        p.table = random_table(2 * p.levels);
+        const uint64_t range = 2ull << random(15);
         std::vector<int32_t> index(p.rows * p.cols);
-        for (int32_t& k : index) k = random(40) ? int32_t(random(2 * p.reach + 1)) - int32_t(p.reach) : int32_t(uint32_t(random(1ull << 32)));
-        std::vector<uint8_t> contexts(index.size()), symbols(index.size()), escaped(index.size());
-        const paths::Model model{p.columns.data(), p.across.data(), p.code, 1024, p.reach};
+        for (int32_t& k : index) k = random(40) ? int32_t(random(range)) - int32_t(range / 2) : int32_t(uint32_t(random(1ull << 32)));
         const Isa writer = isas[random(isas.size())];
-        paths::kernels_for(writer).contexts({&model, p.table.data(), index.data(), p.rows, p.cols, contexts.data(), symbols.data(), escaped.data()});
-        const std::string stream = rans::encode({symbols.data(), p.rows, p.cols, nullptr, contexts.data()}, {p.table.data(), p.contexts, p.alphabet},
-                                                size_t(1) << random(8), 1024, 2, writer);
+        std::vector<int64_t> places;
+        const paths::Header header = p.header(p.columns.data(), p.across.data());
+        const std::string stream = paths::encode(header, index.data(), size_t(1) << random(8), 2, writer, places);
         std::vector<float> expected(index.size());
-        for (size_t i = 0; i < index.size(); ++i)
-            expected[i] = value_of(index[i], escaped[i], contexts[i] & 1, p.step[i % p.cols], p.scale[i / p.cols]);
+        std::vector<int32_t> machine(p.cols);
+        auto place = places.begin();
+        for (size_t i = 0; i < index.size(); ++i) {
+            int32_t& state = machine[i % p.cols];
+            if (i / p.cols % 1024 == 0) state = 0;
+            const bool escaped = place != places.end() && *place == int64_t(i);
+            place += escaped;
+            expected[i] = value_of(index[i], escaped, state & 1, p.step[i % p.cols], p.scale[i / p.cols]);
+            state = (state >> 1) ^ (state & 1 ? int32_t(p.code.feedback) : 0) ^ (index[i] & 1 ? int32_t(p.code.input) : 0);
+        }
         std::string broken = stream;
         damage(broken);
         std::vector<float> first;

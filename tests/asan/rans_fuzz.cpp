@@ -78,7 +78,7 @@ int main(int argc, char** argv) {
             const uint16_t* row = &values[(ids.empty() ? 0 : ids[i % cols]) * alphabet];
             do symbols[i] = uint8_t(random(alphabet)); while (!row[symbols[i]]);
         }
-        const std::string stream = rans::encode({symbols.data(), rows, cols, ids.empty() ? nullptr : ids.data(), nullptr}, table, lanes, 1, 2,
+        const std::string stream = rans::encode({symbols.data(), rows, cols, ids.empty() ? nullptr : ids.data()}, table, lanes, 2,
                                                 isas[random(isas.size())]);
         std::string broken = stream;
         damage(broken);

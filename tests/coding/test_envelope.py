@@ -82,4 +82,4 @@ def test_levels_stay_on_their_scale(
     assert found.columns.min() == found.rows.min() == 0 <= found.first
     last = found.first + int(found.columns.max()) + int(found.rows.max())
     assert last < gaussian.levels(precision)
-    assert found.frequencies().shape == (2 * (last - found.first + 1), 2 * reach + 3)
+    assert found.models()[0].shape == (2 * (last - found.first + 1), 16)

@@ -134,6 +134,8 @@ def paths() -> Iterator[Encoded]:
         "constant": ("states=4", np.full((20, 30), 3.0)),
         "silence": ("states=8", np.zeros((300, 40))),
         "blocks": ("states=4,step=3.0", random.normal(size=(33_000, 2))),
+        "cells": ("states=8,step=0.02", random.normal(size=(40, 30)) * 2.0 ** random.integers(-2, 3, 30)),
+        "wide cells": ("states=16,step=0.0005", random.normal(size=(40, 30)) * 2.0 ** random.integers(-2, 3, 30)),
     }  # fmt: skip
     for name, (text, values) in cases.items():
         info = TensorInfo(name, values.shape, "F32", "linear")

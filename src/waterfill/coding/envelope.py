@@ -37,7 +37,6 @@ class Envelope:
         Level ``first + columns[j] + rows[i]`` of `gaussian`, at this precision and border.
     precision : levels to the octave
     border : index of `gaussian.BORDERS`
-    reach : largest \\|k\\| with a symbol of its own
     first : int
     hinted : whether the columns' levels, and the rows', are said relative to the caller's hints
     bits : float
@@ -48,15 +47,16 @@ class Envelope:
     rows: Bytes
     precision: int
     border: int
-    reach: int
     first: int
     hinted: tuple[bool, bool] = (False, False)
     bits: float = 0.0
 
-    def frequencies(self) -> NDArray[np.uint16]:
-        """Model of each context ``2 * (column level + row level) + grid``."""
+    def models(self) -> tuple[NDArray[np.uint16], int, int]:
+        """Frequencies of each context ``2 * level + grid``; and what makes the shift of a level."""
         last = self.first + int(self.columns.max()) + int(self.rows.max())
-        return gaussian.frequencies(self.precision, self.border, self.reach, self.first, last)
+        table = gaussian.frequencies(self.precision, self.border, self.first, last)
+        widening = gaussian.widening(self.precision, self.first)
+        return table, widening, self.precision.bit_length() - 1
 
 
 def fit(
@@ -72,7 +72,7 @@ def fit(
     ----------
     index : int32 (m, n)
     states : 1, or a key of `trellis.CODES`
-    reach : largest \\|k\\| with a symbol of its own
+    reach : sizes from which on \\|k\\| are counted as one
     precision : levels to the octave
     hints : int64 (n,), (m,)
         Levels that the reader can expect, but for one number that all share: a level is said
@@ -100,7 +100,6 @@ def fit(
         (rows - rows.min()).astype(np.uint8),
         precision,
         int(np.argmin(costs)),
-        reach,
         int(columns.min() + rows.min()),
         (hinted[0], hinted[1]),
         min(costs) + side,

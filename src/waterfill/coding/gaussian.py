@@ -1,5 +1,9 @@
 """Models of a trellis path's indices: a Gaussian seen through the cells of two grids.
 
+A symbol is 0 for k = 0, 1 to 13 for a cell of ``2**shift`` sizes of k, or an escape: sixteen of them,
+so that a decoder finds the models of both grids in registers. Signs, and places within a cell, are
+bits of their own.
+
 Weights that were scaled by a row and a column factor are Gaussian to within a hundredth of a bit
 (docs/flagship.md), so a model is one number, the level of its scale, and needs no table in the
 file. In units of two steps
@@ -20,13 +24,15 @@ from numpy.typing import NDArray
 
 from waterfill.coding.models import exp2_of_minus, quantise
 
-__all__ = ["BORDERS", "bits_by_size", "frequencies", "levels", "mean_square"]
+__all__ = ["BORDERS", "bits_by_size", "frequencies", "levels", "mean_square", "widening"]
 
 LOWEST, OCTAVES = -5, 16  # scales from 2**-5 to 2**11
 PRECISIONS = (1, 2, 4, 8)  # levels to the octave
 BORDERS = tuple(n / 40 for n in (20, 16, 18, 19, 21, 22, 24, 26))  # of zero's cell
 WEIGHT_BITS = 40
 SUPPORT_BITS = 24  # a symbol rarer than 2**-16 is left to the escapes
+CELLS = 13  # beside zero
+WIDEST = 2  # octave of the scale up to which every size has a cell of its own
 LOG2_E = 1.4426950408889634
 SQRT_HALF = 0.7071067811865476
 # erfc(z) = exp(-z^2) (((((a5 t + a4) t + a3) t + a2) t + a1) t, t = 1 / (1 + p z): Abramowitz and
@@ -41,6 +47,11 @@ Floats = NDArray[np.float64]
 def levels(precision: int) -> int:
     """How many levels a precision has (never more than the coder's 128 contexts a grid)."""
     return min(OCTAVES * precision, 128)
+
+
+def widening(precision: int, first: int) -> int:
+    """What a level less `first` lacks to its shift: ``max(0, (level + widening) >> log2(precision))``."""
+    return first + precision - 1 + (LOWEST - WIDEST) * precision
 
 
 def _tail(borders: Floats) -> Floats:
@@ -65,15 +76,13 @@ def _scales(precision: int) -> Floats:
     return np.ldexp(steps[level % precision], level // precision + LOWEST)
 
 
-@lru_cache(maxsize=64)
-def _masses(precision: int, border: int, reach: int) -> Floats:
-    """Chance of |k| = 0 .. reach and of more, (levels, 2, reach + 2)."""
-    size = np.arange(1, reach + 1)
-    ends = np.empty((2, reach + 1))
-    ends[:, 0] = BORDERS[border], 0
-    ends[:, 1:] = size + 0.5, size
-    tail = _tail(ends[None] / _scales(precision)[:, None, None])
-    masses = np.empty((*tail.shape[:2], reach + 2))
+def _masses(scales: Floats, border: int, ends: Floats) -> Floats:
+    """Chance of |k| = 0, of ending at each of `ends` (levels, cells), and of more: (levels, 2, cells + 2)."""
+    both = np.empty((*ends.shape[:1], 2, ends.shape[1] + 1))
+    both[..., 0] = BORDERS[border], 0
+    both[:, 0, 1:], both[:, 1, 1:] = ends + 0.5, ends
+    tail = _tail(both / scales[:, None, None])
+    masses = np.empty((*tail.shape[:2], tail.shape[2] + 1))
     masses[..., 0] = 1.0 - tail[..., 0]
     masses[..., 1:-1] = tail[..., :-1] - tail[..., 1:]
     masses[..., -1] = tail[..., -1]
@@ -81,26 +90,33 @@ def _masses(precision: int, border: int, reach: int) -> Floats:
 
 
 @lru_cache(maxsize=64)
-def frequencies(precision: int, border: int, reach: int, first: int, last: int) -> Table:
-    """Frequencies of the levels first .. last, uint16 (2 * count, 2 * reach + 3).
+def _by_size(precision: int, border: int, reach: int) -> Floats:
+    """Chance of |k| = 0 .. reach and of more, (levels, 2, reach + 2)."""
+    ends = np.broadcast_to(np.arange(1.0, reach + 1), (levels(precision), reach))
+    return _masses(_scales(precision), border, ends)
 
-    Symbols stand for k = -reach .. reach, then two escapes; context 2 * level + grid.
+
+@lru_cache(maxsize=64)
+def frequencies(precision: int, border: int, first: int, last: int) -> Table:
+    """Frequencies of the levels first .. last, uint16 (2 * count, CELLS + 3).
+
+    Symbol 0 is k = 0, then come the cells, then two escapes; context 2 * level + grid.
     """
-    masses = _masses(precision, border, reach)[first : last + 1]
+    shifts = np.arange(last - first + 1) + widening(precision, first) >> precision.bit_length() - 1
+    width = np.ldexp(1.0, np.maximum(shifts, 0))
+    ends = np.arange(1.0, CELLS + 1) * width[:, None]
+    masses = _masses(_scales(precision)[first : last + 1], border, ends)
     weights = np.ldexp(masses, WEIGHT_BITS).astype(np.int64)
-    weights[..., 1:] >>= 1  # k and -k share a size
+    rest = np.maximum(weights[..., -1:] >> 1, 1 << SUPPORT_BITS)
     weights[weights < 1 << SUPPORT_BITS] = 0
-    side = weights[..., 1:-1]
-    rest = np.maximum(weights[..., -1:], 1 << SUPPORT_BITS)
-    escapes = np.concatenate([rest, rest], axis=-1)
-    table = np.concatenate([side[..., ::-1], weights[..., :1], side, escapes], axis=-1)
+    table = np.concatenate([weights[..., :-1], rest, rest], axis=-1)
     return quantise(table.reshape(-1, table.shape[-1]))
 
 
 @lru_cache(maxsize=64)
 def bits_by_size(precision: int, border: int, reach: int) -> Floats:
     """Bits of a symbol of |k| = 0 .. reach - 1 and of reach or more, (levels, 2, reach + 1)."""
-    masses = _masses(precision, border, reach).copy()
+    masses = _by_size(precision, border, reach).copy()
     masses[..., -2] += masses[..., -1]
     share = masses[..., :-1]
     share[..., 1:] /= 2
@@ -114,5 +130,5 @@ def mean_square(precision: int, border: int) -> Floats:
     reach = 126
     size = np.arange(reach + 2.0)
     points = np.stack([size, np.maximum(size - 0.5, 0.0)])
-    mean: Floats = (_masses(precision, border, reach) * points**2).sum(axis=-1).mean(axis=-1)
+    mean: Floats = (_by_size(precision, border, reach) * points**2).sum(axis=-1).mean(axis=-1)
     return mean

@@ -7,8 +7,6 @@ on the reader knows from the path. The bytes are described in ``docs/format/path
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,8 +21,9 @@ __all__ = ["decode", "encode", "require_plausible"]
 
 Indices = NDArray[np.int32]
 Ints = NDArray[np.int64]
-FAST_REACH = 14  # the alphabet of 31 that alias tables of 32 buckets hold
-MOST_REACH = 126
+Bytes = NDArray[np.uint8]
+Table = NDArray[np.uint16]
+COUNTED = 126  # sizes beyond are counted as one when scales are fitted
 LIMIT = 4096  # of a level relative to its hint
 # Elements below which a coarser scale of levels may pay, and from which a finer one does.
 SMALL, LARGE = 1 << 14, 1 << 19
@@ -60,7 +59,7 @@ def encode(
     if not index.size:
         return b""
     threads = threads or native.threads()
-    reach = _reach(index)
+    reach = min(max(int(index.max()), -int(index.min()), 1), COUNTED)
     precisions = (2, 4) if index.size < SMALL else (4,) if index.size < LARGE else (8,)
     candidates = [
         fit(index, states, reach, precision, _hints(octaves, precision)) for precision in precisions
@@ -71,10 +70,9 @@ def encode(
         index,
         envelope.columns,
         envelope.rows,
-        envelope.frequencies(),
+        *envelope.models(),
         states=states,
         segment=SEGMENT,
-        reach=reach,
         lanes=_lanes(index.size),
         threads=threads,
     )
@@ -83,7 +81,7 @@ def encode(
     escapes = gamma.varint(escaped.size) + bytes([order]) + gamma.pack(escaped, order)
     kind = envelope.precision.bit_length() - 1 | envelope.border << 2
     kind |= envelope.hinted[0] << 6 | envelope.hinted[1] << 7
-    head = bytes([kind, reach, envelope.first])
+    head = bytes([kind, envelope.first])
     levels = zip((envelope.columns, envelope.rows), hints, envelope.hinted, strict=True)
     scales = [encode_grid((v - h if use else v).astype(np.int32)) for v, h, use in levels]
     return join([*scales, head + (escapes if escaped.size else b"\0") + stream])
@@ -128,14 +126,14 @@ def decode(
     require_plausible(data, m * n)
     packed_columns, packed_rows, rest = split(data, 3)
     source = np.frombuffer(rest, np.uint8)
-    if source.size < 4:
+    if source.size < 3:
         raise FormatError("a path is cut short")
     envelope = _read_envelope(source, (packed_columns, packed_rows), octaves)
     escaped, at = _read_escapes(source, m * n)
     # Points are counted in halves: 2k on grid 0, 2k - sign k on grid 1.
     unit = step * np.float32(0.5) if states == 1 else step
-    model = (envelope.columns, envelope.rows, envelope.frequencies(), unit, scale)
-    out = _decode_stream(source[at:], model, states, int(source[1]), bf16, threads)
+    model = (envelope.columns, envelope.rows, *envelope.models(), unit, scale)
+    out = _decode_stream(source[at:], model, states, bf16, threads)
     bits = out if bf16 else out.view(np.uint32)
     flat, places = bits.reshape(-1), _escaped_places(bits)
     if places.size != escaped.size:
@@ -168,18 +166,17 @@ def _escaped_places(bits: Array) -> Ints:
 
 def _decode_stream(
     stream: NDArray[np.uint8],
-    model: tuple[Any, ...],
+    model: tuple[Bytes, Bytes, Table, int, int, Floats, Floats],
     states: int,
-    reach: int,
     bf16: bool,
     threads: int | None,
 ) -> Array:
-    columns, rows, freqs, step, scale = model
     core = native.core()
     if core is None:
-        values = paths_numpy.decode(stream, columns, rows, freqs, step, scale, states, reach)
+        values = paths_numpy.decode(stream, *model, states)
         return to_bf16(values) if bf16 else values
-    out = np.empty((rows.size, columns.size), np.uint16 if bf16 else np.float32)
+    shape = model[1].size, model[0].size
+    out = np.empty(shape, np.uint16 if bf16 else np.float32)
     try:
         core.paths_decode(
             stream,
@@ -188,7 +185,6 @@ def _decode_stream(
             out if bf16 else None,
             states=states,
             segment=SEGMENT,
-            reach=reach,
             threads=threads or native.threads(),
         )
     except RuntimeError as error:
@@ -204,15 +200,6 @@ def to_bf16(values: Floats) -> NDArray[np.uint16]:
         np.uint16
     )
     return half
-
-
-def _reach(index: Indices) -> int:
-    """The largest |k| with a symbol: small is fast, where nearly nothing lies beyond."""
-    most = max(int(index.max()), -int(index.min()))
-    if most <= FAST_REACH:
-        return FAST_REACH
-    beyond = np.count_nonzero(np.abs(index) > FAST_REACH)
-    return FAST_REACH if beyond * 8000 < index.size else min(most, MOST_REACH)
 
 
 def _lanes(count: int) -> int:
@@ -232,9 +219,9 @@ def _hints(octaves: tuple[Array, Array], precision: int) -> tuple[Ints, Ints]:
 def _read_envelope(
     source: NDArray[np.uint8], packed: tuple[bytes, bytes], octaves: tuple[Array, Array]
 ) -> Envelope:
-    kind, reach, first = (int(v) for v in source[:3])
+    kind, first = (int(v) for v in source[:2])
     precision, border, hinted = 1 << (kind & 3), kind >> 2 & 15, (kind >> 6 & 1, kind >> 7)
-    if border >= len(gaussian.BORDERS) or not 0 < reach <= MOST_REACH:
+    if border >= len(gaussian.BORDERS):
         raise FormatError("a path of an unknown kind")
     levels = [
         decode_grid(data, hint.size, LIMIT) + (hint if use else 0)
@@ -244,11 +231,11 @@ def _read_envelope(
     if min(int(v.min()) for v in levels) != 0 or highest >= gaussian.levels(precision):
         raise FormatError("levels outside their scale")
     columns, rows = (v.astype(np.uint8) for v in levels)
-    return Envelope(columns, rows, precision, border, reach, first)
+    return Envelope(columns, rows, precision, border, first)
 
 
 def _read_escapes(source: NDArray[np.uint8], most: int) -> tuple[NDArray[np.int64], int]:
-    count, at = gamma.read_varint(source, 3)
+    count, at = gamma.read_varint(source, 2)
     if count == 0:
         return np.zeros(0, np.int64), at
     if at >= source.size or source[at] > gamma.MAX_ORDER or count > min(most, 8 * source.size):

@@ -20,7 +20,6 @@ SCALE_BITS = 12
 TOTAL = 1 << SCALE_BITS
 LOWER = 1 << 16
 BUCKETS = 32
-BUCKET_SLOTS = 128
 BLOCK_STEPS = 1 << 14
 MAX_LANES = 128
 
@@ -29,48 +28,49 @@ Ints = NDArray[np.int64]
 Table = NDArray[np.uint16]
 
 
-def alias_buckets(freqs: Table) -> tuple[Ints, Ints, Ints]:
-    """Walker's alias method in integers, for at most 32 symbols.
+def alias_buckets(freqs: Table, buckets: int = BUCKETS) -> tuple[Ints, Ints, Ints]:
+    """Walker's alias method in integers, for as many symbols as there are buckets, or fewer.
 
     Returns
     -------
-    cut, alias, start : int64 (32,)
+    cut, alias, start : int64 (buckets,)
         Slots ``r < cut[b]`` of bucket b belong to symbol b at offset r; the others to symbol
         ``alias[b]`` at offset ``start[b] + r - cut[b]``.
     """
-    rest = np.zeros(BUCKETS, np.int64)
+    slots = TOTAL // buckets
+    rest = np.zeros(buckets, np.int64)
     rest[: len(freqs)] = freqs
-    alias = np.arange(BUCKETS)
-    small = [int(b) for b in np.flatnonzero(rest < BUCKET_SLOTS)]
-    large = [int(b) for b in np.flatnonzero(rest > BUCKET_SLOTS)]
+    alias = np.arange(buckets)
+    small = [int(b) for b in np.flatnonzero(rest < slots)]
+    large = [int(b) for b in np.flatnonzero(rest > slots)]
     donor = 0
     for bucket in small:  # grows while it is walked
         source = large[donor]
         alias[bucket] = source
-        rest[source] -= BUCKET_SLOTS - rest[bucket]
-        if rest[source] <= BUCKET_SLOTS:
+        rest[source] -= slots - rest[bucket]
+        if rest[source] <= slots:
             donor += 1
-        if rest[source] < BUCKET_SLOTS:
+        if rest[source] < slots:
             small.append(source)
-    start = np.zeros(BUCKETS, np.int64)
+    start = np.zeros(buckets, np.int64)
     following = rest.copy()
-    for bucket in range(BUCKETS):
+    for bucket in range(buckets):
         if alias[bucket] != bucket:
             start[bucket] = following[alias[bucket]]
-            following[alias[bucket]] += BUCKET_SLOTS - rest[bucket]
+            following[alias[bucket]] += slots - rest[bucket]
     return rest, alias, start
 
 
-def slot_layout(table: Table) -> tuple[Ints, Ints]:
+def slot_layout(table: Table, buckets: int = BUCKETS) -> tuple[Ints, Ints]:
     """For each class and each of its 4096 slots: the symbol, and the offset within that symbol."""
     n_classes, alphabet = table.shape
     symbol = np.empty((n_classes, TOTAL), np.int64)
     offset = np.empty((n_classes, TOTAL), np.int64)
     slot = np.arange(TOTAL)
-    bucket, r = slot // BUCKET_SLOTS, slot % BUCKET_SLOTS
+    bucket, r = slot * buckets // TOTAL, slot % (TOTAL // buckets)
     for k, freqs in enumerate(table):
-        if alphabet <= BUCKETS:
-            cut, alias, start = alias_buckets(freqs)
+        if alphabet <= buckets:
+            cut, alias, start = alias_buckets(freqs, buckets)
             own = r < cut[bucket]
             symbol[k] = np.where(own, bucket, alias[bucket])
             offset[k] = np.where(own, r, start[bucket] + r - cut[bucket])
