@@ -119,6 +119,7 @@ def compress(args: argparse.Namespace) -> Any:
         codec=dict(args.codec),
         calibration=_calibration(args.calibrate),
         tokens=args.tokens,
+        propagate=not args.no_propagate,
         force=args.force,
         trust_remote_code=args.trust_remote_code,
         command=args.command_line,

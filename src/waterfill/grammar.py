@@ -164,6 +164,11 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
     p.add_argument(
         "--tokens", type=_count, default=32768, help="calibration tokens (default 32768)"
     )
+    p.add_argument(
+        "--no-propagate",
+        action="store_true",
+        help="encode once: do not let blocks make up for what the ones before them lost (faster)",
+    )
     p.add_argument("--force", action="store_true", help="replace OUT if it exists")
     code(p)
 

@@ -137,17 +137,18 @@ def calibrate(
     notes += [note] if note else []
     evidence = Evidence(sums, int(windows.ids.size), gradients)
     rescale = _trials(source, windows, seed, progress) if method == "differences" else None
-    save({"ids": _sample(windows.ids)}, folder / SAMPLE)
+    save(_kept(windows.ids), folder / SAMPLE)
     done = finish(loader, folder, evidence, protocol, notes, fingerprint, rescale)
     shutil.rmtree(sums.folder)
     return done
 
 
-def _sample(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A few windows, from all over the text."""
+def _kept(ids: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """A few windows from all over the text, to measure a finished file on; and all others."""
     most = min(SAMPLE_TOKENS, ids.size // SAMPLE_SHARE)
     count = max(1, most // ids.shape[1])
-    return np.ascontiguousarray(ids[np.linspace(0, len(ids) - 1, count).astype(np.int64)])
+    chosen = np.linspace(0, len(ids) - 1, count).astype(np.int64)
+    return {"ids": np.ascontiguousarray(ids[chosen]), "rest": np.delete(ids, chosen, axis=0)}
 
 
 def _tokens_kept(model: Any) -> int:

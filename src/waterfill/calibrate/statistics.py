@@ -121,10 +121,21 @@ class Statistics:
     @property
     def sample(self) -> NDArray[np.int64] | None:
         """Windows of the text (count, window) to measure a finished file on; None if not kept."""
+        return self._windows("ids")
+
+    @property
+    def rest(self) -> NDArray[np.int64] | None:
+        """All windows but the sample; None if not kept."""
+        return self._windows("rest")
+
+    def _windows(self, key: str) -> NDArray[np.int64] | None:
         path = self.folder / SAMPLE
         if not path.is_file():
             return None
-        ids = open_safetensors(path).read("ids")
+        file = open_safetensors(path)
+        if key == "rest" and (key not in file.tensors or 0 in file.tensors[key].shape):
+            return None
+        ids = file.read(key)
         if ids.ndim != 2 or ids.dtype != np.int64 or not ids.size:
             raise FormatError(f"{path} holds no windows of tokens; {REMEDY} STATS")
         return ids

@@ -20,7 +20,7 @@ import numpy as np
 from waterfill import __version__
 from waterfill.coding.native import return_freed_memory
 from waterfill.container import FILE_NAME, Reader
-from waterfill.pipeline.encoding import encode
+from waterfill.pipeline.encoding import Encoder, encode
 from waterfill.pipeline.planning import (
     Priced,
     Progress,
@@ -31,13 +31,15 @@ from waterfill.pipeline.planning import (
 )
 from waterfill.pipeline.plans import check_fits, read_plan, statistics_of
 from waterfill.pipeline.preparing import check_early, statistics_for, warnings_of
+from waterfill.pipeline.propagating import propagate_losses
 from waterfill.pipeline.remeasuring import remeasure
 from waterfill.plan.budget import budget_nbytes
+from waterfill.plan.fill import Coded
 from waterfill.plan.price import Rules
 from waterfill.runtime import artifact
 from waterfill.runtime.pieces import Pieces
 from waterfill.sources import open_source
-from waterfill.types import Record, SpecError, WaterfillError
+from waterfill.types import Record, SpecError, WaterfillError, make_codec
 
 
 def compress(
@@ -52,6 +54,7 @@ def compress(
     codec: Mapping[str, str] | None = None,
     calibration: str | Path | Sequence[str | Path] | None = None,
     tokens: int = 32768,
+    propagate: bool = True,
     force: bool = False,
     trust_remote_code: bool = False,
     command: str = "waterfill.compress(...)",
@@ -71,6 +74,8 @@ def compress(
     codec : glob -> codec id or specification such as ``"integer:bits=3,group=128"``
     calibration : text files, a statistics folder, ``"self"``, or None for the packaged text
     tokens : calibration tokens
+    propagate : encode a second time, each block aimed at what the ones before it have lost, and
+        keep the better of the two files
     force : replace `out` if it exists
 
     Returns
@@ -118,8 +123,10 @@ def compress(
             work / "pieces", f"{source.fingerprint()} {statistics.digest} {__version__}"
         )
         with artifact.new_folder(out, force) as folder:
-            encode(priced, budget, folder, pieces, progress, planned)
-            record = _finish(priced, budget, folder, command, out.name, progress)
+            encoder = Encoder(priced, pieces, progress)
+            coded = encode(encoder, budget, folder, planned)
+            whole, warnings = _measure(encoder, coded, budget, folder, propagate)
+            record = _finish(priced, budget, folder, command, out.name, whole, warnings)
     except OSError as error:
         raise artifact.explain(error, out) from error
     shutil.rmtree(work, ignore_errors=True)
@@ -133,8 +140,33 @@ def _paths(calibration: str | Path | Sequence[str | Path] | None) -> list[Path]:
     return [Path(p) for p in paths]
 
 
+def _measure(
+    encoder: Encoder, coded: Mapping[str, Coded], budget: int, folder: Path, propagate: bool
+) -> tuple[dict[str, float], list[str]]:
+    """The finished file's harm as a whole, perhaps after it was bettered; and warnings."""
+    priced = encoder.priced
+    warnings = warnings_of(priced.statistics)
+    if all(make_codec(one.point.spec).lossy is False for one in coded.values()):
+        return {}, warnings
+    try:
+        if propagate:
+            return propagate_losses(encoder, coded, budget, folder), warnings
+        return remeasure(
+            priced.source, priced.statistics, folder / FILE_NAME, encoder.progress
+        ), warnings
+    except WaterfillError as error:
+        # The file is whole and its predictions stand; that they went unchecked is said.
+        return {}, [*warnings, f"the compressed model was not measured: {error}"]
+
+
 def _finish(
-    priced: Priced, budget: int, folder: Path, command: str, name: str, progress: Progress
+    priced: Priced,
+    budget: int,
+    folder: Path,
+    command: str,
+    name: str,
+    whole: Mapping[str, float],
+    warnings: list[str],
 ) -> Record:
     """Check the file as written, then put around it what an artifact needs."""
     source = priced.source
@@ -145,14 +177,6 @@ def _finish(
         nbytes = reader.nbytes
     predicted = sum(r["predicted_nats"] for r in rows)
     lossless = all(r["predicted_nats"] == 0 for r in rows)
-    whole: dict[str, Any] = {}
-    warnings = warnings_of(priced.statistics)
-    if not lossless:
-        try:
-            whole = remeasure(source, priced.statistics, folder / FILE_NAME, progress)
-        except WaterfillError as error:
-            # The file is whole and its predictions stand; that they went unchecked is said.
-            warnings = [*warnings, f"the compressed model was not measured: {error}"]
     facts = {
         **about(priced),
         "local": Path(str(source.path)).exists(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,18 @@ ATTEMPTS = 8
 
 
 def encode_tensor(
-    bits: Array, info: TensorInfo, weighting: Weighting | None, point: Point
+    bits: Array,
+    info: TensorInfo,
+    weighting: Weighting | None,
+    point: Point,
+    aim: Array | None = None,
 ) -> tuple[Encoded, float]:
-    """Encode, decode again, and measure: the coded tensor and its predicted nats."""
+    """Encode, decode again, and measure: the coded tensor and its predicted nats.
+
+    What is coded are the bits, or those of `aim`; what is measured is how far from the bits it is.
+    """
     chosen = make_codec(point.spec)
-    parts, extra = chosen.encode(bits, info, weighting or Weighting())
+    parts, extra = chosen.encode(bits if aim is None else aim, info, weighting or Weighting())
     decoded = chosen.decode(parts, extra, info)
     nats = 0.0
     if chosen.lossy:
@@ -45,74 +52,101 @@ def encode_tensor(
     return Encoded(chosen.spec, info, parts, extra), nats
 
 
+class Encoder:
+    """Encodes tensors of a priced model, each at a point at most once; remembers all on disk."""
+
+    def __init__(self, priced: Priced, pieces: Pieces, progress: Progress = quiet) -> None:
+        self.priced, self.pieces, self.progress = priced, pieces, progress
+        self.provenance = about(priced)
+        self._described: dict[str, dict[str, Any]] = {}
+        self._aims: dict[str, tuple[Path, str]] = {}
+        self._done = 0
+
+    def one(self, name: str, point: Point) -> int:
+        """Encode a tensor at a point; bytes of its payload."""
+        key = self._key(name)
+        entry = self.pieces.get(key, point)
+        if entry is None:
+            info = self.priced.infos[name]
+            weighting = self.priced.statistics.weighting(name)
+            aim = np.load(self._aims[name][0]) if name in self._aims else None
+            bits = read(self.priced.source, info)
+            encoded, nats = encode_tensor(bits, info, weighting, point, aim)
+            note = {"why": self.priced.why[name]} | ({"nats": float(f"{nats:.4g}")} if nats else {})
+            entry = self.pieces.put(key, point, encoded, note)
+        # A piece left by a run with other --keep or --codec rules has its reason, not ours.
+        entry["note"]["why"] = self.priced.why[name]
+        self._described[f"{key} {point.spec}"] = entry
+        self._done += 1
+        count = len(self.priced.curves.names)
+        self.progress("encoding", min(self._done, count), count)
+        return payload_nbytes(entry)
+
+    def aim(self, name: str, bits: Array) -> None:
+        """From now on encode other bits in place of a tensor's own."""
+        path = self.pieces.folder / f"aim-{list(self.priced.infos).index(name)}.npy"
+        np.save(path, bits)
+        self._aims[name] = path, hashlib.sha256(bits.tobytes()).hexdigest()
+
+    def decoded(self, name: str, point: Point) -> Array:
+        """Bits of a tensor as it was encoded last at this point."""
+        entry, parts = self._described[f"{self._key(name)} {point.spec}"], {}
+        payload = b"".join(self.pieces.payload(self._key(name), point))
+        for part, (length, _) in entry["parts"].items():
+            parts[part], payload = payload[:length], payload[length:]
+        extra = entry.get("extra", {})
+        return make_codec(point.spec).decode(parts, extra, self.priced.infos[name])
+
+    def nbytes(self, coded: Mapping[str, Coded]) -> int:
+        """Of the file that these tensors make."""
+        return file_nbytes(self._entries(coded), self.provenance)
+
+    def write(self, path: Path, coded: Mapping[str, Coded]) -> int:
+        """Write the weights file; its size."""
+        payloads = (
+            () if info.group else self.pieces.payload(self._key(name), coded[name].point)
+            for name, info in self.priced.infos.items()
+        )
+        return write(path, self._entries(coded), payloads, self.provenance)
+
+    def _entries(self, coded: Mapping[str, Coded]) -> list[dict[str, Any]]:
+        return [
+            _repeat(info)
+            if info.group
+            else self._described[f"{self._key(name)} {coded[name].point.spec}"]
+            for name, info in self.priced.infos.items()
+        ]
+
+    def _key(self, name: str) -> str:
+        return f"{name} {self._aims[name][1]}" if name in self._aims else name
+
+
 def encode(
-    priced: Priced,
-    budget: int,
-    out: Path,
-    pieces: Pieces,
-    progress: Progress = quiet,
-    planned: Mapping[str, Point] | None = None,
+    encoder: Encoder, budget: int, out: Path, planned: Mapping[str, Point] | None = None
 ) -> dict[str, Coded]:
     """Encode every tensor and write the weights file into folder `out`.
 
     The budget is filled; with points `planned` before, those are kept to instead.
     """
-    overhead = 0 if planned else overhead_nbytes(priced, plan(priced, budget).choices)
-    provenance = about(priced)
-    described: dict[tuple[str, str], dict[str, Any]] = {}
-    done = 0
-
-    def one(name: str, point: Point) -> int:
-        nonlocal done
-        entry = pieces.get(name, point)
-        if entry is None:
-            info = priced.infos[name]
-            weighting = priced.statistics.weighting(name)
-            encoded, nats = encode_tensor(read(priced.source, info), info, weighting, point)
-            note = {"why": priced.why[name]} | ({"nats": float(f"{nats:.4g}")} if nats else {})
-            entry = pieces.put(name, point, encoded, note)
-        # A piece left by a run with other --keep or --codec rules has its reason, not ours.
-        entry["note"]["why"] = priced.why[name]
-        described[name, _key(point)] = entry
-        done += 1
-        progress("encoding", min(done, len(priced.curves.names)), len(priced.curves.names))
-        return payload_nbytes(entry)
-
-    def entries(coded: Mapping[str, Coded]) -> list[dict[str, Any]]:
-        return [
-            _repeat(info) if info.group else described[name, _key(coded[name].point)]
-            for name, info in priced.infos.items()
-        ]
-
-    def total(coded: Mapping[str, Coded]) -> int:
-        return file_nbytes(entries(coded), provenance)
-
-    aim = budget
-    for _ in range(ATTEMPTS):
-        if planned is not None:
-            coded = keep_to(priced.curves, planned, budget, one, total)
-            break
-        coded = fill(priced.curves, aim, overhead, one, total)
-        excess = total(coded) - budget
-        if excess <= 0:
-            break
-        # Codecs with rungs only have nothing to trim a surprise with: aim lower by as much.
-        aim -= excess
-    payloads = (
-        () if info.group else pieces.payload(name, coded[name].point)
-        for name, info in priced.infos.items()
-    )
-    nbytes = write(out / FILE_NAME, entries(coded), payloads, provenance)
+    priced = encoder.priced
+    if planned is not None:
+        coded = keep_to(priced.curves, planned, budget, encoder.one, encoder.nbytes)
+    else:
+        overhead, aim = overhead_nbytes(priced, plan(priced, budget).choices), budget
+        for _ in range(ATTEMPTS):
+            coded = fill(priced.curves, aim, overhead, encoder.one, encoder.nbytes)
+            excess = encoder.nbytes(coded) - budget
+            if excess <= 0:
+                break
+            # Codecs with rungs only have nothing to trim a surprise with: aim lower by as much.
+            aim -= excess
+    nbytes = encoder.write(out / FILE_NAME, coded)
     if nbytes > budget:
         raise BudgetError(
             f"{budget:,} bytes is too small for the codecs asked for: the smallest found is {nbytes:,} "
             f"bytes ({8 * nbytes / priced.params:.2f} bits per weight)"
         )
     return coded
-
-
-def _key(point: Point) -> str:
-    return json.dumps(point.spec.to_json())
 
 
 def _repeat(info: TensorInfo) -> dict[str, Any]:

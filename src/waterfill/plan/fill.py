@@ -93,6 +93,18 @@ def keep_to(
     return coded if total <= budget else _settle(c, coded, budget, encode, file_nbytes)
 
 
+def refill(
+    c: Curves,
+    coded: Mapping[str, Coded],
+    budget: int,
+    encode: Encode,
+    file_nbytes: FileSize,
+) -> dict[str, Coded]:
+    """As `fill`, from what was chosen before: for tensors that have changed a little since."""
+    again = {name: Coded(one.point, encode(name, one.point)) for name, one in coded.items()}
+    return _settle(c, again, budget, encode, file_nbytes)
+
+
 def _first_pass(c: Curves, budget: float, encode: Encode) -> dict[str, Coded]:
     coded: dict[str, Coded] = {}
     spent, predicted = 0, 0.0
