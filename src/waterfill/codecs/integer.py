@@ -137,7 +137,7 @@ class Integer(Codec):
         moment = weighting.second_moment
         if moment is None:
             return np.ones(n, np.float32)
-        lower = factor(weighting, self.damping)
+        lower = factor(moment, self.damping)
         if self.solver == "nearest" and lower.ndim == 2:
             return np.sqrt(np.maximum(moment.diagonal(), 1e-12))
         return lower

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from waterfill.coding import paths, trellis
 from waterfill.coding.prior import aim
-from waterfill.coding.rounding import factor, finite
+from waterfill.coding.rounding import factor, finite, mean_square
 from waterfill.coding.scales import LIMIT, decode_grid, encode_grid, from_grid, to_grid
 from waterfill.coding.sections import join, split
 from waterfill.types import (
@@ -28,6 +29,7 @@ from waterfill.types import (
 )
 
 ROW_GRID = 2  # row scales to the octave
+_SPREADS: WeakKeyDictionary[Weighting, dict[float, float]] = WeakKeyDictionary()
 
 
 @codec("trellis", version=2)
@@ -109,20 +111,18 @@ class Trellis(Codec):
         self, x: Array, info: TensorInfo, weighting: Weighting
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
         """Bits of `info.shape` -> one part ``codes``."""
-        matrix = finite(info.matrix(x), info.name)
         if not info.size:
             return {"codes": join([b"", b"", b"", b""])}, {}
-        row_grid = self._row_exponents(matrix, weighting)
-        row_scale = from_grid(row_grid, ROW_GRID)
-        scaled = matrix * row_scale[:, None]
-        lower, target, column_grid = self._prepare(scaled, weighting)
-        step = from_grid(column_grid, _column_grid(len(matrix)))
+        row_grid = self._row_exponents(info.matrix_shape[0], weighting)
+        lower, target, column_grid = self._prepare(_scaled(x, info, row_grid), weighting)
+        step = from_grid(column_grid, _column_grid(len(row_grid)))
         octaves = _octaves(column_grid, row_grid)
         index = trellis.quantise(target, lower, step, self.states)
+        del lower, target  # as large as the weights in float32, which they are made from
         gains = b""
         if self.gains:
             values = trellis.walk(index, step, self.states)
-            gains = _fit_gains(scaled, values, weighting).tobytes()
+            gains = _fit_gains(_scaled(x, info, row_grid), values, weighting).tobytes()
         columns, rows = encode_grid(column_grid), encode_grid(row_grid)
         return {
             "codes": join([columns, rows, gains, paths.encode(index, self.states, octaves)])
@@ -156,10 +156,10 @@ class Trellis(Codec):
             return info.arrange(paths.decode(codes, self.states, step, scale, octaves, bf16=True))
         return info.unmatrix(paths.decode(codes, self.states, step, scale, octaves))
 
-    def _row_exponents(self, matrix: Floats, weighting: Weighting) -> Array:
+    def _row_exponents(self, m: int, weighting: Weighting) -> Array:
         weights = weighting.row_weights
         if not self.rows or isinstance(weights, float) or not np.any(weights):
-            return np.zeros(len(matrix), np.int32)
+            return np.zeros(m, np.int32)
         if not np.isfinite(weights).all():
             raise WaterfillError("row weights are not finite; calibrate again")
         # A row that no token ever asked for keeps a floor, or it would be lost altogether.
@@ -169,18 +169,36 @@ class Trellis(Codec):
 
     def _prepare(self, scaled: Floats, weighting: Weighting) -> tuple[Floats, Floats, Array]:
         """Factor, target and column steps on their grid."""
-        n = scaled.shape[1]
         moment = weighting.second_moment
-        lower = np.ones(n, np.float32) if moment is None else factor(weighting, self.damping)
-        diagonal = lower if lower.ndim == 1 else lower.diagonal()
-        energy = float(np.sum(np.square(scaled, dtype=np.float64))) / max(scaled.size, 1)
-        spread = np.exp(np.sum(np.log(diagonal, dtype=np.float64)) / max(n, 1))
-        a = self.step * (np.sqrt(energy) or 1.0) * spread
-        target = scaled
-        if self.mmse and moment is not None and moment.ndim == 2:
+        a = self.step * (np.sqrt(mean_square(scaled)) or 1.0) * _spread(weighting, self.damping)
+        if moment is None:
+            lower, target = np.ones(scaled.shape[1], np.float32), scaled
+        elif self.mmse and moment.ndim == 2:
             lower, target = aim(scaled, moment, self.damping, self.mmse * a**2)
-            diagonal = lower.diagonal()
-        return lower, target, to_grid(a / diagonal, _column_grid(len(scaled)))
+        else:
+            lower, target = factor(moment, self.damping), scaled
+        return lower, target, to_grid(a / _diagonal(lower), _column_grid(len(scaled)))
+
+
+def _scaled(x: Array, info: TensorInfo, row_grid: Array) -> Floats:
+    """The weights as a matrix, each row on its scale."""
+    matrix = finite(info.matrix(x), info.name)
+    matrix *= from_grid(row_grid, ROW_GRID)[:, None]
+    return matrix
+
+
+def _diagonal(lower: Floats) -> Floats:
+    return lower if lower.ndim == 1 else lower.diagonal()
+
+
+def _spread(weighting: Weighting, damping: float) -> float:
+    """Geometric mean of the diagonal of S's factor: the planner asks for it at many rates."""
+    known = _SPREADS.setdefault(weighting, {})
+    if damping not in known:
+        moment = weighting.second_moment
+        diagonal = np.ones(1) if moment is None else _diagonal(factor(moment, damping))
+        known[damping] = float(np.exp(np.log(diagonal, dtype=np.float64).mean()))
+    return known[damping]
 
 
 def _column_grid(m: int) -> int:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from waterfill.coding.rounding import factor
-from waterfill.types import Floats, Weighting
+from waterfill.coding.rounding import factor, mean_square, solve
+from waterfill.types import Floats
 
 __all__ = ["aim"]
 
-MOST_COLUMNS = 8192  # a fitted prior takes three n x n matrices; beyond, the isotropic one
+MOST_COLUMNS = 8192  # a fitted prior takes two n x n matrices; beyond, the isotropic one
 
 
 def aim(weight: Floats, moment: Floats, damping: float, noise: float) -> tuple[Floats, Floats]:
@@ -30,22 +30,24 @@ def aim(weight: Floats, moment: Floats, damping: float, noise: float) -> tuple[F
     Returns
     -------
     lower : float32 (n, n), Cholesky factor
-    target : float32 (m, n)
+    target : float32 (m, n), its columns contiguous: that is how they are rounded
     """
     n = weight.shape[1]
     level = float(np.trace(moment, dtype=np.float64)) / n
-    energy = float(np.mean(np.square(weight, dtype=np.float64))) or 1.0
+    energy = mean_square(weight) or 1.0
+    precision = np.zeros((n, n), np.float32)
+    precision.flat[:: n + 1] = noise
     if n > MOST_COLUMNS:
-        precision = np.diag(np.full(n, noise / energy, np.float32))
+        precision /= np.float32(energy)
     else:
-        precision = np.linalg.inv(_covariance(weight, energy))
-        precision *= np.float32(noise)
-    given_up = precision @ weight.T
+        solve(factor(_covariance(weight, energy), 0.0), precision)
+    target = precision @ weight.T
     precision += moment
     precision.flat[:: n + 1] += np.float32(damping * level)
-    # Not through factor's cache, which keeps the plain moment's for the next rung.
-    lower = factor.__wrapped__(Weighting(precision), 0.0)
-    return lower, weight - np.linalg.solve(precision, given_up).T
+    lower = factor(precision, 0.0)
+    del precision
+    solve(lower, target)  # what is given up
+    return lower, np.subtract(weight.T, target, out=target).T
 
 
 def _covariance(weight: Floats, energy: float) -> Floats:
@@ -55,8 +57,9 @@ def _covariance(weight: Floats, energy: float) -> Floats:
     little but the mean is left.
     """
     m, n = weight.shape
-    covariance: Floats = (weight.T @ weight) * np.float32(1 / m)
-    squares = float(np.square(covariance, dtype=np.float64).sum())
+    covariance: Floats = weight.T @ weight
+    covariance *= np.float32(1 / m)
+    squares = mean_square(covariance) * n * n
     trace = n * energy
     excess = squares - trace**2 / n
     wanted = (1 - 2 / n) * squares + trace**2

@@ -8,63 +8,83 @@ first, the target ``t_j = w_j + sum_{k>j} e_k L_kj / L_jj`` turns that into
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from waterfill.types import Floats, WaterfillError, Weighting
+from waterfill.types import Floats, WaterfillError
 
 Indices = NDArray[np.int32]
+BLOCK = 256  # rows or columns factored at a time
 
 
-@functools.lru_cache(maxsize=1)
-def factor(weighting: Weighting, damping: float) -> Floats:
-    """Lower Cholesky factor of the damped second moment.
+def factor(moment: Floats, damping: float) -> Floats:
+    """Lower Cholesky factor of a damped second moment.
 
     Parameters
     ----------
-    weighting : Weighting
-        Cached by identity: the planner asks for the same layer at many rates.
+    moment : float32 (n, n), or (n,) where it is diagonal
     damping : float
         Added to the diagonal, relative to its mean; raised tenfold until the factorisation
         succeeds, so a dead input or a rank-deficient sample never ends in NaN.
 
     Returns
     -------
-    float32 (n, n) lower triangular, or (n,) where the second moment is diagonal.
+    float32 (n, n) lower triangular, or (n,)
     """
-    moment = weighting.second_moment
-    assert moment is not None
     if moment.ndim == 1:
         level = float(np.mean(moment, dtype=np.float64)) or 1.0
         return np.sqrt(np.maximum(moment, 0) + damping * level).astype(np.float32)
     level = float(np.trace(moment, dtype=np.float64)) / max(len(moment), 1) or 1.0
     while damping < 1e6:
-        damped = moment.astype(np.float64)
-        np.einsum("ii->i", damped)[:] += damping * level
+        lower = moment.copy()
+        lower.flat[:: len(lower) + 1] += np.float32(damping * level)
         try:
-            _cholesky(damped)
+            _factorise(lower)
         except np.linalg.LinAlgError:
             pass  # raised damping below is the answer
         else:
-            lower = damped.astype(np.float32)
             if np.isfinite(lower).all() and lower.diagonal().min(initial=1) > 0:
                 return lower
         damping = max(damping * 10, 1e-8)
     raise WaterfillError("the second moment of a layer's inputs is not finite; calibrate again")
 
 
-def _cholesky(a: NDArray[np.float64], block: int = 512) -> None:
-    """Lower Cholesky factor in place: numpy's own takes three matrices more, 8 n^2 bytes each."""
+def _factorise(a: Floats) -> None:
+    """Lower Cholesky factor in place: numpy's own takes three matrices more, in float64.
+
+    Panels are computed in float64 and kept as float32: an error as small as the moment's own.
+    """
     n = len(a)
-    for i in range(0, n, block):
-        j = min(i + block, n)
-        a[i:, i:j] -= a[i:, :i] @ a[i:j, :i].T
-        a[i:j, i:j] = np.linalg.cholesky(a[i:j, i:j])
-        a[j:, i:j] = np.linalg.solve(a[i:j, i:j], a[j:, i:j].T).T
+    for i in range(0, n, BLOCK):
+        j = min(i + BLOCK, n)
+        panel = a[i:, i:j].astype(np.float64)
+        done = a[i:j, :i].T.astype(np.float64)
+        for k in range(0, n - i, BLOCK):
+            panel[k : k + BLOCK] -= a[i + k : i + k + BLOCK, :i] @ done
+        corner = np.linalg.cholesky(panel[: j - i])
+        a[i:j, i:j] = corner
+        a[j:, i:j] = np.linalg.solve(corner, panel[j - i :].T).T
         a[i:j, j:] = 0
+
+
+def solve(lower: Floats, b: Floats) -> None:
+    """Solve ``L L^T x = b`` for float32 (n, k) in place: numpy's own takes three copies."""
+    n = len(lower)
+    blocks = [(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
+    for i, j in blocks:
+        b[i:j] -= lower[i:j, :i] @ b[:i]
+        b[i:j] = np.linalg.solve(lower[i:j, i:j], b[i:j])
+    for i, j in reversed(blocks):
+        b[i:j] -= lower[j:, i:j].T @ b[j:]
+        b[i:j] = np.linalg.solve(lower[i:j, i:j].T, b[i:j])
+
+
+def mean_square(matrix: Floats) -> float:
+    """Mean square, summed in float64 without a copy of that width."""
+    total = np.einsum("ij,ij->", matrix, matrix, dtype=np.float64)
+    return float(total) / max(matrix.size, 1)
 
 
 def finite(matrix: Floats, name: str) -> Floats:
