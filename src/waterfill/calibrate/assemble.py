@@ -97,13 +97,15 @@ class Evidence:
         """float64 (n, n) per token of the text; None for the identity."""
         if square.values is not None or not square.keys:
             return square.values
-        total: Any = 0.0
+        total: Vector | None = None
         for key in square.keys:
             held = self.sums.read(key)
             # An embedding's moment is that of gradients: per look-up, its rows are per token.
             per = self.tokens if key.startswith("inputs ") else max(float(held["tokens"].sum()), 1)
-            total = total + held["sum"] / (per * len(square.keys))
-        return np.asarray(total, np.float64)
+            mean = held.pop("sum")
+            mean /= per * len(square.keys)
+            total = mean if total is None else np.add(total, mean, out=total)
+        return total
 
     def rows(self, use: Use, inputs: str) -> Vector | None:
         """(outputs,) mean over positions of the squared output gradient; None if there was none."""

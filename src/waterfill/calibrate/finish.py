@@ -38,14 +38,16 @@ class _Writer:
         """(path within the folder, inputs that were always zero); "" for the identity."""
         if square.keys and square.keys in self.written:
             return self.written[square.keys]
-        values = self.evidence.square(square)
-        if values is None:
+        mean = self.evidence.square(square)
+        if mean is None:
             return "", 0
+        values = mean.astype(np.float32)
+        del mean
         if not np.isfinite(values).all():
             raise WaterfillError(f"inputs overflow: the moment of {square.keys} is not finite")
         path = f"moments/{self.count:05}.safetensors"
         self.count += 1
-        save({"second_moment": values.astype(np.float32)}, self.folder / path)
+        save({"second_moment": values}, self.folder / path)
         result = path, int((np.diagonal(values) == 0).sum())
         if square.keys:
             self.written[square.keys] = result

@@ -84,6 +84,7 @@ class Passes:
             check_finite(out)
             if self.gradients:
                 loss, self.watch.expected, self.note = sampled_loss(out, generator)
+                del out  # the logits, of which the graph has what it needs
                 if not loss.requires_grad:
                     raise NoGradient("its output does not depend on a look-up table")
                 with self._going_back():

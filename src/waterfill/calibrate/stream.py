@@ -158,6 +158,7 @@ def _install(
         absent = [(s, h) for s, h in homes if s.module._parameters[s.attribute].is_meta]  # type: ignore[union-attr]
         if not absent:
             return inner(*args, **kwargs)
+        watch.sweep()  # the weights of the block before, ere these come beside them
         values = loader.load({home for _, home in absent})
         before = [slot.module._parameters[slot.attribute] for slot, _ in absent]
         for blank, (_, home) in zip(before, absent, strict=True):
@@ -176,8 +177,8 @@ def _install(
         finally:
             for (slot, _), blank in zip(absent, before, strict=True):
                 slot.module._parameters[slot.attribute] = blank
-            for value in values.values():
-                watch.leave(value)
+            while values:  # they make room for what `leave` computes
+                watch.leave(values.popitem()[1])
             leave(name)
 
     def forward(*args: Any, **kwargs: Any) -> Any:

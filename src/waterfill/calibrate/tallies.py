@@ -15,6 +15,7 @@ __all__ = ["BLOCK", "Array64", "Inputs", "Tally", "Use", "locate", "moment_of"]
 Array64 = NDArray[np.float64]
 
 BLOCK = 4096  # tokens per float32 product; blocks are added in float64
+STRIP = 512  # rows of a moment made at a time: it is in memory once
 
 
 class Use(NamedTuple):
@@ -104,8 +105,11 @@ def moment_of(make: list[Callable[[], torch.Tensor]], groups: int) -> tuple[Arra
     for rows in make:
         x = rows().detach().float()
         count += x.shape[0]
+        if total is None:
+            total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
         for block in torch.split(x, BLOCK):
-            part = (block.T @ block).double()
-            total = part if total is None else total.add_(part)
+            strips = zip(torch.split(total, STRIP), torch.split(block.T, STRIP), strict=True)
+            for strip, part in strips:
+                strip.add_(part @ block)
     assert total is not None
     return total.div_(groups).cpu().numpy(), count // groups

@@ -35,19 +35,24 @@ def aim(weight: Floats, moment: Floats, damping: float, noise: float) -> tuple[F
     n = weight.shape[1]
     level = float(np.trace(moment, dtype=np.float64)) / n
     energy = mean_square(weight) or 1.0
-    precision = np.zeros((n, n), np.float32)
-    precision.flat[:: n + 1] = noise
-    if n > MOST_COLUMNS:
-        precision /= np.float32(energy)
-    else:
-        solve(factor(_covariance(weight, energy), 0.0), precision)
-    target = precision @ weight.T
+    precision = _precision(weight, energy, noise)
+    given_up = precision @ weight.T
     precision += moment
     precision.flat[:: n + 1] += np.float32(damping * level)
     lower = factor(precision, 0.0)
-    del precision
-    solve(lower, target)  # what is given up
-    return lower, np.subtract(weight.T, target, out=target).T
+    solve(lower, given_up)
+    return lower, np.subtract(weight.T, given_up, out=given_up).T
+
+
+def _precision(weight: Floats, energy: float, noise: float) -> Floats:
+    """Inverse of the covariance of the rows, times the noise."""
+    n = weight.shape[1]
+    if n > MOST_COLUMNS:
+        return np.diag(np.full(n, noise / energy, np.float32))
+    lower = factor(_covariance(weight, energy), 0.0)
+    precision = np.diag(np.full(n, noise, np.float32))
+    solve(lower, precision)
+    return precision
 
 
 def _covariance(weight: Floats, energy: float) -> Floats:

@@ -22,8 +22,8 @@ __all__ = ["compare", "evaluating", "is_masked", "max_positions", "perplexity"]
 Floats = NDArray[np.float64]
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 
-# Float64 values worked on at once (32 MiB), whatever the vocabulary.
-CHUNK_VALUES = 1 << 22
+# Float64 values worked on at once (8 MiB, in several copies), whatever the vocabulary.
+CHUNK_VALUES = 1 << 20
 
 
 def compare(
