@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from waterfill.types import Floats, WaterfillError
 
 Indices = NDArray[np.int32]
-BLOCK = 256  # rows or columns factored at a time
+BLOCK = 128  # rows or columns factored at a time
 
 
 def factor(moment: Floats, damping: float) -> Floats:
