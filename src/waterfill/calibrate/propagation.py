@@ -122,7 +122,7 @@ def propagate(
     install_doors(loader, Watch(), lambda: False, lambda _: None)
     places = _places(loader, movable)
     count, window = len(ids), ids.shape[1]
-    size = max(1, CHUNK // window)
+    size = max(1, min(CHUNK // window, (count + 1) // 2))  # two chunks at least
     starts = range(0, count, size)
 
     def half_with(inner: Any, of_compressed: bool, parts: tuple[Any, Any]) -> Any:

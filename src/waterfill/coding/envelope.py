@@ -24,7 +24,7 @@ ROUNDS, SMALL = 2, 1 << 16  # turns that pay on a matrix this small; one is enou
 PLAIN_BORDER = 0  # half way: to begin with
 SAMPLE = 256  # rows (or columns) enough to know roughly a column's (or row's) scale
 SAMPLED = 8  # segments
-CHUNK = 2 * SEGMENT  # rows tallied at a time: bounded memory on a tall matrix
+CHUNK = SEGMENT  # rows tallied at a time: bounded memory on a tall matrix
 
 
 @dataclass(frozen=True)
