@@ -61,12 +61,12 @@ class Workbench:
 
     def __init__(self, name: str, bits: float) -> None:
         self.subject = Subject(name, 8192)
-        self.subject.planned("trellis", bits=bits)
+        self.subject.planned("trellis", bits=bits, propagate=False)
         self.model = copy.deepcopy(self.subject.original)
         statistics = Statistics.open(self.subject.statistics)
         source = source_of(name)
         self.matrices = {}
-        for entry in show(self.subject.artifact(bits=bits))["ledger"]:
+        for entry in show(self.subject.artifact(bits=bits, propagate=False))["ledger"]:
             codec = parse_spec(entry["codec"]) if entry["codec"].startswith("trellis") else None
             weighting = statistics.weighting(entry["name"])
             if isinstance(codec, Trellis) and weighting is not None:

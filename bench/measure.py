@@ -47,6 +47,8 @@ def digest_of_code() -> str:
         ROOT / "cpp",
         *(ROOT / "src/waterfill" / f for f in ("codecs", "coding", "pipeline", "plan")),
     ]
+    # What runs after the statistics; those have a digest of their own.
+    digest.update((ROOT / "src/waterfill/calibrate/propagation.py").read_bytes())
     for path in sorted(p for folder in folders for p in folder.iterdir() if p.is_file()):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -129,13 +131,14 @@ class Subject:
         bits: float | None = None,
         codec: Mapping[str, str] | None = None,
         keep: Sequence[str] = (),
+        propagate: bool = True,
     ) -> Measured:
         """Compressed by waterfill; parameters as of `waterfill.compress`."""
-        out = self.artifact(size=size, bits=bits, codec=codec, keep=keep)
+        out = self.artifact(size=size, bits=bits, codec=codec, keep=keep, propagate=propagate)
         if not out.exists():
             compress(
                 str(self.path), out, size=size, bits=bits, codec=codec, keep=keep,
-                calibration=self.statistics,
+                calibration=self.statistics, propagate=propagate,
             )  # fmt: skip
         nbytes = (out / FILE_NAME).stat().st_size
         return self._measured(method, nbytes, out, lambda: load_model(out, dtype="float32"))
@@ -147,9 +150,10 @@ class Subject:
         bits: float | None = None,
         codec: Mapping[str, str] | None = None,
         keep: Sequence[str] = (),
+        propagate: bool = True,
     ) -> Path:
         """Where `planned` leaves what it made under these options."""
-        options = json.dumps([size, bits, dict(codec or {}), list(keep)])
+        options = json.dumps([size, bits, dict(codec or {}), list(keep), propagate])
         return self.folder / hashlib.sha256(options.encode()).hexdigest()[:12]
 
     def decoded(self, method: str, folder: Path, nbytes: int) -> Measured:

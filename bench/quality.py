@@ -18,7 +18,7 @@ PROTOCOL = (
     "english_heldout.txt, windows of 256; stories260K: first and second half of tinystories.txt, 512; demo: "
     "c4.txt and wikitext2_valid.txt, 512; stride half a window; 32768 tokens of calibration, the same for "
     "all that calibrate; 16384 tokens measured (8192, and fewer sizes, with --quick). trellis: the planner's "
-    "free choice; WaterSIC: *=trellis:states=1,mmse=0.0 at the same budget; integer, planned: *=integer "
+    "free choice, propagation included (the peers encode once); WaterSIC: *=trellis:states=1,mmse=0.0 at the same budget; integer, planned: *=integer "
     "at the same budget; integer, uniform: every matrix alike, successive rounding, searched clip, from the "
     "same statistics; others as pip installs them (bench/peers)"
 )
@@ -47,8 +47,8 @@ class Contest:
         return self.log[-1]
 
     def theirs(self, method: str, **options: Any) -> Measured:
-        """Under rules for the codec."""
-        self.log.append(self.subject.planned(method, **options))
+        """Under rules for the codec, encoded once, as published."""
+        self.log.append(self.subject.planned(method, propagate=False, **options))
         return self.log[-1]
 
     def row(self, peer: Measured, ours: Measured, bar: float | None, label: str = "") -> Row:
