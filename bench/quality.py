@@ -19,7 +19,8 @@ PROTOCOL = (
     "c4.txt and wikitext2_valid.txt, 512; stride half a window; 32768 tokens of calibration, the same for "
     "all that calibrate; 16384 tokens measured (8192, and fewer sizes, with --quick). trellis: the planner's "
     "free choice, propagation included (the peers encode once); WaterSIC: *=trellis:states=1,mmse=0.0 at the "
-    "same budget; integer, planned: *=integer at the same budget; integer, uniform: every matrix alike, successive rounding, searched clip, from the "
+    "same budget; integer, planned: *=integer at the same budget; integer, uniform: every matrix alike, "
+    "successive rounding, searched clip, from the "
     "same statistics; others as pip installs them (bench/peers)"
 )
 MODELS = ("english-7m", "stories260K", "demo")
