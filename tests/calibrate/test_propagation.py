@@ -108,9 +108,10 @@ def test_what_is_missing_is_found() -> None:
         z = torch.randn(1, 4000, 12, generator=generator)
         x = z + z @ guess.T + 0.1 * torch.randn(1, 4000, 12, generator=generator)
         pair.add(half, torch.cat([x, z]))
-    found = pair.guess(np.eye(12, dtype=np.float32))
-    assert found is not None
-    assert np.allclose(found, propagation.TAKEN * guess.numpy(), atol=0.02)
+    found = pair.guess([lambda: np.eye(12, dtype=np.float32)])
+    assert found is not None and found[1][0] == pytest.approx(propagation.TAKEN, abs=0.02)
+    assert np.allclose(found[0], guess.numpy(), atol=0.02)
+    assert propagation._Pair().guess([]) is None
 
 
 def test_noise_is_not_believed() -> None:
@@ -120,8 +121,8 @@ def test_noise_is_not_believed() -> None:
         z = torch.randn(1, 40, 30, generator=generator)
         x = z + torch.randn(1, 40, 30, generator=generator)
         pair.add(half, torch.cat([x, z]))
-    found = pair.guess(np.eye(30, dtype=np.float32))
-    assert found is None or np.abs(found).max() < 0.1
+    found = pair.guess([lambda: np.eye(30, dtype=np.float32)])
+    assert found is not None and np.abs(found[0]).max() * found[1][0] < 0.1
 
 
 def test_a_model_that_lost_nothing_stays(model: Any, tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ def test_a_worse_file_is_thrown_away(
 ) -> None:
     made(model, tmp_path / "once", bits=4, propagate=False)
     monkeypatch.setattr(
-        propagation._Pair, "guess", lambda self, m: -0.9 * np.eye(m.shape[1], dtype=np.float32)
+        propagation._Pair,
+        "guess",
+        lambda self, ms: (-0.9 * np.eye(ms[0]().shape[1], dtype=np.float32), [1.0] * len(ms)),
     )
     made(model, tmp_path / "kept", bits=4)
     weights = [(tmp_path / name / FILE_NAME).read_bytes() for name in ("once", "kept")]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,20 +69,21 @@ class _Pair:
             known = sums[half]
             sums[half] = product if known is None else known.add_(product)
 
-    def guess(self, matrix: Floats) -> Floats | None:
-        """``a P``, float32 (n, n), with the share a that pays at the outputs of a matrix (m, n)."""
+    def guess(self, matrices: list[Callable[[], Floats]]) -> tuple[Floats, list[float]] | None:
+        """P, float32 (n, n), and the share of it that pays at the outputs of each matrix (m, n)."""
         if any(s is None for s in (*self.square, *self.lost)):
             return None
         squares, losses = [s.numpy() for s in self.square], [s.numpy() for s in self.lost]  # type: ignore[union-attr]
-        paid = wanted = 0.0
+        wanted, paid = np.zeros(len(matrices)), np.zeros(len(matrices))
         for here, there in ((0, 1), (1, 0)):
-            moved = matrix @ _solve(squares[here], losses[here])
-            wanted += float(np.vdot(moved, matrix @ losses[there]))
-            paid += float(np.vdot(moved, moved @ squares[there]))
-        share = min(max(wanted / paid, 0.0), 1.0) if paid > 0 else 0.0
-        if share == 0:
-            return None
-        return TAKEN * share * _solve(squares[0] + squares[1], losses[0] + losses[1])
+            solved = _solve(squares[here], losses[here])
+            for i, matrix in enumerate(matrices):
+                weight = matrix()
+                moved = weight @ solved
+                wanted[i] += np.vdot(moved, weight @ losses[there])
+                paid[i] += np.vdot(moved, moved @ squares[there])
+        shares = np.where(paid > 0, wanted / np.where(paid > 0, paid, 1), 0).clip(0, 1)
+        return _solve(squares[0] + squares[1], losses[0] + losses[1]), [TAKEN * s for s in shares]
 
 
 def _solve(square: Floats, lost: Floats) -> Floats:
@@ -149,11 +151,14 @@ def propagate(
             with _Inputs(model, here, pairs, shared, number % 2, 2 * len(rows)):
                 out = half_with(inner, False, both)
             whole.append(_rows(out, 2 * len(rows), range(len(rows))))
-        for module, file in here.items():
-            pair = pairs.get(shared.get(module))
-            factor = None if pair is None else pair.guess(matrix(file))
-            if factor is not None:
-                move(file, factor)
+        for leader in list(pairs):
+            files = [file for module, file in here.items() if shared.get(module) == leader]
+            found = pairs.pop(leader).guess([partial(matrix, file) for file in files])
+            if found is None:
+                continue
+            for file, share in zip(files, found[1], strict=True):
+                if share > 0:
+                    move(file, share * found[0])
         lossy = [
             half_with(
                 inner,
