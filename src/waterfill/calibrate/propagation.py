@@ -25,12 +25,13 @@ from waterfill.calibrate.loader import Loader, own_name
 from waterfill.calibrate.passes import model_inputs
 from waterfill.calibrate.stream import block_names, build_skeleton, install_doors
 from waterfill.calibrate.watch import Watch
+from waterfill.coding.rounding import factor, solve
 from waterfill.sources.base import Source
 from waterfill.types import Floats, WaterfillError
 
 __all__ = ["propagate"]
 
-CHUNK = 4096  # tokens of either half that are in a block at a time
+CHUNK = 512  # tokens of either half that are in a block at a time, or a window
 RIDGE = 0.01  # of the mean diagonal
 TAKEN = 0.7  # of what would be right if nothing flowed on past a block (docs/sensitivity.md)
 KEPT_NBYTES = 128 << 20  # of hidden states between blocks, or a share of the model if that is more
@@ -45,15 +46,27 @@ class _Reached(Exception):
 
 
 class _TwoLoaders(Loader):
-    """Reads the original's weights, or the compressed model's."""
+    """Reads the original's weights, or the compressed model's; those read last stay for a while."""
 
-    def __init__(self, model: Any, original: Source, compressed: Source) -> None:
+    def __init__(self, model: Any, original: Source, compressed: Source, watch: Watch) -> None:
         super().__init__(model, original)
         self.compressed = Loader(model, compressed)
+        self.watch = watch
         self.of_compressed = False
+        self._held: tuple[bool, set[str], dict[str, torch.Tensor]] = (False, set(), {})
 
     def load(self, names: set[str]) -> dict[str, torch.Tensor]:
-        return self.compressed.load(names) if self.of_compressed else super().load(names)
+        """As of the side in use; a block's weights stay until those of another are asked for."""
+        if self._held[:2] != (self.of_compressed, names):
+            self.drop()
+            found = self.compressed.load(names) if self.of_compressed else super().load(names)
+            self._held = self.of_compressed, set(names), found
+        return dict(self._held[2])
+
+    def drop(self) -> None:
+        """Hold no weights."""
+        self._held = False, set(), {}
+        self.watch.sweep()
 
 
 @dataclass
@@ -65,9 +78,12 @@ class _Pair:
 
     def add(self, half: int, both: torch.Tensor) -> None:
         x, z = both.flatten(0, -2).float().chunk(2)
-        for sums, product in ((self.square, z.T @ z), (self.lost, (x - z).T @ z)):
+        for sums, other in ((self.square, z), (self.lost, x - z)):
             known = sums[half]
-            sums[half] = product if known is None else known.add_(product)
+            if known is None:
+                sums[half] = other.T @ z
+            else:
+                known.addmm_(other.T, z)
 
     def guess(self, matrices: list[Callable[[], Floats]]) -> tuple[Floats, list[float]] | None:
         """P, float32 (n, n), and the share of it that pays at the outputs of each matrix (m, n)."""
@@ -88,10 +104,9 @@ class _Pair:
 
 def _solve(square: Floats, lost: Floats) -> Floats:
     """P = lost (square + ridge)^-1."""
-    ridged = square.copy()
-    ridged.flat[:: len(square) + 1] += RIDGE * float(np.trace(square)) / len(square) or 1.0
-    solved: Floats = np.linalg.solve(ridged, lost.T).T
-    return solved
+    solved = lost.T.copy()
+    solve(factor(square, RIDGE), solved)
+    return solved.T
 
 
 def propagate(
@@ -120,8 +135,9 @@ def propagate(
     ids = _that_fit(model, ids, len(blocks))
     if len(ids) < 2:
         return
-    loader = _TwoLoaders(model, source, compressed)
-    install_doors(loader, Watch(), lambda: False, lambda _: None)
+    watch = Watch()
+    loader = _TwoLoaders(model, source, compressed, watch)
+    install_doors(loader, watch, lambda: False, lambda _: None)
     places = _places(loader, movable)
     count, window = len(ids), ids.shape[1]
     size = max(1, min(CHUNK // window, (count + 1) // 2))  # two chunks at least
@@ -151,6 +167,7 @@ def propagate(
             with _Inputs(model, here, pairs, shared, number % 2, 2 * len(rows)):
                 out = half_with(inner, False, both)
             whole.append(_rows(out, 2 * len(rows), range(len(rows))))
+        loader.drop()
         for leader in list(pairs):
             files = [file for module, file in here.items() if shared.get(module) == leader]
             found = pairs.pop(leader).guess([partial(matrix, file) for file in files])
