@@ -5,8 +5,8 @@ original weights, the other with the compressed ones. In front of a block, where
 and the compressed model z, the best linear guess of what is missing is ``x - z = P z``. A matrix W
 that is aimed at ``W + W P`` instead of W makes up for it, as far as a linear map can: quantisation
 error propagation (Arai & Ichikawa 2025, arXiv 2504.09629). How much of P holds on other text is
-measured: each half of the text is the judge of what the other half says. Of that a part is taken, as
-what is missing flows on past the block, and later blocks make up for it too.
+seen from how far both halves of the text agree. Of that a part is taken, as what is missing flows on
+past the block, and later blocks make up for it too.
 """
 
 from __future__ import annotations
@@ -71,42 +71,41 @@ class _TwoLoaders(Loader):
 
 @dataclass
 class _Pair:
-    """Sums over tokens at one place: of z z^T and of (x - z) z^T, by half of the text."""
+    """Sums over tokens at one place: of z z^T, and of z (x - z)^T by half of the text."""
 
-    square: list[torch.Tensor | None] = field(default_factory=lambda: [None, None])
+    square: torch.Tensor | None = None
     lost: list[torch.Tensor | None] = field(default_factory=lambda: [None, None])
 
     def add(self, half: int, both: torch.Tensor) -> None:
         x, z = both.flatten(0, -2).float().chunk(2)
-        for sums, other in ((self.square, z), (self.lost, x - z)):
-            known = sums[half]
-            if known is None:
-                sums[half] = other.T @ z
-            else:
-                known.addmm_(other.T, z)
+        self.square = _plus(self.square, z, z)
+        self.lost[half] = _plus(self.lost[half], z, x - z)
 
     def guess(self, matrices: list[Callable[[], Floats]]) -> tuple[Floats, list[float]] | None:
-        """P, float32 (n, n), and the share of it that pays at the outputs of each matrix (m, n)."""
-        if any(s is None for s in (*self.square, *self.lost)):
+        """P, float32 (n, n), and the share of it that pays at the outputs of each matrix (m, n).
+
+        What one half of the text says is right as far as the other half says the same: with a and
+        b the moves, weighted, that is ``2 a b / (a a + b b)``. The sums are used up.
+        """
+        if self.square is None or any(part is None for part in self.lost):
             return None
-        squares, losses = [s.numpy() for s in self.square], [s.numpy() for s in self.lost]  # type: ignore[union-attr]
-        wanted, paid = np.zeros(len(matrices)), np.zeros(len(matrices))
-        for here, there in ((0, 1), (1, 0)):
-            solved = _solve(squares[here], losses[here])
-            for i, matrix in enumerate(matrices):
-                weight = matrix()
-                moved = weight @ solved
-                wanted[i] += np.vdot(moved, weight @ losses[there])
-                paid[i] += np.vdot(moved, moved @ squares[there])
-        shares = np.where(paid > 0, wanted / np.where(paid > 0, paid, 1), 0).clip(0, 1)
-        return _solve(squares[0] + squares[1], losses[0] + losses[1]), [TAKEN * s for s in shares]
+        lost = [part.numpy() for part in self.lost if part is not None]
+        lower = factor(self.square.numpy(), RIDGE)
+        self.square = None
+        for part in lost:
+            solve(lower, part)  # now the half's P^T, but for a factor that both have
+        shares = []
+        for matrix in matrices:
+            weight = matrix()
+            a, b = (weight @ part.T @ lower for part in lost)
+            both = float(np.vdot(a, a) + np.vdot(b, b))
+            shares.append(TAKEN * max(2 * float(np.vdot(a, b)) / both, 0.0) if both > 0 else 0.0)
+        lost[0] += lost[1]
+        return lost[0].T, shares
 
 
-def _solve(square: Floats, lost: Floats) -> Floats:
-    """P = lost (square + ridge)^-1."""
-    solved = lost.T.copy()
-    solve(factor(square, RIDGE), solved)
-    return solved.T
+def _plus(known: torch.Tensor | None, z: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return z.T @ other if known is None else known.addmm_(z.T, other)
 
 
 def propagate(
