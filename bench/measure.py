@@ -48,7 +48,8 @@ def digest_of_code() -> str:
         *(ROOT / "src/waterfill" / f for f in ("codecs", "coding", "pipeline", "plan")),
     ]
     # What runs after the statistics; those have a digest of their own.
-    digest.update((ROOT / "src/waterfill/calibrate/propagation.py").read_bytes())
+    for name in ("batches", "missing", "propagation"):
+        digest.update((ROOT / f"src/waterfill/calibrate/{name}.py").read_bytes())
     for path in sorted(p for folder in folders for p in folder.iterdir() if p.is_file()):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

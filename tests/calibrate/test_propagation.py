@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from tests import tiny  # noqa: E402
-from waterfill.calibrate import propagation  # noqa: E402
+from waterfill.calibrate import missing, propagation  # noqa: E402
 from waterfill.calibrate.logits import streamed_logits  # noqa: E402
 from waterfill.calibrate.text import read_windows  # noqa: E402
 from waterfill.sources import open_source  # noqa: E402
@@ -103,20 +103,20 @@ def test_what_is_missing_is_found() -> None:
     """x = z + P z + noise, of which P is found and most of it trusted."""
     generator = torch.Generator().manual_seed(0)
     guess = 0.1 * torch.randn(12, 12, generator=generator)
-    pair = propagation._Pair()
+    pair = missing.Pair()
     for half in (0, 1):
         z = torch.randn(1, 4000, 12, generator=generator)
         x = z + z @ guess.T + 0.1 * torch.randn(1, 4000, 12, generator=generator)
         pair.add(half, torch.cat([x, z]))
     found = pair.guess([lambda: np.eye(12, dtype=np.float32)])
-    assert found is not None and found[1][0] == pytest.approx(propagation.TAKEN, abs=0.02)
+    assert found is not None and found[1][0] == pytest.approx(missing.TAKEN, abs=0.02)
     assert np.allclose(found[0], guess.numpy(), atol=0.02)
-    assert propagation._Pair().guess([]) is None
+    assert missing.Pair().guess([]) is None
 
 
 def test_noise_is_not_believed() -> None:
     generator = torch.Generator().manual_seed(1)
-    pair = propagation._Pair()
+    pair = missing.Pair()
     for half in (0, 1):
         z = torch.randn(1, 40, 30, generator=generator)
         x = z + torch.randn(1, 40, 30, generator=generator)

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import waterfill
 from tests import tiny
 from tests.pipeline import small
-from waterfill.calibrate import calibrate, propagation
+from waterfill.calibrate import calibrate, missing
 from waterfill.container import FILE_NAME, Reader
 from waterfill.pipeline import propagating
 from waterfill.sources import open_source
@@ -61,7 +61,7 @@ def test_a_worse_file_is_thrown_away(
 ) -> None:
     made(model, tmp_path / "once", bits=4, propagate=False)
     monkeypatch.setattr(
-        propagation._Pair,
+        missing.Pair,
         "guess",
         lambda self, ms: (-0.9 * np.eye(ms[0]().shape[1], dtype=np.float32), [1.0] * len(ms)),
     )

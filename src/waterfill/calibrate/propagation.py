@@ -11,8 +11,9 @@ past the block, and later blocks make up for it too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,19 +22,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from waterfill.calibrate.batches import joined, rows_of, spread
 from waterfill.calibrate.loader import Loader, own_name
+from waterfill.calibrate.missing import Pair
 from waterfill.calibrate.passes import model_inputs
 from waterfill.calibrate.stream import block_names, build_skeleton, install_doors
 from waterfill.calibrate.watch import Watch
-from waterfill.coding.rounding import factor, solve
 from waterfill.sources.base import Source
 from waterfill.types import Floats, WaterfillError
 
 __all__ = ["propagate"]
 
 CHUNK = 512  # tokens of either half that are in a block at a time, or a window
-RIDGE = 0.01  # of the mean diagonal
-TAKEN = 0.7  # of what would be right if nothing flowed on past a block (docs/sensitivity.md)
 KEPT_NBYTES = 128 << 20  # of hidden states between blocks, or a share of the model if that is more
 KEPT_SHARE = 0.05
 
@@ -69,45 +69,6 @@ class _TwoLoaders(Loader):
         self.watch.sweep()
 
 
-@dataclass
-class _Pair:
-    """Sums over tokens at one place: of z z^T, and of z (x - z)^T by half of the text."""
-
-    square: torch.Tensor | None = None
-    lost: list[torch.Tensor | None] = field(default_factory=lambda: [None, None])
-
-    def add(self, half: int, both: torch.Tensor) -> None:
-        x, z = both.flatten(0, -2).float().chunk(2)
-        self.square = _plus(self.square, z, z)
-        self.lost[half] = _plus(self.lost[half], z, x - z)
-
-    def guess(self, matrices: list[Callable[[], Floats]]) -> tuple[Floats, list[float]] | None:
-        """P, float32 (n, n), and the share of it that pays at the outputs of each matrix (m, n).
-
-        What one half of the text says is right as far as the other half says the same: with a and
-        b the moves, weighted, that is ``2 a b / (a a + b b)``. The sums are used up.
-        """
-        if self.square is None or any(part is None for part in self.lost):
-            return None
-        lost = [part.numpy() for part in self.lost if part is not None]
-        lower = factor(self.square.numpy(), RIDGE)
-        self.square = None
-        for part in lost:
-            solve(lower, part)  # now the half's P^T, but for a factor that both have
-        shares = []
-        for matrix in matrices:
-            weight = matrix()
-            a, b = (weight @ part.T @ lower for part in lost)
-            both = float(np.vdot(a, a) + np.vdot(b, b))
-            shares.append(TAKEN * max(2 * float(np.vdot(a, b)) / both, 0.0) if both > 0 else 0.0)
-        lost[0] += lost[1]
-        return lost[0].T, shares
-
-
-def _plus(known: torch.Tensor | None, z: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return z.T @ other if known is None else known.addmm_(z.T, other)
-
-
 def propagate(
     source: Source,
     compressed: Source,
@@ -137,59 +98,8 @@ def propagate(
     watch = Watch()
     loader = _TwoLoaders(model, source, compressed, watch)
     install_doors(loader, watch, lambda: False, lambda _: None)
-    places = _places(loader, movable)
-    count, window = len(ids), ids.shape[1]
-    size = max(1, min(CHUNK // window, (count + 1) // 2))  # two chunks at least
-    starts = range(0, count, size)
-
-    def half_with(inner: Any, of_compressed: bool, parts: tuple[Any, Any]) -> Any:
-        loader.of_compressed = of_compressed
-        args, kwargs = parts
-        return inner(*args, **kwargs)
-
-    def leaf(inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """A module outside all blocks."""
-        halves = [
-            half_with(inner, second, _rows((args, kwargs), 2 * count, range(count * second, count * (second + 1))))
-            for second in (False, True)
-        ]  # fmt: skip
-        return _joined([_spread(half, count) for half in halves])
-
-    def block(name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        here = {m: files for m, files in places.items() if m.startswith(name + ".")}
-        pairs: dict[Any, _Pair] = {}
-        shared: dict[str, Any] = {}
-        whole = []
-        for number, start in enumerate(starts):
-            rows = [*range(start, min(start + size, count))]
-            both = _rows((args, kwargs), 2 * count, rows + [count + r for r in rows])
-            with _Inputs(model, here, pairs, shared, number % 2, 2 * len(rows)):
-                out = half_with(inner, False, both)
-            whole.append(_rows(out, 2 * len(rows), range(len(rows))))
-        loader.drop()
-        for leader in list(pairs):
-            files = [file for module, file in here.items() if shared.get(module) == leader]
-            found = pairs.pop(leader).guess([partial(matrix, file) for file in files])
-            if found is None:
-                continue
-            for file, share in zip(files, found[1], strict=True):
-                if share > 0:
-                    move(file, share * found[0])
-        lossy = [
-            half_with(
-                inner,
-                True,
-                _rows((args, kwargs), 2 * count, range(count + s, count + min(s + size, count))),
-            )
-            for s in starts
-        ]
-        progress(blocks.index(name) + 1, len(blocks))
-        out = _joined([*whole, *lossy])
-        if name == blocks[-1]:
-            raise _Reached
-        return out
-
-    _wrap(loader, blocks, leaf, block)
+    walk = _Walk(loader, blocks, _places(loader, movable), ids.shape, matrix, move, progress)
+    _wrap(loader, blocks, walk.leaf, walk.block)
     try:
         with torch.no_grad():
             model(**model_inputs(model, np.concatenate([ids, ids])))
@@ -199,6 +109,64 @@ def propagate(
         raise WaterfillError(
             f"{type(model).__name__} cannot be run block by block: {error}"
         ) from error
+
+
+@dataclass
+class _Walk:
+    """What stands in for the forward of blocks, and of modules outside of them."""
+
+    loader: _TwoLoaders
+    blocks: list[str]
+    places: dict[str, str]
+    shape: tuple[int, ...]  # windows of either half of the batch, tokens in each
+    matrix: Matrix
+    move: Move
+    progress: Callable[[int, int], None]
+
+    def leaf(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """A module outside all blocks."""
+        count = self.shape[0]
+        halves = [
+            self._run(inner, second, (args, kwargs), range(count * second, count * (second + 1)))
+            for second in (False, True)
+        ]
+        return joined([spread(half, count) for half in halves])
+
+    def block(self, name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """A block: as it was, to see what goes in; then as it is aimed anew."""
+        count, window = self.shape
+        size = max(1, min(CHUNK // window, (count + 1) // 2))  # two chunks at least
+        chunks = [range(at, min(at + size, count)) for at in range(0, count, size)]
+        inputs = _Inputs(self.loader.model, [m for m in self.places if m.startswith(name + ".")])
+        whole = []
+        for number, rows in enumerate(chunks):
+            both = [*rows, *(count + row for row in rows)]
+            with inputs.seen_in(number % 2, len(both)):
+                out = self._run(inner, False, (args, kwargs), both)
+            whole.append(rows_of(out, len(both), range(len(rows))))
+        self.loader.drop()
+        for modules, pair in inputs.pairs():
+            self._aim([self.places[module] for module in modules], pair)
+        lossy = [
+            self._run(inner, True, (args, kwargs), range(count + rows.start, count + rows.stop))
+            for rows in chunks
+        ]
+        self.progress(self.blocks.index(name) + 1, len(self.blocks))
+        if name == self.blocks[-1]:
+            raise _Reached
+        return joined([*whole, *lossy])
+
+    def _run(self, inner: Any, of_compressed: bool, given: tuple[Any, Any], rows: Any) -> Any:
+        self.loader.of_compressed = of_compressed
+        args, kwargs = rows_of(given, 2 * self.shape[0], rows)
+        return inner(*args, **kwargs)
+
+    def _aim(self, files: list[str], pair: Pair) -> None:
+        found = pair.guess([partial(self.matrix, file) for file in files])
+        if found is not None:
+            for file, share in zip(files, found[1], strict=True):
+                if share > 0:
+                    self.move(file, share * found[0])
 
 
 def _that_fit(model: Any, ids: NDArray[np.int64], blocks: int) -> NDArray[np.int64]:
@@ -228,42 +196,44 @@ def _places(loader: Loader, movable: set[str]) -> dict[str, str]:
 
 
 class _Inputs:
-    """While active, adds what goes into some modules to their pairs; once for those that share it."""
+    """Pairs of what goes into some modules of a block; one for all that get the same."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        modules: dict[str, str],
-        pairs: dict[Any, _Pair],
-        shared: dict[str, Any],
-        half: int,
-        rows: int,
-    ) -> None:
-        self.model, self.modules, self.pairs, self.shared = model, modules, pairs, shared
-        self.half, self.rows = half, rows
-        self.seen: dict[int, tuple[torch.Tensor, str]] = {}
+    def __init__(self, model: nn.Module, modules: list[str]) -> None:
+        self.modules = {name: model.get_submodule(name) for name in modules}
+        self._pairs: dict[str, Pair] = {}
+        self._leaders: dict[str, str] = {}
 
-    def __enter__(self) -> None:
-        self.handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(self._hook(name))
-            for name in self.modules
-        ]
+    @contextmanager
+    def seen_in(self, half: int, rows: int) -> Iterator[None]:
+        """Add to this half of the text what is seen meanwhile, in batches of so many rows."""
+        seen: dict[int, tuple[torch.Tensor, str]] = {}  # held, so that no other gets its number
 
-    def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = args[0].detach()
-            if rows.ndim < 3 or rows.shape[0] != self.rows:
+        def look(name: str, args: tuple[Any, ...]) -> None:
+            both = args[0].detach()
+            if both.ndim < 3 or both.shape[0] != rows:
                 return  # not the two halves: what an expert gets
-            first = self.seen.setdefault(id(args[0]), (args[0], name))[1]
-            leader = self.shared.setdefault(name, first)
+            first = seen.setdefault(id(args[0]), (args[0], name))[1]
+            leader = self._leaders.setdefault(name, first)
             if first == name:
-                self.pairs.setdefault(leader, _Pair()).add(self.half, rows)
+                self._pairs.setdefault(leader, Pair()).add(half, both)
 
-        return hook
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, name=name: look(name, args))
+            for name, module in self.modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def pairs(self) -> Iterator[tuple[list[str], Pair]]:
+        """Modules that share their inputs, and their pair, which is given away."""
+        for leader in list(self._pairs):
+            yield (
+                [m for m, first in self._leaders.items() if first == leader],
+                self._pairs.pop(leader),
+            )
 
 
 def _wrap(loader: Loader, blocks: list[str], leaf: Any, block: Any) -> None:
@@ -274,31 +244,3 @@ def _wrap(loader: Loader, blocks: list[str], leaf: Any, block: Any) -> None:
             module.forward = lambda *a, _n=name, _i=inner, **k: block(_n, _i, *a, **k)
         elif not name.startswith(inside) and loader.slots(module, deep=False):
             module.forward = lambda *a, _i=inner, **k: leaf(_i, *a, **k)
-
-
-def _rows(value: Any, count: int, rows: Any) -> Any:
-    """Some rows of every tensor that has `count` of them, all else as it is."""
-    if isinstance(value, torch.Tensor):
-        return value[list(rows)] if value.ndim > 1 and value.shape[0] == count else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_rows(v, count, rows) for v in value)
-    if isinstance(value, dict):
-        return {key: _rows(v, count, rows) for key, v in value.items()}
-    return value
-
-
-def _spread(value: Any, count: int) -> Any:
-    """What is the same for all rows (as positions are), once for each."""
-    if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[0] == 1:
-        return value.expand(count, *value.shape[1:])
-    return value
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Outputs of parts of a batch as one."""
-    first = parts[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat(parts)
-    if isinstance(first, (tuple, list)):
-        return type(first)(_joined(list(each)) for each in zip(*parts, strict=True))
-    return first

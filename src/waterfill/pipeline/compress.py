@@ -148,15 +148,17 @@ def _measure(
     warnings = warnings_of(priced.statistics)
     if all(make_codec(one.point.spec).lossy is False for one in coded.values()):
         return {}, warnings
+    whole: dict[str, float] = {}
     try:
+        file = folder / FILE_NAME
+        whole = remeasure(priced.source, priced.statistics, file, encoder.progress)
         if propagate:
-            return propagate_losses(encoder, coded, budget, folder), warnings
-        return remeasure(
-            priced.source, priced.statistics, folder / FILE_NAME, encoder.progress
-        ), warnings
+            whole = propagate_losses(encoder, coded, budget, folder, whole)
     except WaterfillError as error:
-        # The file is whole and its predictions stand; that they went unchecked is said.
-        return {}, [*warnings, f"the compressed model was not measured: {error}"]
+        # The file is whole and its predictions stand; what went undone is said.
+        undone = "not encoded a second time" if whole else "not measured"
+        warnings = [*warnings, f"the compressed model was {undone}: {error}"]
+    return whole, warnings
 
 
 def _finish(

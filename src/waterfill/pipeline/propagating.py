@@ -30,7 +30,11 @@ class _SoFar(Decoded):
 
 
 def propagate_losses(
-    encoder: Encoder, coded: Mapping[str, Coded], budget: int, folder: Path
+    encoder: Encoder,
+    coded: Mapping[str, Coded],
+    budget: int,
+    folder: Path,
+    before: dict[str, float],
 ) -> dict[str, float]:
     """Aim each matrix at what is missing in front of it, and replace the file if it got better.
 
@@ -40,14 +44,19 @@ def propagate_losses(
     coded : what was chosen for it
     budget : bytes of the file
     folder : of the artifact in the making
+    before : what `remeasure` says of the file in it
 
     Returns
     -------
     dict
         What `remeasure` says of the file that stays.
+
+    Raises
+    ------
+    WaterfillError
+        Where the model cannot be walked; the file is as it was.
     """
     priced, file = encoder.priced, folder / FILE_NAME
-    before = remeasure(priced.source, priced.statistics, file, encoder.progress)
     texts = priced.statistics.rest
     movable = _movable(priced.statistics, coded)
     if not before or texts is None or not movable:
