@@ -66,8 +66,8 @@ def walk(source: Any, changed: Changed, ids: np.ndarray) -> dict[str, np.ndarray
     def oriented(name: str, values: np.ndarray) -> np.ndarray:
         return values.T if conv1d(source, name) else values
 
-    def move(name: str, factor: np.ndarray) -> None:
-        moves[name] = factor
+    def move(name: str, guess: np.ndarray, share: float) -> None:
+        factor = moves[name] = share * guess
         original = changed.matrix(name)
         noise = to_float32(changed.read(name), source.tensors[name][0]) - original
         moved = oriented(name, oriented(name, original) @ factor)
@@ -80,6 +80,7 @@ def walk(source: Any, changed: Changed, ids: np.ndarray) -> dict[str, np.ndarray
         matrices,
         lambda n: oriented(n, changed.matrix(n)),
         move,
+        lambda _: None,
         lambda *_: None,
     )
     return moves

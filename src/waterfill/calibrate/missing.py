@@ -48,7 +48,8 @@ class Pair:
             a, b = (weight @ part.T @ lower for part in lost)
             both = float(np.vdot(a, a) + np.vdot(b, b))
             shares.append(TAKEN * max(2 * float(np.vdot(a, b)) / both, 0.0) if both > 0 else 0.0)
-        lost[0] += lost[1]
+        self.lost = []
+        lost[0] += lost.pop()
         return lost[0].T, shares
 
 

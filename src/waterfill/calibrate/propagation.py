@@ -36,9 +36,11 @@ __all__ = ["propagate"]
 CHUNK = 512  # tokens of either half that are in a block at a time, or a window
 KEPT_NBYTES = 128 << 20  # of hidden states between blocks, or a share of the model if that is more
 KEPT_SHARE = 0.05
+SUMS_NBYTES, SUMS_SHARE = 100 << 20, 0.05  # the same of sums over tokens
 
 Matrix = Callable[[str], Floats]
-Move = Callable[[str, Floats], None]
+Move = Callable[[str, Floats, float], None]
+Settle = Callable[[str], None]
 
 
 class _Reached(Exception):
@@ -76,6 +78,7 @@ def propagate(
     movable: set[str],
     matrix: Matrix,
     move: Move,
+    settle: Settle,
     progress: Callable[[int, int], None],
 ) -> None:
     """Walk the blocks; aim their matrices anew.
@@ -83,11 +86,12 @@ def propagate(
     Parameters
     ----------
     source : the original
-    compressed : the model as it is so far; read again after each `move`
+    compressed : the model as it is so far; read again after each `settle`
     ids : int64 (windows, window)
     movable : tensors whose aim may be moved
     matrix : tensor -> its matrix (m, n) in the original
-    move : told (tensor, P) that a matrix should rather become ``W + W P``; to change `compressed`
+    move : told (tensor, P, s) that a matrix W should rather become ``W + s W P``
+    settle : told of a tensor when it can be encoded anew; to change `compressed`
     progress : told (done, total), in blocks
     """
     model = build_skeleton(source)
@@ -98,7 +102,9 @@ def propagate(
     watch = Watch()
     loader = _TwoLoaders(model, source, compressed, watch)
     install_doors(loader, watch, lambda: False, lambda _: None)
-    walk = _Walk(loader, blocks, _places(loader, movable), ids.shape, matrix, move, progress)
+    walk = _Walk(
+        loader, blocks, _places(loader, movable), ids.shape, matrix, move, settle, progress
+    )
     _wrap(loader, blocks, walk.leaf, walk.block)
     try:
         with torch.no_grad():
@@ -121,6 +127,7 @@ class _Walk:
     shape: tuple[int, ...]  # windows of either half of the batch, tokens in each
     matrix: Matrix
     move: Move
+    settle: Settle
     progress: Callable[[int, int], None]
 
     def leaf(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,16 +144,20 @@ class _Walk:
         count, window = self.shape
         size = max(1, min(CHUNK // window, (count + 1) // 2))  # two chunks at least
         chunks = [range(at, min(at + size, count)) for at in range(0, count, size)]
-        inputs = _Inputs(self.loader.model, [m for m in self.places if m.startswith(name + ".")])
-        whole = []
-        for number, rows in enumerate(chunks):
-            both = [*rows, *(count + row for row in rows)]
-            with inputs.seen_in(number % 2, len(both)):
-                out = self._run(inner, False, (args, kwargs), both)
-            whole.append(rows_of(out, len(both), range(len(rows))))
-        self.loader.drop()
-        for modules, pair in inputs.pairs():
-            self._aim([self.places[module] for module in modules], pair)
+        whole: list[Any] = []
+        for modules in self._turns(name):
+            inputs = _Inputs(self.loader.model, modules)
+            whole.clear()
+            for number, rows in enumerate(chunks):
+                both = [*rows, *(count + row for row in rows)]
+                with inputs.seen_in(number % 2, len(both)):
+                    out = self._run(inner, False, (args, kwargs), both)
+                whole.append(rows_of(out, len(both), range(len(rows))))
+                del out
+            self.loader.drop()
+            for sharing, pair in inputs.pairs():
+                for file in self._aim([self.places[module] for module in sharing], pair):
+                    self.settle(file)
         lossy = [
             self._run(inner, True, (args, kwargs), range(count + rows.start, count + rows.stop))
             for rows in chunks
@@ -156,24 +167,46 @@ class _Walk:
             raise _Reached
         return joined([*whole, *lossy])
 
+    def _turns(self, block: str) -> list[list[str]]:
+        """A block's modules, so many at a time that the sums of their inputs are not too large."""
+        turns: list[list[str]] = [[]]
+        room = left = max(SUMS_NBYTES, int(SUMS_SHARE * _nbytes(self.loader.model)))
+        for name in self.places:
+            if name.startswith(block + "."):
+                module: Any = self.loader.model.get_submodule(name)
+                taken = 3 * 4 * getattr(module, "in_features", module.weight.shape[0]) ** 2
+                if left < taken and turns[-1]:
+                    turns.append([])
+                    left = room
+                turns[-1].append(name)
+                left -= taken
+        return turns
+
     def _run(self, inner: Any, of_compressed: bool, given: tuple[Any, Any], rows: Any) -> Any:
         self.loader.of_compressed = of_compressed
         args, kwargs = rows_of(given, 2 * self.shape[0], rows)
         return inner(*args, **kwargs)
 
-    def _aim(self, files: list[str], pair: Pair) -> None:
+    def _aim(self, files: list[str], pair: Pair) -> list[str]:
+        """Move matrices that share their inputs; those that were."""
         found = pair.guess([partial(self.matrix, file) for file in files])
-        if found is not None:
-            for file, share in zip(files, found[1], strict=True):
-                if share > 0:
-                    self.move(file, share * found[0])
+        if found is None:
+            return []
+        moved = [(file, share) for file, share in zip(files, found[1], strict=True) if share > 0]
+        for file, share in moved:
+            self.move(file, found[0], share)
+        return [file for file, _ in moved]
+
+
+def _nbytes(model: Any) -> int:
+    """Of a model's weights as float32."""
+    return int(4 * sum(p.numel() for p in model.parameters()))
 
 
 def _that_fit(model: Any, ids: NDArray[np.int64], blocks: int) -> NDArray[np.int64]:
     """Windows whose hidden states may be kept, of both halves, before and after a block."""
     hidden = getattr(model.config.get_text_config(), "hidden_size", 0) or 1024
-    model_nbytes = 4 * sum(p.numel() for p in model.parameters())
-    tokens = int(max(KEPT_NBYTES, KEPT_SHARE * model_nbytes) / (4 * 4 * hidden))
+    tokens = int(max(KEPT_NBYTES, KEPT_SHARE * _nbytes(model)) / (4 * 4 * hidden))
     count = min(len(ids), tokens // ids.shape[1]) if blocks else 0
     if 2 * count == ids.shape[1]:
         count -= 1  # else rows of the batch could not be told from positions

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from waterfill.calibrate import Statistics
+from waterfill.coding.native import return_freed_memory
 from waterfill.container import FILE_NAME, Reader
 from waterfill.pipeline.encoding import Encoder
 from waterfill.pipeline.remeasuring import Decoded, remeasure
@@ -64,20 +65,24 @@ def propagate_losses(
     from waterfill.calibrate.propagation import propagate
 
     infos = priced.infos
+    return_freed_memory()
 
     def matrix(name: str) -> Floats:
         return infos[name].matrix(priced.source.read(name))
 
-    def move(name: str, factor: Floats) -> None:
-        original = matrix(name)
-        encoder.aim(name, infos[name].unmatrix(original + original @ factor))
+    def move(name: str, factor: Floats, share: float) -> None:
+        moved = matrix(name)
+        moved += share * (moved @ factor)
+        encoder.aim(name, infos[name].unmatrix(moved))
+
+    def settle(name: str) -> None:
         encoder.one(name, coded[name].point)
         so_far.moved.add(name)
 
     with Reader(file) as reader:
         so_far = _SoFar(reader, encoder, coded)
         step = lambda done, total: encoder.progress("propagating", done, total)  # noqa: E731
-        propagate(priced.source, so_far, texts, movable, matrix, move, step)
+        propagate(priced.source, so_far, texts, movable, matrix, move, settle, step)
     if not so_far.moved:
         return before
     again = refill(priced.curves, coded, budget, encoder.one, encoder.nbytes)
