@@ -108,7 +108,7 @@ def test_what_is_missing_is_found() -> None:
     for half in (0, 1):
         z = torch.randn(1, 4000, 12, generator=generator)
         x = z + z @ guess.T + 0.1 * torch.randn(1, 4000, 12, generator=generator)
-        pair.add(half, torch.cat([x, z]))
+        pair.add(half, x, z)
     found = pair.guess([lambda: np.eye(12, dtype=np.float32)])
     assert found is not None and found[1][0] == pytest.approx(missing.TAKEN, abs=0.02)
     assert np.allclose(found[0], guess.numpy(), atol=0.02)
@@ -121,7 +121,7 @@ def test_noise_is_not_believed() -> None:
     for half in (0, 1):
         z = torch.randn(1, 40, 30, generator=generator)
         x = z + torch.randn(1, 40, 30, generator=generator)
-        pair.add(half, torch.cat([x, z]))
+        pair.add(half, x, z)
     found = pair.guess([lambda: np.eye(30, dtype=np.float32)])
     assert found is not None and np.abs(found[0]).max() * found[1][0] < 0.1
 

@@ -24,8 +24,8 @@ class Pair:
     square: torch.Tensor | None = None
     lost: list[torch.Tensor | None] = field(default_factory=lambda: [None, None])
 
-    def add(self, half: int, both: torch.Tensor) -> None:
-        x, z = both.flatten(0, -2).float().chunk(2)
+    def add(self, half: int, x: torch.Tensor, z: torch.Tensor) -> None:
+        x, z = x.flatten(0, -2).float(), z.flatten(0, -2).float()
         self.square = _plus(self.square, z, z)
         self.lost[half] = _plus(self.lost[half], z, x - z)
 

@@ -149,11 +149,10 @@ class _Walk:
             inputs = _Inputs(self.loader.model, modules)
             whole.clear()
             for number, rows in enumerate(chunks):
-                both = [*rows, *(count + row for row in rows)]
-                with inputs.seen_in(number % 2, len(both)):
-                    out = self._run(inner, False, (args, kwargs), both)
-                whole.append(rows_of(out, len(both), range(len(rows))))
-                del out
+                beside = range(count + rows.start, count + rows.stop)
+                with inputs.seen_in(number % 2, len(rows)):
+                    whole.append(self._run(inner, False, (args, kwargs), rows))
+                    self._run(inner, False, (args, kwargs), beside)
             self.loader.drop()
             for sharing, pair in inputs.pairs():
                 for file in self._aim([self.places[module] for module in sharing], pair):
@@ -238,17 +237,19 @@ class _Inputs:
 
     @contextmanager
     def seen_in(self, half: int, rows: int) -> Iterator[None]:
-        """Add to this half of the text what is seen meanwhile, in batches of so many rows."""
+        """Add to this half of the text what is seen meanwhile: so many rows of x, then those of z."""
         seen: dict[int, tuple[torch.Tensor, str]] = {}  # held, so that no other gets its number
+        waiting: dict[str, torch.Tensor] = {}
 
         def look(name: str, args: tuple[Any, ...]) -> None:
-            both = args[0].detach()
-            if both.ndim < 3 or both.shape[0] != rows:
-                return  # not the two halves: what an expert gets
+            if args[0].ndim < 3 or args[0].shape[0] != rows:
+                return  # what an expert gets: not the same tokens in both models
             first = seen.setdefault(id(args[0]), (args[0], name))[1]
             leader = self._leaders.setdefault(name, first)
-            if first == name:
-                self._pairs.setdefault(leader, Pair()).add(half, both)
+            if first == name and name in waiting:
+                self._pairs.setdefault(leader, Pair()).add(half, waiting.pop(name), args[0])
+            elif first == name:
+                waiting[name] = args[0]
 
         handles = [
             module.register_forward_pre_hook(lambda _, args, name=name: look(name, args))
