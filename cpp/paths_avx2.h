@@ -17,13 +17,7 @@ inline __m256i take(__m256i& x, const uint32_t* tables, __m256i level, __m256i g
     const uint64_t* entries = reinterpret_cast<const uint64_t*>(tables);
     const __m256 even = pairs(entries, at), odd = pairs(entries, at + 2);
     const __m256i primary = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0x88)), alias = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0xDD));
-    const __m256i place = _mm256_slli_epi32(x, 32 - kCellBits);
-    const __m256i second = _mm256_cmpeq_epi32(_mm256_max_epu32(place, primary), place);
-    const __m256i entry = _mm256_blendv_epi8(primary, alias, second);
-    const __m256i bias = _mm256_and_si256(_mm256_srai_epi32(alias, kBiasShift), second);
-    const __m256i offset = _mm256_add_epi32(_mm256_and_si256(x, _mm256_set1_epi32(kCellSlots - 1)), bias);
-    const __m256i frequency = _mm256_and_si256(entry, _mm256_set1_epi32(kFrequencyMask));
-    x = _mm256_add_epi32(_mm256_mullo_epi32(frequency, _mm256_srli_epi32(x, kScaleBits)), offset);
+    const __m256i entry = advance<kCellBits>(x, primary, alias);
     return _mm256_and_si256(_mm256_srli_epi32(entry, kSymbolShift), _mm256_set1_epi32(kSymbols - 1));
 }
 

@@ -1,12 +1,6 @@
 // Included by paths_kernel.cpp, inside its namespace, where AVX-512 (F, BW, DQ, VL, VBMI, VBMI2) is on.
 
-// Sixteen lanes take the words they need from the stream, in lane order.
-inline __m512i refill(__m512i x, __mmask16 lanes, const uint8_t*& at) {
-    const __mmask16 low = _mm512_mask_cmplt_epu32_mask(lanes, x, _mm512_set1_epi32(kLower));
-    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-    at += 2 * size_t(__builtin_popcount(low));
-    return _mm512_or_si512(_mm512_mask_slli_epi32(x, low, x, 16), _mm512_maskz_expand_epi32(low, words));
-}
+#include "rans_avx512_lanes.h"
 
 // Two entries for each of eight lanes: 0 1, 4 5, 8 9 and 12 13 of `at`. Loads one by one: the
 // gathering instruction is slower, by far on some machines.
@@ -25,12 +19,7 @@ inline __m512i take(__m512i& x, const uint32_t* tables, __m512i level, __m512i g
     const uint64_t* entries = reinterpret_cast<const uint64_t*>(tables);
     const __m512 even = pairs(entries, at), odd = pairs(entries, at + 2);
     const __m512i primary = _mm512_castps_si512(_mm512_shuffle_ps(even, odd, 0x88)), alias = _mm512_castps_si512(_mm512_shuffle_ps(even, odd, 0xDD));
-    const __mmask16 second = _mm512_cmpge_epu32_mask(_mm512_slli_epi32(x, 32 - kCellBits), primary);
-    const __m512i entry = _mm512_mask_mov_epi32(primary, second, alias);
-    const __m512i offset = _mm512_add_epi32(_mm512_and_si512(x, _mm512_set1_epi32(kCellSlots - 1)), _mm512_maskz_srai_epi32(second, alias, kBiasShift));
-    const __m512i frequency = _mm512_and_si512(entry, _mm512_set1_epi32(kFrequencyMask));
-    x = _mm512_add_epi32(_mm512_mullo_epi32(frequency, _mm512_srli_epi32(x, kScaleBits)), offset);
-    return entry;
+    return advance<kCellBits>(x, primary, alias);
 }
 
 inline void store16(float* out, __m512i bits) { _mm512_storeu_si512(out, bits); }

@@ -1,6 +1,5 @@
 // Decoding of trellis paths to weights, their encoding, and what their encoder has to count;
 // compiled once per instruction set. See paths.h, and docs/format/paths.md for the bytes.
-#include <cmath>
 #include <cstring>
 
 #if defined(WATERFILL_ISA_avx2) || defined(WATERFILL_ISA_avx512)

@@ -28,12 +28,12 @@ inline __m256i refill(__m256i x, __m256i low, const uint8_t*& at) {
 }
 
 // From the two candidate entries to the next state; returns the chosen entry.
-inline __m256i advance(__m256i& x, __m256i primary, __m256i alias) {
-    const __m256i place = _mm256_slli_epi32(x, 32 - kBucketBits);
+template <unsigned kBits = kBucketBits> inline __m256i advance(__m256i& x, __m256i primary, __m256i alias) {
+    const __m256i place = _mm256_slli_epi32(x, 32 - kBits);
     const __m256i second = _mm256_cmpeq_epi32(_mm256_max_epu32(place, primary), place);
     const __m256i entry = _mm256_blendv_epi8(primary, alias, second);
     const __m256i bias = _mm256_and_si256(_mm256_srai_epi32(alias, kBiasShift), second);
-    const __m256i offset = _mm256_add_epi32(_mm256_and_si256(x, _mm256_set1_epi32(kBucketSlots - 1)), bias);
+    const __m256i offset = _mm256_add_epi32(_mm256_and_si256(x, _mm256_set1_epi32((1 << kBits) - 1)), bias);
     const __m256i frequency = _mm256_and_si256(entry, _mm256_set1_epi32(kFrequencyMask));
     x = _mm256_add_epi32(_mm256_mullo_epi32(frequency, _mm256_srli_epi32(x, kScaleBits)), offset);
     return entry;

@@ -6,20 +6,12 @@
 #include <string>
 #include <vector>
 
+#include "fuzz.h"
 #include "paths_stream.h"
 
 using namespace waterfill;
 
 namespace {
-
-uint64_t seed = 0x9E3779B97F4A7C15u;
-
-uint64_t random(uint64_t below) {
-    seed ^= seed << 13;
-    seed ^= seed >> 7;
-    seed ^= seed << 17;
-    return seed % below;
-}
 
 // Both escapes always have a frequency, as the encoder needs them; there is no zero on grid 1.
 std::vector<uint16_t> random_table(size_t contexts) {
@@ -36,16 +28,6 @@ std::vector<uint16_t> random_table(size_t contexts) {
         row[1 + random(paths::kSymbols - 1)] += uint16_t(left);
     }
     return table;
-}
-
-void damage(std::string& stream) {
-    switch (random(5)) {
-        case 0: stream.resize(random(stream.size() + 1)); break;
-        case 1: stream.append(1 + random(9), char(random(256))); break;
-        case 2: for (size_t i = 0; i < stream.size() && i < 24; ++i) if (!random(3)) stream[i] = char(random(256)); break;
-        case 3: for (char& c : stream) c = char(random(256)); break;
-        default: if (!stream.empty()) stream[random(stream.size())] ^= char(1 << random(8));
-    }
 }
 
 // Buffers of exactly the size in use, so that one byte too far is seen.
@@ -103,9 +85,7 @@ float value_of(int32_t k, bool escaped, int32_t grid, float step, float scale) {
 
 int main(int argc, char** argv) {
     const unsigned rounds = argc > 1 ? unsigned(std::atoi(argv[1])) : 1000;
-    std::vector<Isa> isas;
-    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
-        if (machine_has(isa)) isas.push_back(isa);
+    const std::vector<Isa> isas = available();
     unsigned refused = 0, passed = 0;
     for (unsigned round = 0; round < rounds; ++round) {
         Problem p;

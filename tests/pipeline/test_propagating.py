@@ -18,6 +18,7 @@ from waterfill.calibrate import calibrate, missing
 from waterfill.container import FILE_NAME, Reader
 from waterfill.pipeline import propagating
 from waterfill.sources import open_source
+from waterfill.types import WaterfillError
 
 
 @pytest.fixture(scope="module")
@@ -75,4 +76,21 @@ def test_fine_tensors_are_left_alone(model: tuple[Path, Path], tmp_path: Path) -
     made(model, tmp_path / "fine", bits=12)
     assert propagating.MOST_BITS < 12
     weights = [(tmp_path / name / FILE_NAME).read_bytes() for name in ("once", "fine")]
+    assert weights[0] == weights[1]
+
+
+def test_a_second_file_that_cannot_be_measured_leaves_no_trace(
+    model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(model, tmp_path / "once", bits=4, propagate=False)
+
+    def fail(*_: Any) -> dict[str, float]:
+        raise WaterfillError("no")
+
+    monkeypatch.setattr(propagating, "remeasure", fail)
+    record = made(model, tmp_path / "kept", bits=4)
+    assert any("not encoded a second time" in warning for warning in record.about["warnings"])
+    assert record.predicted["kl_nats_calibration"] > 0
+    assert [p.name for p in (tmp_path / "kept").glob("*.second")] == []
+    weights = [(tmp_path / name / FILE_NAME).read_bytes() for name in ("once", "kept")]
     assert weights[0] == weights[1]

@@ -24,6 +24,7 @@ from torch import nn
 
 from waterfill.calibrate.batches import joined, rows_of, spread
 from waterfill.calibrate.loader import Loader, own_name
+from waterfill.calibrate.memory import share_of, tokens_that_fit
 from waterfill.calibrate.missing import Pair
 from waterfill.calibrate.passes import model_inputs
 from waterfill.calibrate.stream import block_names, build_skeleton, install_doors
@@ -35,8 +36,7 @@ __all__ = ["propagate"]
 
 CHUNK = 512  # tokens of either half that are in a block at a time, or a window
 KEPT_NBYTES = 128 << 20  # of hidden states between blocks, or a share of the model if that is more
-KEPT_SHARE = 0.05
-SUMS_NBYTES, SUMS_SHARE = 100 << 20, 0.05  # the same of sums over tokens
+SUMS_NBYTES = 100 << 20  # the same of sums over tokens
 
 Matrix = Callable[[str], Floats]
 Move = Callable[[str, Floats, float], None]
@@ -169,7 +169,7 @@ class _Walk:
     def _turns(self, block: str) -> list[list[str]]:
         """A block's modules, so many at a time that the sums of their inputs are not too large."""
         turns: list[list[str]] = [[]]
-        room = left = max(SUMS_NBYTES, int(SUMS_SHARE * _nbytes(self.loader.model)))
+        room = left = share_of(self.loader.model, SUMS_NBYTES)
         for name in self.places:
             if name.startswith(block + "."):
                 module: Any = self.loader.model.get_submodule(name)
@@ -197,16 +197,9 @@ class _Walk:
         return [file for file, _ in moved]
 
 
-def _nbytes(model: Any) -> int:
-    """Of a model's weights as float32."""
-    return int(4 * sum(p.numel() for p in model.parameters()))
-
-
 def _that_fit(model: Any, ids: NDArray[np.int64], blocks: int) -> NDArray[np.int64]:
     """Windows whose hidden states may be kept, of both halves, before and after a block."""
-    hidden = getattr(model.config.get_text_config(), "hidden_size", 0) or 1024
-    tokens = int(max(KEPT_NBYTES, KEPT_SHARE * _nbytes(model)) / (4 * 4 * hidden))
-    count = min(len(ids), tokens // ids.shape[1]) if blocks else 0
+    count = min(len(ids), tokens_that_fit(model, KEPT_NBYTES, 4) // ids.shape[1]) if blocks else 0
     if 2 * count == ids.shape[1]:
         count -= 1  # else rows of the batch could not be told from positions
     return ids[:count]

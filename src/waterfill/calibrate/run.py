@@ -14,7 +14,7 @@ from waterfill.calibrate.assemble import Evidence
 from waterfill.calibrate.differences import Trial, scale_of
 from waterfill.calibrate.finish import Rescale, finish, save
 from waterfill.calibrate.loader import Loader, load_all
-from waterfill.calibrate.memory import remedy_for_memory
+from waterfill.calibrate.memory import remedy_for_memory, tokens_that_fit
 from waterfill.calibrate.names import place
 from waterfill.calibrate.passes import NoGradient, Passes
 from waterfill.calibrate.statistics import SAMPLE, Statistics
@@ -40,7 +40,6 @@ BATCH_LOGITS = 1 << 27
 # What the backward pass keeps between blocks, in bytes: this, or a share of the model if that is
 # more. Smaller batches read the weights more often; that is cheap beside the products they make.
 KEPT_NBYTES = 64 << 20
-KEPT_SHARE = 0.05
 
 SAMPLE_TOKENS = 4096  # kept with the statistics, for a finished file to be measured on
 SAMPLE_SHARE = 8  # or one token in so many, if that is less
@@ -119,7 +118,11 @@ def calibrate(
     loader = Loader(model, source)
     notes = list(windows.notes)
     gradients = method == "fisher"
-    room = min(BATCH_TOKENS, BATCH_LOGITS // (vocabulary or 1), _tokens_kept(model))
+    room = min(
+        BATCH_TOKENS,
+        BATCH_LOGITS // (vocabulary or 1),
+        tokens_that_fit(model, KEPT_NBYTES, max(len(block_names(model)), 1)),
+    )
     per_batch = max(1, room // size)
     batches = np.array_split(windows.ids, -(-len(windows.ids) // per_batch))
     try:
@@ -149,14 +152,6 @@ def _kept(ids: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
     count = max(1, most // ids.shape[1])
     chosen = np.linspace(0, len(ids) - 1, count).astype(np.int64)
     return {"ids": np.ascontiguousarray(ids[chosen]), "rest": np.delete(ids, chosen, axis=0)}
-
-
-def _tokens_kept(model: Any) -> int:
-    """Tokens whose hidden states between all blocks fit what may be kept."""
-    hidden = getattr(model.config.get_text_config(), "hidden_size", 0) or 1024
-    model_nbytes = 4 * sum(p.numel() for p in model.parameters())
-    kept = max(KEPT_NBYTES, KEPT_SHARE * model_nbytes)
-    return int(kept / (4 * hidden * max(len(block_names(model)), 1)))
 
 
 def _run(

@@ -1,8 +1,8 @@
 """Models of a trellis path's indices: a Gaussian seen through the cells of two grids.
 
 A symbol is 0 for k = 0, 1 to 13 for a cell of ``2**shift`` sizes of k, or an escape: sixteen of them,
-so that a decoder finds the models of both grids in registers. Signs, and places within a cell, are
-bits of their own.
+so that a level's tables, of both grids, are 256 bytes. Signs, and places within a cell, are bits of
+their own.
 
 Weights that were scaled by a row and a column factor are Gaussian to within a hundredth of a bit
 (docs/flagship.md), so a model is one number, the level of its scale, and needs no table in the

@@ -1,8 +1,8 @@
 """Trellis (dependent) quantisation down the rows of a column, and the walk that undoes it.
 
-Two reconstruction grids, ``2k`` and ``2k - sign k`` steps, and a four-state machine driven by the
-parity of k that says which of them comes next (Schwarz et al. 2019, as in VVC). One state is plain
-rounding to ``k`` steps.
+Two reconstruction grids, ``2k`` and ``2k - sign k`` steps, and a machine of 4 to 256 states driven by
+the parity of k that says which of them comes next (as in VVC, Schwarz et al. 2019, but that zero is on
+one grid only). One state is plain rounding to ``k`` steps.
 """
 
 from __future__ import annotations

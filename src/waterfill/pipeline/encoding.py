@@ -59,7 +59,7 @@ class Encoder:
         self.priced, self.pieces, self.progress = priced, pieces, progress
         self.provenance = about(priced)
         self._described: dict[str, dict[str, Any]] = {}
-        self._aims: dict[str, tuple[Path, str]] = {}
+        self._aims: dict[str, Path] = {}
         self._done = 0
 
     def one(self, name: str, point: Point) -> int:
@@ -69,7 +69,7 @@ class Encoder:
         if entry is None:
             info = self.priced.infos[name]
             weighting = self.priced.statistics.weighting(name)
-            aim = np.load(self._aims[name][0]) if name in self._aims else None
+            aim = np.load(self._aims[name]) if name in self._aims else None
             bits = read(self.priced.source, info)
             encoded, nats = encode_tensor(bits, info, weighting, point, aim)
             note = {"why": self.priced.why[name]} | ({"nats": float(f"{nats:.4g}")} if nats else {})
@@ -84,18 +84,15 @@ class Encoder:
 
     def aim(self, name: str, bits: Array) -> None:
         """From now on encode other bits in place of a tensor's own."""
-        path = self.pieces.folder / f"aim-{list(self.priced.infos).index(name)}.npy"
-        np.save(path, bits)
-        self._aims[name] = path, hashlib.sha256(bits.tobytes()).hexdigest()
+        digest = hashlib.sha256(bits.tobytes()).hexdigest()
+        self._aims[name] = self.pieces.folder / f"aim-{digest}.npy"
+        np.save(self._aims[name], bits)
 
     def decoded(self, name: str, point: Point) -> Array:
         """Bits of a tensor as it was encoded last at this point."""
-        entry, parts = self._described[f"{self._key(name)} {point.spec}"], {}
-        payload = b"".join(self.pieces.payload(self._key(name), point))
-        for part, (length, _) in entry["parts"].items():
-            parts[part], payload = payload[:length], payload[length:]
-        extra = entry.get("extra", {})
-        return make_codec(point.spec).decode(parts, extra, self.priced.infos[name])
+        entry = self._described[f"{self._key(name)} {point.spec}"]
+        parts = dict(zip(entry["parts"], self.pieces.payload(self._key(name), point), strict=True))
+        return make_codec(point.spec).decode(parts, entry.get("extra", {}), self.priced.infos[name])
 
     def nbytes(self, coded: Mapping[str, Coded]) -> int:
         """Of the file that these tensors make."""
@@ -118,7 +115,7 @@ class Encoder:
         ]
 
     def _key(self, name: str) -> str:
-        return f"{name} {self._aims[name][1]}" if name in self._aims else name
+        return f"{name} {self._aims[name].stem}" if name in self._aims else name
 
 
 def encode(

@@ -87,22 +87,25 @@ def propagate_losses(
         return before
     again = refill(priced.curves, coded, budget, encoder.one, encoder.nbytes)
     second = folder / f"{FILE_NAME}.second"
-    if encoder.write(second, again) <= budget:
-        after = remeasure(priced.source, priced.statistics, second, encoder.progress)
-        if after["kl_nats_calibration"] < before["kl_nats_calibration"]:
-            second.replace(file)
-            return after
-    second.unlink()
+    try:
+        if encoder.write(second, again) <= budget:
+            after = remeasure(priced.source, priced.statistics, second, encoder.progress)
+            if after["kl_nats_calibration"] < before["kl_nats_calibration"]:
+                second.replace(file)
+                return after
+    finally:
+        second.unlink(missing_ok=True)  # an artifact holds one weights file, whatever happens
     return before
 
 
 def _movable(statistics: Statistics, coded: Mapping[str, Coded]) -> set[str]:
+    repeated = {info.group for info in statistics.infos.values()}
     return {
         name
         for name, one in coded.items()
         if (info := statistics.infos[name]).index is None
         and statistics.is_weighted(name)
-        and not any(other.group == name for other in statistics.infos.values())
+        and name not in repeated
         and make_codec(one.point.spec).lossy
         and 8 * one.nbytes < MOST_BITS * info.size
     }
