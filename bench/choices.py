@@ -16,7 +16,8 @@ from waterfill import evaluate
 from waterfill.calibrate import Statistics
 from waterfill.codecs.trellis import Trellis
 from waterfill.pipeline import show
-from waterfill.types import Array, TensorInfo, Weighting, parse_spec
+from waterfill.registry import parse_spec
+from waterfill.types import Array, TensorInfo, Weighting
 
 PROTOCOL = (
     "english-7m (and the demo, not with --quick): the steps of the planner's choice at 3 and at 2 bits, all scaled by "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from waterfill.types import codec_ids, find_codec
+from waterfill.registry import codec_ids, find_codec
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sorted((ROOT / "src").rglob("*.py"))

@@ -14,22 +14,15 @@ import numpy as np
 import pytest
 
 import waterfill
-from waterfill import types
+from waterfill import registry
 from waterfill.coding import gaussian
 from waterfill.coding.scales import encode_grid
 from waterfill.coding.sections import join, split
 from waterfill.coding.trellis import CODES
 from waterfill.container import Reader, describe, write
+from waterfill.registry import codec_ids, find_codec, parse_spec
 from waterfill.testing import check_codec
-from waterfill.types import (
-    Encoded,
-    TensorInfo,
-    Weighting,
-    codec_ids,
-    find_codec,
-    from_float32,
-    parse_spec,
-)
+from waterfill.types import Encoded, TensorInfo, Weighting, from_float32
 
 DOCS = Path(__file__).parents[1] / "docs"
 FORMAT = DOCS / "format"
@@ -189,7 +182,7 @@ def own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     (info / "entry_points.txt").write_text("[waterfill.codecs]\n" + line.replace('"', "") + "\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
-    types._REGISTRY.pop("sign", None)
+    registry._REGISTRY.pop("sign", None)
     for name in [n for n in sys.modules if n.startswith("your_package")]:
         del sys.modules[name]
 

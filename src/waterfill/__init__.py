@@ -16,25 +16,25 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from waterfill.pipeline import compare as compare
     from waterfill.pipeline import compress as compress
+    from waterfill.registry import Codec as Codec
+    from waterfill.registry import codec as codec
     from waterfill.runtime.arrays import load as load
     from waterfill.runtime.plain import decompress as decompress
     from waterfill.runtime.torch_model import load_model as load_model
     from waterfill.types import BudgetError as BudgetError
-    from waterfill.types import Codec as Codec
     from waterfill.types import FormatError as FormatError
     from waterfill.types import Record as Record
     from waterfill.types import WaterfillError as WaterfillError
-    from waterfill.types import codec as codec
 
 # Public name -> the module that has it, imported at first use: `import waterfill` must stay quick
 # and must not load torch.
 _HOMES = {
     "BudgetError": "types",
-    "Codec": "types",
+    "Codec": "registry",
     "FormatError": "types",
     "Record": "types",
     "WaterfillError": "types",
-    "codec": "types",
+    "codec": "registry",
     "compare": "pipeline",
     "compress": "pipeline",
     "decompress": "runtime.plain",

@@ -331,7 +331,7 @@ def report(args: argparse.Namespace) -> Any:
 
 def codecs(args: argparse.Namespace) -> Any:
     """List the codecs and their options."""
-    from waterfill.types import codec_ids, find_codec
+    from waterfill.registry import codec_ids, find_codec
 
     result = []
     for name in codec_ids():

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from waterfill.container import describe, payload_nbytes
+from waterfill.registry import Codec, make_codec, parse_spec
 from waterfill.types import (
     DTYPES,
     FLOAT_DTYPES,
     Array,
-    Codec,
     Encoded,
     FormatError,
     Spec,
@@ -24,8 +24,6 @@ from waterfill.types import (
     WaterfillError,
     Weighting,
     from_float32,
-    make_codec,
-    parse_spec,
 )
 
 __all__ = ["check_codec", "check_corruption", "check_round_trip", "check_spec", "samples"]

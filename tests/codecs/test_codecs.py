@@ -10,20 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from waterfill.registry import Codec, codec_ids, find_codec, make_codec, parse_spec
 from waterfill.testing import check_codec, check_round_trip, samples
-from waterfill.types import (
-    DTYPES,
-    Codec,
-    FormatError,
-    Spec,
-    SpecError,
-    TensorInfo,
-    Weighting,
-    codec_ids,
-    find_codec,
-    make_codec,
-    parse_spec,
-)
+from waterfill.types import DTYPES, FormatError, Spec, SpecError, TensorInfo, Weighting
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "codecs"
 SETTINGS = (

@@ -17,6 +17,7 @@ import numpy as np
 from waterfill import load
 from waterfill.coding.entropy import encode_ints
 from waterfill.container import describe, write
+from waterfill.registry import parse_spec
 from waterfill.types import (
     DTYPES,
     FLOAT_DTYPES,
@@ -26,7 +27,6 @@ from waterfill.types import (
     TensorInfo,
     Weighting,
     from_float32,
-    parse_spec,
 )
 
 FOLDER = Path(__file__).parent / "artifact"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from waterfill.types import TensorInfo, Weighting, from_float32, parse_spec
+from waterfill.registry import parse_spec
+from waterfill.types import TensorInfo, Weighting, from_float32
 
 
 def main(texts: list[str]) -> None:

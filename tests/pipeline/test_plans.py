@@ -16,7 +16,8 @@ pytest.importorskip("transformers")
 import waterfill
 from tests.pipeline import small
 from waterfill.pipeline import plan_json, price_statistics, show
-from waterfill.types import BudgetError, WaterfillError, parse_spec
+from waterfill.registry import parse_spec
+from waterfill.types import BudgetError, WaterfillError
 
 RULES: dict[str, Any] = {"keep": ["*q_proj*"], "codec": {"*mlp*": "integer"}}
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waterfill.plan.hull import at_level, curves, point_near, point_on, smallest, solve_level, tail
-from waterfill.types import Point, Spec, find_codec
+from waterfill.registry import find_codec
+from waterfill.types import Point, Spec
 
 VERSION = find_codec("trellis").version
 

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from waterfill.plan.price import Rules
-from waterfill.types import Codec, SpecError, TensorInfo, find_codec, parse_spec
+from waterfill.registry import Codec, find_codec, parse_spec
+from waterfill.types import SpecError, TensorInfo
 
 MATRIX = TensorInfo("a.weight", (64, 64), "BF16")
 

@@ -11,16 +11,15 @@ import numpy as np
 from waterfill.coding.entropy import decode_ints, encode_ints
 from waterfill.coding.packing import pack, unpack
 from waterfill.coding.rounding import factor, finite, successive
+from waterfill.registry import Codec, codec
 from waterfill.types import (
     FLOAT_DTYPES,
     Array,
-    Codec,
     Floats,
     FormatError,
     SpecError,
     TensorInfo,
     Weighting,
-    codec,
 )
 
 SHRINKS = np.linspace(

@@ -9,7 +9,8 @@ import numpy as np
 
 from waterfill.coding.entropy import decode_bytes, encode_bytes
 from waterfill.coding.sections import join, split
-from waterfill.types import DTYPES, FLOAT_DTYPES, Array, Codec, TensorInfo, Weighting, codec
+from waterfill.registry import Codec, codec
+from waterfill.types import DTYPES, FLOAT_DTYPES, Array, TensorInfo, Weighting
 
 
 @codec("lossless", version=1)

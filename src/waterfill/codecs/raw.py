@@ -7,7 +7,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from waterfill.types import DTYPES, Array, Codec, FormatError, TensorInfo, Weighting, codec
+from waterfill.registry import Codec, codec
+from waterfill.types import DTYPES, Array, FormatError, TensorInfo, Weighting
 
 
 @codec("raw", version=1)

@@ -14,18 +14,17 @@ from waterfill.coding.prior import aim
 from waterfill.coding.rounding import factor, finite, mean_square
 from waterfill.coding.scales import LIMIT, decode_grid, encode_grid, from_grid, to_grid
 from waterfill.coding.sections import join, split
+from waterfill.registry import Codec, codec
 from waterfill.types import (
     DTYPES,
     FLOAT_DTYPES,
     Array,
-    Codec,
     Floats,
     FormatError,
     SpecError,
     TensorInfo,
     WaterfillError,
     Weighting,
-    codec,
 )
 
 ROW_GRID = 2  # row scales to the octave

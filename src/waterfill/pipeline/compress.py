@@ -36,10 +36,11 @@ from waterfill.pipeline.remeasuring import remeasure
 from waterfill.plan.budget import budget_nbytes
 from waterfill.plan.fill import Coded
 from waterfill.plan.price import Rules
+from waterfill.registry import make_codec
 from waterfill.runtime import artifact
 from waterfill.runtime.pieces import Pieces
 from waterfill.sources import open_source
-from waterfill.types import Record, SpecError, WaterfillError, make_codec
+from waterfill.types import Record, SpecError, WaterfillError
 
 
 def compress(

@@ -12,6 +12,7 @@ import numpy as np
 from waterfill.container import FILE_NAME, describe, file_nbytes, payload_nbytes, write
 from waterfill.pipeline.planning import Priced, Progress, about, overhead_nbytes, plan, quiet, read
 from waterfill.plan.fill import Coded, fill, keep_to
+from waterfill.registry import make_codec
 from waterfill.runtime.pieces import Pieces
 from waterfill.types import (
     Array,
@@ -22,7 +23,6 @@ from waterfill.types import (
     TensorInfo,
     WaterfillError,
     Weighting,
-    make_codec,
 )
 
 ATTEMPTS = 8

@@ -17,18 +17,9 @@ from waterfill.calibrate import Statistics
 from waterfill.container import file_nbytes, payload_nbytes
 from waterfill.plan.hull import Curves, at_level, cheapest, curves, point_on, smallest, solve_level
 from waterfill.plan.price import Rules, contenders, price
+from waterfill.registry import Codec, make_codec
 from waterfill.sources import Source, open_source
-from waterfill.types import (
-    Array,
-    BudgetError,
-    Codec,
-    Plan,
-    Point,
-    Spec,
-    TensorInfo,
-    WaterfillError,
-    make_codec,
-)
+from waterfill.types import Array, BudgetError, Plan, Point, Spec, TensorInfo, WaterfillError
 
 Progress = Callable[[str, int, int], None]
 

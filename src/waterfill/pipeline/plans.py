@@ -12,16 +12,9 @@ from waterfill.pipeline.compare import record_of
 from waterfill.pipeline.planning import Priced, plan
 from waterfill.plan.budget import budget_nbytes
 from waterfill.plan.price import Rules, takes
+from waterfill.registry import make_codec, parse_spec
 from waterfill.sources.folder import read_json
-from waterfill.types import (
-    FormatError,
-    Plan,
-    Point,
-    SpecError,
-    WaterfillError,
-    make_codec,
-    parse_spec,
-)
+from waterfill.types import FormatError, Plan, Point, SpecError, WaterfillError
 
 VERSION = 1
 

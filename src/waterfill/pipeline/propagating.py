@@ -11,7 +11,8 @@ from waterfill.container import FILE_NAME, Reader
 from waterfill.pipeline.encoding import Encoder
 from waterfill.pipeline.remeasuring import Decoded, remeasure
 from waterfill.plan.fill import Coded, refill
-from waterfill.types import Array, Floats, make_codec
+from waterfill.registry import make_codec
+from waterfill.types import Array, Floats
 
 MOST_BITS = 6.0  # of a tensor: finer ones lose too little for others to make up for
 

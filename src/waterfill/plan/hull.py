@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from waterfill.types import Point, make_codec
+from waterfill.registry import make_codec
+from waterfill.types import Point
 
 F64 = NDArray[np.float64]
 FLOOR_NATS = 1e-18

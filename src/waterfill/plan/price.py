@@ -13,20 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from waterfill.types import (
-    Array,
-    Codec,
-    Encoded,
-    Point,
-    SpecError,
-    TensorInfo,
-    Weighting,
-    codec_ids,
-    find_codec,
-    make_codec,
-    parse_spec,
-    read_spec,
-)
+from waterfill.registry import Codec, codec_ids, find_codec, make_codec, parse_spec, read_spec
+from waterfill.types import Array, Encoded, Point, SpecError, TensorInfo, Weighting
 
 SAMPLE_WEIGHTS = 1 << 18  # enough for rate and harm to within a few per mille
 SAMPLE_ROWS = 128  # at least, so that side information of columns does not swamp the estimate

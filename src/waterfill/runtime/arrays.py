@@ -8,15 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from waterfill.container import Reader
-from waterfill.types import (
-    DTYPES,
-    Array,
-    FormatError,
-    SpecError,
-    TensorInfo,
-    make_codec,
-    to_float32,
-)
+from waterfill.registry import make_codec
+from waterfill.types import DTYPES, Array, FormatError, SpecError, TensorInfo, to_float32
 
 
 def decode(reader: Reader, name: str) -> Array:

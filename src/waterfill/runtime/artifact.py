@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from waterfill.container import FILE_NAME, Reader
-from waterfill.types import WaterfillError, make_codec
+from waterfill.registry import make_codec
+from waterfill.types import WaterfillError
 
 RECORD_FILE = "waterfill.json"
 # By one of these a folder is known as a model's or its statistics: only such a one is replaced.

@@ -1,0 +1,182 @@
+"""The one contract that every codec signs, and how a codec is found by its id.
+
+Nothing here knows a codec by name: an id is the name of a file in `waterfill.codecs`, or of an entry
+point of another package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+
+from waterfill.types import Array, FormatError, Spec, SpecError, TensorInfo, Weighting
+
+__all__ = [
+    "Codec",
+    "codec",
+    "codec_ids",
+    "find_codec",
+    "make_codec",
+    "parse_spec",
+    "read_spec",
+]
+
+
+class Codec:
+    """The contract. Subclasses are frozen dataclasses made by the `codec` decorator.
+
+    A codec must be deterministic: same input, same bytes, on every machine when decoding.
+    """
+
+    id: ClassVar[str]
+    version: ClassVar[int]
+    oldest: ClassVar[int] = 1  # version that `decode` still reads
+    lossy: ClassVar[bool] = True
+    # Names of what `encode` returns, at most: the planner counts what each costs in the header.
+    parts: ClassVar[tuple[str, ...]] = ("codes",)
+
+    @classmethod
+    def ladder(cls, info: TensorInfo) -> Iterator[Self]:
+        """Operating points of this codec worth pricing for such a tensor, cheapest first."""
+        raise NotImplementedError
+
+    def between(self, other: Self, t: float) -> Self | None:
+        """A codec at fraction t (0..1) of the way to another rung; None if rungs are discrete."""
+        return None
+
+    def encode(
+        self, x: Array, info: TensorInfo, weighting: Weighting
+    ) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """Stored bits (shape and dtype of `info`) -> parts and a little JSON."""
+        raise NotImplementedError
+
+    def decode(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
+    ) -> Array:
+        """Inverse of `encode`: bits of shape `info.shape`; FormatError on bytes that lie."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """For people: the id and the options that differ from their defaults."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        own = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+        return str(Spec(self.id, own, self.version))
+
+    @property
+    def spec(self) -> Spec:
+        """This codec as data, every option included."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return Spec(self.id, {f.name: getattr(self, f.name) for f in fields}, self.version)
+
+
+C = TypeVar("C", bound=Codec)
+_REGISTRY: dict[str, type[Codec]] = {}
+_ID = re.compile(r"^[a-z][a-z0-9_]*$")
+
+
+@dataclass_transform(frozen_default=True)
+def codec(id: str, version: int = 1) -> Callable[[type[C]], type[C]]:
+    """Class decorator, outermost: freezes the class as a dataclass, names and registers it."""
+
+    def register(cls: type[C]) -> type[C]:
+        frozen = dataclass(frozen=True)(cls)
+        if not _ID.match(id):
+            raise SpecError(f"codec id {id!r} must be lower-case letters, digits and _")
+        if id in _REGISTRY and _REGISTRY[id].__module__ != cls.__module__:
+            raise SpecError(f"two codecs claim the id {id!r}")
+        frozen.id, frozen.version = id, version
+        _REGISTRY[id] = frozen
+        return frozen
+
+    return register
+
+
+def codec_ids() -> list[str]:
+    """Ids of every codec that can be found: the gallery, entry points, and those made in this process."""
+    outside = {e.name for e in importlib.metadata.entry_points(group="waterfill.codecs")}
+    return sorted(_gallery() | outside | _REGISTRY.keys())
+
+
+def _gallery() -> set[str]:
+    package = importlib.import_module("waterfill.codecs")
+    return {m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")}
+
+
+def find_codec(id: str) -> type[Codec]:
+    """The codec class of this id, imported at first use; SpecError if there is none."""
+    if id in _REGISTRY:
+        return _REGISTRY[id]
+    known = codec_ids()
+    if id not in known:
+        raise SpecError(f"no codec is called {id!r}; known: {', '.join(known)}")
+    # The gallery first: an installed package cannot change what a built-in id means.
+    if id in _gallery():
+        importlib.import_module(f"waterfill.codecs.{id}")
+    else:
+        next(iter(importlib.metadata.entry_points(group="waterfill.codecs", name=id))).load()
+    if id not in _REGISTRY:
+        raise SpecError(f"the package that offers the codec {id!r} does not register it")
+    return _REGISTRY[id]
+
+
+def make_codec(spec: Spec) -> Codec:
+    """A codec from its specification; SpecError names what does not fit."""
+    cls = find_codec(spec.id)
+    if spec.version < cls.oldest:
+        raise FormatError(
+            f"codec {spec.id} version {spec.version} cannot be read: this waterfill knows "
+            f"versions {cls.oldest} to {cls.version}"
+        )
+    if spec.version > cls.version:
+        raise FormatError(
+            f"codec {spec.id} version {spec.version} is newer than this waterfill knows "
+            f"({cls.version}); upgrade waterfill to read it"
+        )
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key, value in spec.config.items():
+        if key not in known:
+            raise SpecError(
+                f"{spec.id} has no option {key!r}; it has: {', '.join(known) or 'none'}"
+            )
+        want = type(known[key].default)
+        if want is float and isinstance(value, int) and not isinstance(value, bool):
+            continue
+        if type(value) is not want:
+            raise SpecError(f"{spec.id}: {key} must be {want.__name__}, not {value!r}")
+    return cls(**spec.config)
+
+
+def parse_spec(text: str) -> Codec:
+    """``integer:bits=3,group=128,solver=successive`` -> codec. Inverse of ``str(codec.spec)``."""
+    return make_codec(read_spec(text))
+
+
+def read_spec(text: str) -> Spec:
+    """As `parse_spec`, but with only the options that the text names."""
+    name, _, rest = text.strip().partition(":")
+    cls = find_codec(name)
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    config: dict[str, Any] = {}
+    for item in filter(None, (s.strip() for s in rest.split(","))):
+        key, sep, value = item.partition("=")
+        if not sep or key not in known:
+            raise SpecError(f"{text!r}: {item!r} is not an option; {name} has: {', '.join(known)}")
+        config[key] = _read(value, known[key].default, text)
+    return Spec(name, config, cls.version)
+
+
+def _read(value: str, default: Any, text: str) -> Any:
+    if isinstance(default, bool):
+        if value not in ("yes", "no"):
+            raise SpecError(f"{text!r}: say yes or no, not {value!r}")
+        return value == "yes"
+    try:
+        return type(default)(value)
+    except ValueError as error:
+        raise SpecError(f"{text!r}: {value!r} is not {type(default).__name__}") from error
