@@ -15,7 +15,7 @@ import pytest
 
 import waterfill
 from waterfill import registry
-from waterfill.coding import gaussian
+from waterfill.coding import gaussian, huffman
 from waterfill.coding.scales import encode_grid
 from waterfill.coding.sections import join, split
 from waterfill.coding.trellis import CODES
@@ -137,6 +137,23 @@ def test_the_table_of_a_path_is_what_the_machine_does() -> None:
 def test_sections_and_scales() -> None:
     assert hexed("sections", join([b"\xaa\xbb", b"", b"\xcc\xdd\xee"]))
     assert hexed("sections", encode_grid(np.full(4, -1, np.int32)))
+
+
+def test_huffman() -> None:
+    page = (FORMAT / "huffman.md").read_text()
+    listed = re.search(r"^Twelve symbols: ([\d ]+)$", page, re.M)
+    assert listed
+    symbols = np.array(listed[1].split(), np.uint8)
+    stream = huffman.encode(symbols)
+    assert hexed("huffman", stream)
+    assert np.array_equal(huffman.decode(stream, 12), symbols)
+    lengths = huffman.code_lengths(np.bincount(symbols, minlength=256))
+    codes = re.findall(r"^\| (\d+) \| (\d) \| `([01]+)` \|$", page, re.M)
+    assert {int(byte): int(length) for byte, length, _ in codes} == {
+        int(byte): int(lengths[byte]) for byte in np.flatnonzero(lengths)
+    }
+    code = {int(byte): bits for byte, _, bits in codes}
+    assert " ".join(code[int(s)] for s in symbols) + ", then padding" in page
 
 
 def test_container(tmp_path: Path) -> None:

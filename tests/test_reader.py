@@ -19,13 +19,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import waterfill
+from tests.coding.test_huffman import GOLDEN, golden_cases
 from tests.golden.make_artifact import ARTIFACTS, FOLDER, code, digest, save, weights
+from waterfill.coding import huffman
 from waterfill.coding.entropy import decode_ints, encode_ints
 from waterfill.container import Reader, describe, write
 from waterfill.types import FLOAT_DTYPES, Encoded, Spec, TensorInfo, WaterfillError, Weighting
 
 DOCS = Path(__file__).parents[1] / "docs"
 FILES = [DOCS / "reader.py", DOCS / "reader_coding.py", DOCS / "reader_paths.py"]
+HUFFMAN = DOCS / "reader_huffman.py"
 TEXTS = (
     "raw",
     "lossless",
@@ -141,6 +144,32 @@ def test_fresh_integers(reader: ModuleType, rows: int, cols: int, spread: int, s
     assert np.array_equal(coding.integers(encode_ints(whole), rows, cols), whole)
 
 
+@pytest.fixture(scope="module")
+def huffman_reader(reader: ModuleType) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DOCS))
+        return importlib.import_module("reader_huffman")
+
+
+@pytest.mark.parametrize("case", list(golden_cases()), ids=lambda case: case[0])
+def test_golden_huffman_streams(huffman_reader: ModuleType, case: Any) -> None:
+    name, symbols = case
+    data = (GOLDEN / f"{name}.bin").read_bytes()
+    assert np.array_equal(huffman_reader.huffman(data, symbols.size), symbols)
+    for broken in (data[:-1], data + b"\0", b"\1\1" + data[2:]):
+        with pytest.raises(ValueError):
+            huffman_reader.huffman(broken, symbols.size)
+
+
+@given(symbols=st.lists(st.integers(0, 255), max_size=300))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_fresh_huffman_streams(huffman_reader: ModuleType, symbols: list[int]) -> None:
+    whole = np.array([*symbols, 3, 4] if symbols else [], np.uint8)
+    assert np.array_equal(huffman_reader.huffman(huffman.encode(whole), whole.size), whole)
+
+
 def test_any_flipped_bit_is_refused_by_both(reader: ModuleType, tmp_path: Path) -> None:
     data = (FOLDER / "shared.safetensors").read_bytes()
     path = tmp_path / "model.safetensors"
@@ -188,7 +217,7 @@ def test_the_first_slice_keeps_its_index() -> None:
 
 
 def test_reader_is_independent_and_short() -> None:
-    for path in FILES:
+    for path in [*FILES, HUFFMAN]:
         tree = ast.parse(path.read_text())
         imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
