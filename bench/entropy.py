@@ -11,7 +11,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from bench.harness import Row, main, seconds
-from waterfill.coding import entropy, native, rans
+from waterfill.coding import entropy, huffman, native, rans
 from waterfill.coding.models import quantise
 
 PROTOCOL = (
@@ -100,6 +100,26 @@ def one_plane(name: str, plane: Bytes, rounds: int) -> Iterator[Row]:
     yield Row(f"{name}: size against zstandard", len(coded) / len(packed), "ratio")
 
 
+def huffman_plane(name: str, plane: Bytes, rounds: int) -> Iterator[Row]:
+    n = plane.size
+    coded = huffman.encode(plane)
+    packed = zstandard.ZstdCompressor(level=1).compress(plane.tobytes())
+    unpacker = zstandard.ZstdDecompressor()
+    calls: dict[str, Callable[[], object]] = {"zstd": lambda: unpacker.decompress(packed)}
+    for isa in native._core.simd_available() if native._core else []:
+        calls[isa] = forced(isa, lambda: huffman.decode(coded, n, threads=1))
+    calls["encode"] = lambda: huffman.encode(plane, threads=1)
+    took = interleaved(calls, rounds)
+    encoding, zstd = took.pop("encode"), took.pop("zstd")
+    for isa, value in took.items():
+        note = f"{n / value / 1e9:.2f} GB/s, {n / zstd / 1e9:.2f} zstandard"
+        title = f"{name}: Huffman decode, {isa}, against zstandard"
+        yield Row(title, zstd / value, "times", 2.0, ">=", note)
+    yield Row(f"{name}: Huffman encode", n / encoding / 1e9, "GB/s")
+    size = len(coded) / order0_bytes(plane)
+    yield Row(f"{name}: Huffman size against entropy", size, "ratio", 1.05)
+
+
 def classes(rounds: int) -> Iterator[Row]:
     rows, cols = 2048, 2048
     rng = np.random.default_rng(2)
@@ -139,6 +159,8 @@ def run(quick: bool) -> Iterator[Row]:
     n, rounds = 1 << 24, 9 if quick else 31
     yield from one_plane("exponents", exponents(n), rounds)
     yield from one_plane("Gaussian integers", gaussian(n), rounds)
+    yield from huffman_plane("exponents", exponents(n), rounds)
+    yield from huffman_plane("Gaussian integers", gaussian(n), rounds)
     yield from classes(rounds)
     same = all(agree(alphabet, n_classes) for alphabet in (16, 32, 200) for n_classes in (1, 6))
     yield Row("identical over instruction sets and numpy", float(same), "1 = yes", 1.0, ">=")

@@ -117,13 +117,13 @@ def _canonical(lengths: Bytes) -> tuple[Ints, Bytes]:
     """Each byte's code, first bit lowest; and the byte whose code begins each 11 bits."""
     used = np.flatnonzero(lengths)
     used = used[np.argsort(lengths[used], kind="stable")]
+    # Counted from the first bit as the highest, each byte owns a run of the numbers of 11 bits.
     spans = ENTRIES >> lengths[used].astype(np.int64)
-    reverse = np.arange(ENTRIES)
+    number = np.arange(ENTRIES)
     turned = np.zeros(ENTRIES, np.int64)
     for bit in range(LONGEST):
-        turned |= (reverse >> bit & 1) << (LONGEST - 1 - bit)
+        turned |= (number >> bit & 1) << (LONGEST - 1 - bit)
     codes = np.zeros(256, np.int64)
-    # In order of the codes from the top, each byte owns a run of numbers of 11 bits.
     codes[used] = turned[np.cumsum(spans) - spans]
     return codes, np.repeat(used, spans)[turned].astype(np.uint8)
 
