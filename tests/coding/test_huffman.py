@@ -211,9 +211,10 @@ def test_damage_is_refused_or_read_alike(simd: Any) -> None:
     for n in (50, 6000):
         stream = huffman.encode(sample(n, BELL, 120))
         refused = 0
-        for broken in broken_streams(stream):
+        for trial, broken in enumerate(broken_streams(stream)):
             seen = set()
-            for path in PATHS if n < DIVIDED else PATHS[:-1]:
+            # numpy takes its time over the longer streams
+            for path in PATHS if n < DIVIDED or trial % 8 == 0 else PATHS[:-1] or PATHS:
                 simd(path)
                 try:
                     got = huffman.decode(broken, n)
