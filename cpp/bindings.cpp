@@ -11,6 +11,7 @@ void bind_huffman(nb::module_& m);
 void bind_rans(nb::module_& m);
 void bind_paths(nb::module_& m);
 void bind_trellis(nb::module_& m);
+void bind_words(nb::module_& m);
 
 NB_MODULE(_core, m) {
     m.def("simd", [] { return std::string(waterfill::isa_name(waterfill::chosen_isa())); },
@@ -25,4 +26,5 @@ NB_MODULE(_core, m) {
     bind_rans(m);
     bind_paths(m);
     bind_trellis(m);
+    bind_words(m);
 }

@@ -57,11 +57,11 @@ inline std::string encode(const Header& header, const int32_t* index, size_t lan
             if ((codes[i] & (kSymbols - 1)) >= kEscape) found[part].push_back(int64_t(i));
     });
     for (const std::vector<int64_t>& some : found) escaped.insert(escaped.end(), some.begin(), some.end());
-    return rans::encode_blocks(geometry_for(m, n, lanes, segment), 2, threads, [&](const rans::Geometry::Part& part, uint32_t* states, uint16_t* words_end) {
+    return rans::joined(rans::encode_blocks(geometry_for(m, n, lanes, segment), 2, threads, [&](const rans::Geometry::Part& part, uint32_t* states, uint16_t* words_end) {
         const size_t first = part.row * n + part.col;
         return kernels_for(isa).encode_block({&encoder.tables(), &header.model, codes.get() + first, index + first, n, part.row, part.col, part.rows,
                                               part.cols, unsigned(lanes), states, words_end});
-    });
+    }));
 }
 
 // Where weights go, (m, n): exactly one of the two.

@@ -33,6 +33,14 @@ struct DecodeTables {
     bool identity = true;               // lut[i] == i throughout
 };
 
+// Takes the symbols of a one-row block as they come, a few thousand at a time: `count` of them from
+// column `first` of the matrix on.
+struct Sink {
+    void (*take)(void* context, const uint8_t* symbols, size_t first, size_t count);
+    void* context;
+};
+constexpr size_t kTile = 8192;  // symbols handed over at a time; they stay in the nearest cache
+
 struct DecodeBlock {
     const DecodeTables* tables;
     const uint8_t* states;  // n_states little-endian dwords
@@ -45,6 +53,8 @@ struct DecodeBlock {
     size_t cols;
     unsigned lanes;
     const uint8_t* classes;  // of the block's columns; null where all are of class 0
+    const Sink* sink;        // null where symbols go to `out`; else one row of class 0
+    size_t first;            // column of the matrix where the block begins, for the sink
 };
 
 enum class Status { ok, low_state, words_short, words_left, wrong_end };
@@ -58,7 +68,8 @@ struct EncodeSymbol {
 
 struct EncodeTables {
     const EncodeSymbol* symbols;  // [class][256]
-    const uint16_t* slots;        // [class][4096]: base + offset -> slot
+    const uint16_t* slots;        // [class][4096]: base + offset -> slot, and two bytes more
+    bool few;                     // no class has more than 32 symbols
 };
 
 struct EncodeBlock {

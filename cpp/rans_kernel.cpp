@@ -31,6 +31,15 @@ struct Panel {
     }
 };
 
+// The rows of a panel, last row first.
+struct EncodePanel {
+    const uint8_t* in;
+    size_t stride;
+    size_t rows;
+    unsigned width;
+    const uint8_t* classes;  // of its columns, or null
+};
+
 inline unsigned class_of(const Panel& panel, unsigned lane) {
     return panel.classes ? panel.classes[lane] : panel.uniform;
 }
@@ -88,7 +97,21 @@ size_t decode_rows(uint32_t* x, Cursor& cursor, const Panel& panel, const Decode
 #include "rans_avx2.h"
 #else
 #include "rans_avx512.h"
+#include "rans_avx512_encode.h"
 #endif
+
+template <class Rows> Status decode_to_sink(const DecodeBlock& block, BlockReader& reader, Rows rows) {
+    alignas(64) uint8_t tile[kTile];
+    for (size_t col = 0; col < block.cols;) {
+        const size_t left = block.cols - col, lanes = block.lanes;
+        const size_t count = left < lanes ? left : (left < kTile ? left : kTile) / lanes * lanes;
+        const unsigned width = unsigned(count < lanes ? count : lanes);
+        if (!reader.decode(Panel{tile, lanes, count / width, width, nullptr, 0}, rows)) return Status::words_short;
+        block.sink->take(block.sink->context, tile, block.first + col, count);
+        col += count;
+    }
+    return reader.end();
+}
 
 Status decode_block(const DecodeBlock& block) {
     uint8_t tail[4 * kMaxLanes + 64];
@@ -97,6 +120,7 @@ Status decode_block(const DecodeBlock& block) {
     const auto rows = [&](uint32_t* x, Cursor& cursor, const Panel& panel) {
         return decode_rows(x, cursor, panel, *block.tables);
     };
+    if (block.sink) return decode_to_sink(block, reader, rows);
     size_t col = 0;
     if (block.rows == 1 && !block.classes) {
         // One-row panels of one class follow each other as the rows of a matrix do.
@@ -131,30 +155,44 @@ inline void put(uint32_t& x, const EncodeSymbol& s, const uint16_t* slots, uint1
     unknown |= s.frequency == 0;
 }
 
-size_t encode_block(const EncodeBlock& block) {
-    uint32_t x[kMaxLanes];
-    for (uint32_t& state : x) state = kLower;
+void encode_rows(uint32_t* x, uint16_t*& at, const EncodePanel& panel, const EncodeTables& tables, bool& unknown) {
     const EncodeSymbol* symbols[kMaxLanes];
     const uint16_t* slots[kMaxLanes];
+    for (unsigned i = 0; i < panel.width; ++i) {
+        const size_t id = panel.classes ? panel.classes[i] : 0;
+        symbols[i] = tables.symbols + id * 256;
+        slots[i] = tables.slots + id * kTotal;
+    }
+    for (size_t row = panel.rows; row-- > 0;) {
+        const uint8_t* in = panel.in + row * panel.stride;
+        for (unsigned i = panel.width; i-- > 0;) put(x[i], symbols[i][in[i]], slots[i], at, unknown);
+    }
+}
+
+size_t encode_block(const EncodeBlock& block) {
+    alignas(64) uint32_t x[kMaxLanes];
+    for (uint32_t& state : x) state = kLower;
     uint16_t* at = block.words_end;
     bool unknown = false;
-    const size_t panels = (block.cols + block.lanes - 1) / block.lanes;
-    for (size_t panel = panels; panel-- > 0;) {
-        const size_t col = panel * block.lanes;
-        const size_t left = block.cols - col;
-        const unsigned width = left < block.lanes ? unsigned(left) : block.lanes;
-        if (panel + 1 == panels || block.classes)
-            for (unsigned i = 0; i < block.lanes; ++i) {
-                const size_t id = block.classes && i < width ? block.classes[col + i] : 0;
-                symbols[i] = block.tables->symbols + id * 256;
-                slots[i] = block.tables->slots + id * kTotal;
-            }
-        for (size_t row = block.rows; row-- > 0;) {
-            const uint8_t* in = block.in + row * block.stride + col;
-            for (unsigned i = width; i-- > 0;) put(x[i], symbols[i][in[i]], slots[i], at, unknown);
-        }
+    const auto encode = [&](const EncodePanel& panel) {
+#if defined(WATERFILL_ISA_avx512)
+        if (block.tables->few && !panel.classes && encode_in_registers(x, at, panel, *block.tables, unknown)) return;
+#endif
+        encode_rows(x, at, panel, *block.tables, unknown);
+    };
+    const size_t lanes = block.lanes, rest = block.cols % lanes;
+    const auto panel = [&](size_t col, size_t rows, unsigned width) {
+        encode({block.in + col, block.rows == 1 ? lanes : block.stride, rows, width, block.classes ? block.classes + col : nullptr});
+    };
+    size_t col = block.cols - rest;
+    if (rest) panel(col, block.rows, unsigned(rest));
+    if (block.rows == 1 && !block.classes) {
+        // One-row panels of one class follow each other as the rows of a matrix do.
+        if (col) panel(0, col / lanes, unsigned(lanes));
+    } else {
+        while (col) panel(col -= lanes, block.rows, unsigned(lanes));
     }
-    std::memcpy(block.states, x, 4 * size_t(block.lanes));
+    std::memcpy(block.states, x, 4 * lanes);
     return unknown ? SIZE_MAX : size_t(block.words_end - at);
 }
 

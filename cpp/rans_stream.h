@@ -77,6 +77,9 @@ inline void put32(std::string& out, size_t value) {
 
 inline size_t get32(const uint8_t* at) { return at[0] | at[1] << 8 | at[2] << 16 | size_t(at[3]) << 24; }
 
+// Words before the first one, which a kernel may overwrite with anything.
+constexpr size_t kSpare = 32;
+
 // A block is at least this many steps of all lanes, so that states cost little.
 constexpr size_t kBlockSteps = 1 << 14;
 
@@ -105,35 +108,59 @@ struct Symbols {
     const uint8_t* classes;  // of columns, or null
 };
 
-// Cuts, codes and joins: encode_part(part, states, words_end) -> number of words, at most
-// `most_words` for each symbol.
+// A stream in pieces: what goes before the blocks, and the blocks.
+struct Pieces {
+    std::string head;
+    std::vector<std::string> blocks;
+
+    size_t nbytes() const {
+        size_t total = head.size();
+        for (const std::string& block : blocks) total += block.size();
+        return total;
+    }
+
+    // One after the other, each piece freed when it is copied.
+    void move_to(char* out) {
+        const auto move = [&](std::string& piece) {
+            std::memcpy(out, piece.data(), piece.size());
+            out += piece.size();
+            std::string().swap(piece);
+        };
+        move(head);
+        for (std::string& block : blocks) move(block);
+    }
+};
+
+// Cuts and codes: encode_part(part, states, words_end) -> number of words, at most `most_words` for
+// each symbol.
 template <class EncodePart>
-std::string encode_blocks(const Geometry& geometry, size_t most_words, unsigned threads, EncodePart encode_part) {
+Pieces encode_blocks(const Geometry& geometry, size_t most_words, unsigned threads, EncodePart encode_part) {
     const size_t count = geometry.down() * geometry.across(), lanes = geometry.lanes;
     if (geometry.total_rows > UINT32_MAX || geometry.panels > UINT32_MAX) throw std::invalid_argument("rANS: too large a matrix");
-    std::vector<std::string> blocks(count);
+    Pieces out{std::string(1, char(log2_of(lanes) | (count > 1 ? 0x10 : 0))), std::vector<std::string>(count)};
     in_parallel(count, threads, [&](size_t i) {
         const Geometry::Part part = geometry.part(i);
         const size_t most = most_words * part.rows * part.cols;
-        const std::unique_ptr<uint16_t[]> words(new uint16_t[most + 1]);
+        thread_local std::vector<uint16_t> words;  // kept: fresh memory costs as much as the coding
+        if (words.size() < most + kSpare) words.resize(most + kSpare);
+        uint16_t* const end = words.data() + words.size();
         uint32_t states[kMaxLanes];
-        const size_t n = encode_part(part, states, words.get() + most + 1);
-        for (size_t k = 0; k < std::min(lanes, part.cols); ++k) put32(blocks[i], states[k]);
-        blocks[i].append(reinterpret_cast<const char*>(words.get() + most + 1 - n), 2 * n);
+        const size_t n = encode_part(part, states, end);
+        out.blocks[i].reserve(4 * std::min(lanes, part.cols) + 2 * n);
+        for (size_t k = 0; k < std::min(lanes, part.cols); ++k) put32(out.blocks[i], states[k]);
+        out.blocks[i].append(reinterpret_cast<const char*>(end - n), 2 * n);
     });
-    std::string out(1, char(log2_of(lanes) | (count > 1 ? 0x10 : 0)));
     if (count > 1) {
-        put32(out, geometry.rows);
-        put32(out, geometry.panels);
-        for (size_t i = 0; i < count; ++i) put32(out, (blocks[i].size() - 4 * std::min(lanes, geometry.part(i).cols)) / 2);
+        put32(out.head, geometry.rows);
+        put32(out.head, geometry.panels);
+        for (size_t i = 0; i < count; ++i) put32(out.head, (out.blocks[i].size() - 4 * std::min(lanes, geometry.part(i).cols)) / 2);
     }
-    size_t total = out.size();
-    for (const std::string& block : blocks) total += block.size();
-    out.reserve(total);
-    for (std::string& block : blocks) {
-        out += block;
-        std::string().swap(block);
-    }
+    return out;
+}
+
+inline std::string joined(Pieces pieces) {
+    std::string out(pieces.nbytes(), '\0');
+    pieces.move_to(out.data());
     return out;
 }
 
@@ -141,12 +168,12 @@ inline std::string encode(const Symbols& in, const Frequencies& frequencies, siz
     log2_of(lanes);
     if (in.rows == 0 || in.cols == 0) return {};
     const Encoder encoder(frequencies);
-    return encode_blocks(geometry_for(in.rows, in.cols, lanes), 1, threads, [&](const Geometry::Part& part, uint32_t* states, uint16_t* words_end) {
+    return joined(encode_blocks(geometry_for(in.rows, in.cols, lanes), 1, threads, [&](const Geometry::Part& part, uint32_t* states, uint16_t* words_end) {
         const size_t n = kernels_for(isa).encode_block({&encoder.tables(), in.values + part.row * in.cols + part.col, in.cols, part.rows, part.cols,
                                                         unsigned(lanes), in.classes ? in.classes + part.col : nullptr, states, words_end});
         if (n == SIZE_MAX) throw std::invalid_argument("rANS: a symbol that its class's model does not know");
         return n;
-    });
+    }));
 }
 
 // Where the blocks of a stream lie: every length checked against the stream's.
@@ -198,6 +225,12 @@ inline void require_ok(Status status, size_t block) {
     throw FormatError("rANS: block " + std::to_string(block) + ": " + reasons[int(status)]);
 }
 
+// Whether a decoder of so many classes does better with all slots unrolled into a table.
+inline bool prefers_slots(size_t classes, Isa isa) {
+    constexpr size_t kFewClasses = 8;  // whose unrolled tables stay in a cache
+    return isa == Isa::scalar && classes <= kFewClasses;
+}
+
 inline void decode(const uint8_t* data, size_t size, uint8_t* out, size_t rows, size_t cols, const uint8_t* classes,
                    const Frequencies& frequencies, const uint8_t* lut, unsigned threads, Isa isa) {
     if (rows == 0 || cols == 0) {
@@ -207,15 +240,29 @@ inline void decode(const uint8_t* data, size_t size, uint8_t* out, size_t rows, 
     if (classes)
         for (size_t i = 0; i < cols; ++i)
             if (classes[i] >= frequencies.classes) throw FormatError("rANS: class " + std::to_string(classes[i]) + " has no model");
-    constexpr size_t kFewClasses = 8;  // whose unrolled tables stay in a cache
-    const Decoder decoder(frequencies, lut, isa == Isa::scalar && frequencies.classes <= kFewClasses);
+    const Decoder decoder(frequencies, lut, prefers_slots(frequencies.classes, isa));
     const Layout layout = read_layout(data, size, rows, cols);
     in_parallel(layout.places.size(), threads, [&](size_t i) {
         const Geometry::Part part = layout.geometry.part(i);
         const Layout::Place& place = layout.places[i];
         require_ok(kernels_for(isa).decode_block({&decoder.tables(), place.states, place.n_states, place.words, place.n_words,
                                                   out + part.row * cols + part.col, cols, part.rows, part.cols,
-                                                  unsigned(layout.geometry.lanes), classes ? classes + part.col : nullptr}),
+                                                  unsigned(layout.geometry.lanes), classes ? classes + part.col : nullptr, nullptr, part.col}),
+                   i);
+    });
+}
+
+// A stream of one row and one class, its symbols handed over as they come: sink_of(block) -> Sink.
+template <class SinkOf>
+void decode_row(const uint8_t* data, size_t size, size_t cols, const Frequencies& frequencies, unsigned threads, Isa isa, SinkOf sink_of) {
+    const Decoder decoder(frequencies, nullptr, prefers_slots(1, isa));
+    const Layout layout = read_layout(data, size, 1, cols);
+    in_parallel(layout.places.size(), threads, [&](size_t i) {
+        const Geometry::Part part = layout.geometry.part(i);
+        const Layout::Place& place = layout.places[i];
+        const Sink sink = sink_of(i);
+        require_ok(kernels_for(isa).decode_block({&decoder.tables(), place.states, place.n_states, place.words, place.n_words, nullptr, 0, 1,
+                                                  part.cols, unsigned(layout.geometry.lanes), nullptr, &sink, part.col}),
                    i);
     });
 }

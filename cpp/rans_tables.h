@@ -121,7 +121,7 @@ private:
 
 class Encoder {
 public:
-    explicit Encoder(const Frequencies& f) : symbols_(f.classes * 256), slots_(f.classes * kTotal) {
+    explicit Encoder(const Frequencies& f) : symbols_(f.classes * 256), slots_(f.classes * kTotal + 1) {
         check(f);
         for (size_t k = 0; k < f.classes; ++k) {
             const uint16_t* frequency = f.values + k * f.alphabet;
@@ -136,7 +136,7 @@ public:
             for (uint32_t i = 0; i < kTotal; ++i) slot[i] = uint16_t(i);
             if (f.aliased()) alias_slots(slot, &symbols_[k * 256], AliasTable<kBuckets>(frequency, f.alphabet));
         }
-        tables_ = {symbols_.data(), slots_.data()};
+        tables_ = {symbols_.data(), slots_.data(), f.aliased()};
     }
     Encoder(const Encoder&) = delete;
     Encoder& operator=(const Encoder&) = delete;

@@ -1,6 +1,6 @@
 """A second reader, written from docs/format: numpy and the standard library, no waterfill.
 
-python docs/reader.py OUT  prints names, shapes, dtypes, means; see reader_coding.py, reader_paths.py
+python docs/reader.py OUT  prints names, shapes, dtypes, means; the rest is in reader_*.py
 """
 
 import json
@@ -10,7 +10,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from reader_coding import grid, integers, need, octets, scales, sections
+from reader_coding import grid, integers, need, scales, sections
+from reader_lossless import planes, words
 from reader_paths import paths
 
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -22,13 +23,11 @@ def raw(parts, m, n, dtype):
     return np.frombuffer(parts["bytes"], DTYPES[dtype])
 
 
-def lossless(parts, m, n, dtype):
-    width = np.dtype(DTYPES[dtype]).itemsize
-    planes = [octets(plane, m * n) for plane in sections(parts["planes"], width)]
-    words = np.stack(planes[::-1], axis=1).reshape(-1).view(f"<u{width}")
-    if dtype in FLOATS:
-        words = words >> words.dtype.type(1) | words << words.dtype.type(8 * width - 1)
-    return words.view(DTYPES[dtype])
+def lossless(parts, m, n, dtype, coder="auto"):
+    need(coder in ("auto", "rans", "huffman"), "option coder")
+    width, of_version_1 = np.dtype(DTYPES[dtype]).itemsize, "planes" in parts
+    read, data = (planes, parts["planes"]) if of_version_1 else (words, parts["stream"])
+    return read(data, m * n, width, dtype).view(DTYPES[dtype])
 
 
 def integer(parts, m, n, dtype, bits=4, group=128, pack="packed", solver="", damping=0):
@@ -60,8 +59,8 @@ CODECS = {"raw": raw, "lossless": lossless, "integer": integer, "trellis": trell
 def decode(entry, parts):
     """One index entry and its parts -> array; BF16 as float32, fp8 as its bits."""
     (codec, version, options), dtype, shape = entry["codec"], entry["dtype"], entry["shape"]
-    known = codec in CODECS and version == 1 + (codec == "trellis")
-    need(known, f"codec {codec} version {version} is unknown here")
+    known = {"lossless": (1, 2), "trellis": (2,)}.get(codec, (1,))
+    need(codec in CODECS and version in known, f"codec {codec} version {version} is unknown here")
     m = shape[0] if len(shape) > 1 else 1
     n, turned = math.prod(shape) // max(m, 1), entry.get("transposed") and len(shape) > 1
     m, n = (n, m) if turned else (m, n)

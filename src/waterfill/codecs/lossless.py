@@ -7,22 +7,31 @@ from typing import Any, Self
 
 import numpy as np
 
-from waterfill.coding.entropy import decode_bytes, encode_bytes
-from waterfill.coding.sections import join, split
+from waterfill.coding import lossless
+from waterfill.coding.entropy import decode_bytes
+from waterfill.coding.sections import split
 from waterfill.registry import Codec, codec
-from waterfill.types import DTYPES, FLOAT_DTYPES, Array, TensorInfo, Weighting
+from waterfill.types import DTYPES, FLOAT_DTYPES, Array, SpecError, TensorInfo, Weighting
+
+CODERS = ("auto", "rans", "huffman")
 
 
-@codec("lossless", version=1)
+@codec("lossless", version=2)
 class Lossless(Codec):
-    """Byte planes, most significant first, each coded, constant or stored, whichever is fewer bytes.
+    """Exponents (and up to three mantissa bits) coded, the rest in planes: stored, coded or constant.
 
-    Floats are rotated left by one bit first, so that the sign joins the mantissa and the top plane
-    holds exponent bits alone (all eight of them for BF16 and F32): that is the plane with structure.
+    What is constant, sparse or repeats itself takes next to nothing; what is random is stored.
+    Entropy-coded exponents: ZipNN (Hershcovitch et al. 2024), DFloat11 (Zhang et al. 2025).
+    Mantissa bits beside them: weights thin out within a binade, so these bits are not random.
     """
 
     lossy = False
-    parts = ("planes",)
+    parts = ("stream",)
+    coder: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.coder not in CODERS:
+            raise SpecError(f"lossless: coder is one of {', '.join(CODERS)}, not {self.coder!r}")
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
@@ -32,33 +41,35 @@ class Lossless(Codec):
     def encode(
         self, x: Array, info: TensorInfo, weighting: Weighting
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """Bits -> one part ``planes``."""
-        return {"planes": join([encode_bytes(p) for p in _planes(x, info.dtype)])}, {}
+        """Bits -> one part ``stream``."""
+        return {"stream": lossless.encode(lossless.words_of(x), info.dtype, self.coder)}, {}
 
     def decode(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
     ) -> Array:
-        """Inverse of `encode`."""
-        width = DTYPES[info.dtype].itemsize
-        planes = [decode_bytes(p, info.size) for p in split(parts["planes"], width)]
-        return _merge(planes, info.dtype).reshape(info.shape)
+        """Inverse of `encode`; version 1 had a part ``planes`` instead."""
+        if "planes" in parts:
+            return _decode_planes(parts["planes"], info)
+        out = np.empty(info.shape, DTYPES[info.dtype])
+        self.decode_into(parts, extra, info, out)
+        return out
+
+    def decode_into(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array
+    ) -> None:
+        """Fill a contiguous array of `info.shape` with what `decode` would give."""
+        if "planes" in parts:
+            out[...] = _decode_planes(parts["planes"], info)
+        else:
+            lossless.decode(parts["stream"], lossless.words_of(out), info.dtype)
 
 
-def _planes(x: Array, dtype: str) -> list[Array]:
-    width = DTYPES[dtype].itemsize
-    words = np.ascontiguousarray(x).reshape(-1).view(np.dtype(f"<u{width}"))
-    if dtype in FLOAT_DTYPES:
-        top = words.dtype.type(8 * width - 1)
-        words = (words << words.dtype.type(1)) | (words >> top)
-    octets = words.view(np.uint8).reshape(-1, width)
-    return [np.ascontiguousarray(octets[:, i]) for i in reversed(range(width))]
-
-
-def _merge(planes: list[Array], dtype: str) -> Array:
-    width = DTYPES[dtype].itemsize
-    octets = np.stack(planes[::-1], axis=1)
-    words = octets.reshape(-1).view(np.dtype(f"<u{width}"))
-    if dtype in FLOAT_DTYPES:
+def _decode_planes(data: bytes, info: TensorInfo) -> Array:
+    """Version 1: byte planes, most significant first; floats were rotated left by one bit."""
+    width = DTYPES[info.dtype].itemsize
+    planes = [decode_bytes(p, info.size) for p in split(data, width)]
+    words = np.stack(planes[::-1], axis=1).reshape(-1).view(f"<u{width}")
+    if info.dtype in FLOAT_DTYPES:
         top = words.dtype.type(8 * width - 1)
         words = (words >> words.dtype.type(1)) | (words << top)
-    return words.view(DTYPES[dtype])
+    return words.view(DTYPES[info.dtype]).reshape(info.shape)
