@@ -12,8 +12,11 @@ from waterfill.registry import make_codec
 from waterfill.types import DTYPES, Array, FormatError, SpecError, TensorInfo, to_float32
 
 
-def decode(reader: Reader, name: str) -> Array:
-    """Stored bits of one entry (a tensor, or one slice of a fused one)."""
+def decode(reader: Reader, name: str, out: Array | None = None) -> Array:
+    """Stored bits of one entry (a tensor, or one slice of a fused one).
+
+    They go to `out` if it is given: C-contiguous, of the entry's shape and `DTYPES` dtype.
+    """
     entry = reader.entries[name]
     if entry.info.group:
         if entry.info.group not in reader.entries or reader.entries[entry.info.group].info.group:
@@ -26,7 +29,11 @@ def decode(reader: Reader, name: str) -> Array:
         entry = original
     encoded = reader.read(entry.info.name)
     try:
-        bits = make_codec(encoded.spec).decode(encoded.parts, encoded.extra, encoded.info)
+        chosen = make_codec(encoded.spec)
+        if out is not None:
+            chosen.decode_into(encoded.parts, encoded.extra, encoded.info, out)
+            return out
+        bits = chosen.decode(encoded.parts, encoded.extra, encoded.info)
     except KeyError as error:
         raise FormatError(f"{name}: the part {error} is missing") from error
     except SpecError as error:
@@ -60,17 +67,30 @@ def checkpoint_infos(reader: Reader) -> dict[str, tuple[str, tuple[int, ...]]]:
     return infos
 
 
+def read_tensor(
+    reader: Reader, name: str, dtype: str, shape: tuple[int, ...], out: Array | None = None
+) -> Array:
+    """Stored bits of a checkpoint tensor, its slices joined; into `out` as in `decode`."""
+    if name in reader.entries:
+        return decode(reader, name, out)
+    whole = empty(name, dtype, shape) if out is None else out
+    for index in range(shape[0]):
+        decode(reader, f"{name}[{index}]", whole[index, ...])
+    return whole
+
+
+def empty(name: str, dtype: str, shape: tuple[int, ...]) -> Array:
+    """Room for a tensor; FormatError where a file promises more than there can be."""
+    try:
+        return np.empty(shape, DTYPES[dtype])
+    except (MemoryError, ValueError) as error:
+        raise FormatError(f"{name}: the file promises what cannot be decoded ({error})") from error
+
+
 def read_tensors(reader: Reader) -> Iterator[tuple[str, str, Array]]:
     """(name, dtype, bits) of every checkpoint tensor, slices joined, one at a time."""
-    sliced = {e.info.tensor for e in reader.entries.values() if e.info.index is not None}
     for name, (dtype, shape) in checkpoint_infos(reader).items():
-        if name not in sliced:
-            yield name, dtype, decode(reader, name)
-            continue
-        whole = np.empty(shape, DTYPES[dtype])
-        for index in range(shape[0]):
-            whole[index] = decode(reader, f"{name}[{index}]")
-        yield name, dtype, whole
+        yield name, dtype, read_tensor(reader, name, dtype, shape)
 
 
 def load(path: str | Path) -> dict[str, Array]:
