@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from waterfill.grammar import build_parser
+from waterfill.grammar import TOKENS, build_parser, misuse
 from waterfill.types import WaterfillError
 
 
@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     parser = build_parser(VERBS)
     args = parser.parse_args(argv)
+    if wrong := misuse(args):
+        parser.error(wrong)
     args.command_line = shlex.join(["waterfill", *(sys.argv[1:] if argv is None else argv)])
     try:
         with Bars() as bars:
@@ -115,10 +117,11 @@ def compress(args: argparse.Namespace) -> Any:
         bits=args.bits,
         ratio=args.ratio,
         plan=args.plan,
+        lossless=args.lossless,
         keep=args.keep,
         codec=dict(args.codec),
         calibration=_calibration(args.calibrate),
-        tokens=args.tokens,
+        tokens=args.tokens or TOKENS,
         propagate=not args.no_propagate,
         force=args.force,
         trust_remote_code=args.trust_remote_code,
@@ -126,8 +129,15 @@ def compress(args: argparse.Namespace) -> Any:
         progress=args.progress,
     )
     _warn(record.about["warnings"])
-    if not args.json:
-        about = record.about
+    about = record.about
+    if not args.json and args.lossless:
+        print(
+            f"{args.out}: {record.nbytes:,} bytes, {record.nbytes / max(about['original_nbytes'], 1):.1%} "
+            f"of the original {about['original_nbytes']:,} bytes"
+        )
+        print("  exact: every bit of every tensor was compared; the files come back byte for byte")
+        print(f"next: waterfill decompress {shlex.quote(str(args.out))} -o DIR")
+    elif not args.json:
         budget = about["budget_nbytes"]
         print(
             f"{args.out}: {record.nbytes:,} bytes of {budget:,} allowed ({100 * record.nbytes / budget:.2f} %)"

@@ -11,7 +11,7 @@ import numpy as np
 
 from waterfill.container import Reader
 from waterfill.runtime.arrays import read_tensors
-from waterfill.runtime.artifact import folder_of, read_config
+from waterfill.runtime.artifact import folder_of, original_config, read_config
 from waterfill.sources.text import load_tokenizer
 from waterfill.types import Array, WaterfillError
 
@@ -83,12 +83,14 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def plain_config(path: Path, trust_remote_code: bool) -> Any:
-    """The transformers configuration without its quantisation entry."""
+    """The transformers configuration with the quantisation entry of the original, if it had one."""
     from transformers import AutoConfig
 
-    read_config(path)
+    original = original_config(read_config(path))
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if hasattr(config, "quantization_config"):
+    if "quantization_config" in original:
+        config.quantization_config = original["quantization_config"]
+    elif hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
