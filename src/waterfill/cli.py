@@ -80,7 +80,7 @@ class Bars:
             self._progress = progress.Progress(
                 progress.TextColumn("{task.description:<24}"),
                 progress.BarColumn(),
-                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[count]}"),
                 progress.TimeElapsedColumn(),
                 progress.TextColumn("left"),
                 progress.TimeRemainingColumn(),
@@ -98,12 +98,19 @@ class Bars:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that `done` of `total` steps of a stage are behind us."""
+        self._show(stage, done, total, f"{done}/{total}")
+
+    def nbytes(self, stage: str, done: int, total: int) -> None:
+        """The same where the steps are bytes."""
+        self._show(stage, done, total, f"{done / 1e6:,.1f}/{total / 1e6:,.1f} MB")
+
+    def _show(self, stage: str, done: int, total: int, count: str) -> None:
         if self._progress:
             if not self._tasks:
                 self._progress.start()
             if stage not in self._tasks:
-                self._tasks[stage] = self._progress.add_task(stage, total=total)
-            self._progress.update(self._tasks[stage], completed=done, total=total)
+                self._tasks[stage] = self._progress.add_task(stage, total=total, count=count)
+            self._progress.update(self._tasks[stage], completed=done, total=total, count=count)
 
 
 def compress(args: argparse.Namespace) -> Any:
@@ -126,7 +133,7 @@ def compress(args: argparse.Namespace) -> Any:
         force=args.force,
         trust_remote_code=args.trust_remote_code,
         command=args.command_line,
-        progress=args.progress,
+        progress=args.progress.nbytes if args.lossless else args.progress,
     )
     _warn(record.about["warnings"])
     about = record.about
@@ -292,7 +299,7 @@ def decompress(args: argparse.Namespace) -> Any:
         args.artifact,
         args.out,
         force=args.force,
-        progress=lambda done, total, _: args.progress("decoding", done, total),
+        progress=lambda done, total, _: args.progress.nbytes("decoding", done, total),
     )
     nbytes = sum(f.stat().st_size for f in args.out.glob("*.safetensors"))
     if not args.json:

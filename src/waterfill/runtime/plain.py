@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ def decompress(
     path : artifact folder
     out : folder to make
     force : replace `out` if it exists
-    progress : called with (done, total, what)
+    progress : called with (bytes done, bytes in all, what)
 
     Raises
     ------
@@ -64,8 +64,12 @@ def _decode_into(
         _copy_beside(path, folder, plain_config=not files)
         for name, text in original_texts(artifact.about).items() if files else ():
             (folder / name).write_bytes(text)
+        done, total = 0, sum(map(nbytes_of, infos.values()))
         for file in files or _standard_files(infos, folder):
-            _write_file(folder / file.name, file, artifact, progress)
+            for name, nbytes in _write_file(folder / file.name, file, artifact):
+                done += nbytes
+                if progress:
+                    progress(done, total, f"decoding {name}")
 
 
 def _copy_beside(artifact: Path, folder: Path, plain_config: bool) -> None:
@@ -109,24 +113,19 @@ def _shard(infos: Infos) -> Shards:
     return shards
 
 
-def _write_file(
-    path: Path,
-    file: OriginalFile,
-    artifact: Artifact,
-    progress: Callable[[int, int, str], None] | None,
-) -> None:
+def _write_file(path: Path, file: OriginalFile, artifact: Artifact) -> Iterator[tuple[str, int]]:
+    """Write a file, yielding each tensor's name and bytes once it is there."""
     # One buffer for all: the system need not hand out, and clear, fresh pages for each tensor.
     buffer = np.empty(max(map(nbytes_of, file.tensors.values()), default=0), np.uint8)
     temporary = path.with_name(path.name + ".partial")
     try:
         with temporary.open("wb") as stream:
             stream.write(len(file.header).to_bytes(8, "little") + file.header)
-            for done, (name, info) in enumerate(file.tensors.items(), 1):
+            for name, info in file.tensors.items():
                 octets = buffer[: nbytes_of(info)]
                 artifact.read(name, octets.view(DTYPES[info[0]]).reshape(info[1]))
                 stream.write(memoryview(octets))  # type: ignore[arg-type]
-                if progress:
-                    progress(done, len(file.tensors), f"decoding {name}")
+                yield name, len(octets)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
