@@ -91,7 +91,7 @@ def original_files(about: Mapping[str, Any], infos: Infos) -> list[OriginalFile]
     FormatError
         If a name is not that of a file in a folder, or a header is not that of the tensors.
     """
-    listed = about.get("files", [])
+    listed = about.get("files", []) if isinstance(about, dict) else []
     if not isinstance(listed, list):
         raise FormatError("the index has no proper list of original files")
     rest = iter(infos.items())
@@ -106,7 +106,7 @@ def original_files(about: Mapping[str, Any], infos: Infos) -> list[OriginalFile]
 def _file(item: Any, rest: Iterator[tuple[str, tuple[str, tuple[int, ...]]]]) -> OriginalFile:
     match item:
         case {"name": str(name), "tensors": int(count), **other} if (
-            count >= 0 and other.keys() <= {"header", "metadata"} and len(other) < 2
+            0 <= count < 2**48 and other.keys() <= {"header", "metadata"} and len(other) < 2
         ):
             _check_name(name, (".safetensors",))
         case _:
