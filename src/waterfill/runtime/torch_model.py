@@ -37,7 +37,8 @@ def load_model(
     Raises
     ------
     WaterfillError
-        If torch or transformers is missing, or the artifact has no config.json.
+        If torch or transformers is missing, the artifact has no config.json, or its original was
+        quantised in a way that transformers cannot load here.
     FormatError
         If the file is damaged.
     """
@@ -45,19 +46,36 @@ def load_model(
     with quiet_transformers(), Reader(path) as reader:
         config = plain_config(path, trust_remote_code)
         state = {name: to_torch(bits, kind) for name, kind, bits in read_tensors(reader)}
-        model = model_class(config).from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype or "auto",
-            trust_remote_code=trust_remote_code,
-        )
+        with _said_of_quantised(config):
+            model = model_class(config).from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+            )
     generation = path / "generation_config.json"
     if generation.exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _said_of_quantised(config: Any) -> Iterator[None]:
+    """Where a checkpoint was quantised before us, say that it is its own loader that fails."""
+    entry = getattr(config, "quantization_config", None)
+    try:
+        yield
+    except (ImportError, ValueError, RuntimeError) as error:
+        if entry is None:
+            raise
+        method = entry.get("quant_method") if isinstance(entry, dict) else entry
+        raise WaterfillError(
+            f"the original is quantised ({method}) and transformers cannot load it here: {error}. "
+            "waterfill decompress gives its files back, waterfill.load its arrays"
+        ) from error
 
 
 @contextlib.contextmanager
