@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from waterfill.coding import native
 from waterfill.container import Reader
 from waterfill.registry import make_codec
 from waterfill.types import DTYPES, Array, FormatError, SpecError, TensorInfo, to_float32
+
+T = TypeVar("T")
+
+# Of a small file the threads take longer to start than they save; each holds a coded tensor.
+SMALL_NBYTES = 32 << 20
+MOST_THREADS = 4
 
 
 def decode(reader: Reader, name: str, out: Array | None = None) -> Array:
@@ -87,18 +97,43 @@ def empty(name: str, dtype: str, shape: tuple[int, ...]) -> Array:
         raise FormatError(f"{name}: the file promises what cannot be decoded ({error})") from error
 
 
-def read_tensors(reader: Reader) -> Iterator[tuple[str, str, Array]]:
-    """(name, dtype, bits) of every checkpoint tensor, slices joined, one at a time."""
-    for name, (dtype, shape) in checkpoint_infos(reader).items():
-        yield name, dtype, read_tensor(reader, name, dtype, shape)
+def read_tensors(
+    reader: Reader, finish: Callable[[Array, str], T], threads: int | None = None
+) -> Iterator[tuple[str, T]]:
+    """(name, finish(bits, dtype)) of every checkpoint tensor, slices joined, in order.
+
+    So many `threads` (default: as many as help) decode and finish ahead, each one tensor at a time.
+    """
+    if threads is None:
+        threads = 1 if reader.nbytes < SMALL_NBYTES else min(MOST_THREADS, native.threads())
+
+    def one(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[str, T]:
+        return name, finish(read_tensor(reader, name, dtype, shape), dtype)
+
+    infos = [(name, *info) for name, info in checkpoint_infos(reader).items()]
+    if threads < 2:
+        yield from (one(*info) for info in infos)
+        return
+    pool = ThreadPoolExecutor(threads)
+    try:
+        ahead = deque(pool.submit(one, *info) for info in infos[:threads])
+        for info in infos[threads:]:
+            yield ahead.popleft().result()
+            ahead.append(pool.submit(one, *info))
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def load(path: str | Path) -> dict[str, Array]:
+def load(path: str | Path, threads: int | None = None) -> dict[str, Array]:
     """Decode an artifact to a dict of numpy arrays; no torch needed.
 
     Parameters
     ----------
     path : artifact folder or its weights file
+    threads : tensors to decode at a time; default 1 of a small file, else one per core up to 4
+        (WATERFILL_THREADS sets another number of cores)
 
     Returns
     -------
@@ -111,7 +146,8 @@ def load(path: str | Path) -> dict[str, Array]:
         If the file is damaged, truncated or written by a newer waterfill.
     """
     with Reader(path) as reader:
-        return {
-            name: to_float32(bits, dtype) if dtype == "BF16" else bits
-            for name, dtype, bits in read_tensors(reader)
-        }
+        return dict(read_tensors(reader, _as_numpy, threads))
+
+
+def _as_numpy(bits: Array, dtype: str) -> Array:
+    return to_float32(bits, dtype) if dtype == "BF16" else bits

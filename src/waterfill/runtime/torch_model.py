@@ -45,7 +45,7 @@ def load_model(
     path = folder_of(path)
     with quiet_transformers(), Reader(path) as reader:
         config = plain_config(path, trust_remote_code)
-        state = {name: to_torch(bits, kind) for name, kind, bits in read_tensors(reader)}
+        state = dict(read_tensors(reader, to_torch))
         with _said_of_quantised(config):
             model = model_class(config).from_pretrained(
                 None,
