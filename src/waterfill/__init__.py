@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from waterfill.pipeline import compare as compare
-    from waterfill.pipeline import compress as compress
+    from waterfill.pipeline.compare import compare as compare
+    from waterfill.pipeline.compress import compress as compress
     from waterfill.registry import Codec as Codec
     from waterfill.registry import codec as codec
     from waterfill.runtime.arrays import load as load

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from waterfill.coding import native
+from waterfill.coding.native import threads as cores
 from waterfill.container import Reader
 from waterfill.registry import make_codec
 from waterfill.types import DTYPES, Array, FormatError, SpecError, TensorInfo, to_float32
@@ -105,7 +105,7 @@ def read_tensors(
     So many `threads` (default: as many as help) decode and finish ahead, each one tensor at a time.
     """
     if threads is None:
-        threads = 1 if reader.nbytes < SMALL_NBYTES else min(MOST_THREADS, native.threads())
+        threads = 1 if reader.nbytes < SMALL_NBYTES else min(MOST_THREADS, cores())
 
     def one(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[str, T]:
         return name, finish(read_tensor(reader, name, dtype, shape), dtype)
