@@ -187,6 +187,13 @@ def test_the_ledger_sums_to_the_file_and_names_every_tensor(model: Path, tmp_pat
     assert record.about["lossless"] and record.predicted == {"kl_nats": 0.0}
 
 
+def test_a_checkpoint_of_nothing(tmp_path: Path) -> None:
+    checkpoints.write_file(tmp_path / "model" / FILE_NAME, {})
+    record = round_trip(tmp_path / "model", tmp_path)
+    assert show(tmp_path / "out")["nbytes"] == record.nbytes <= bound(tmp_path / "model")
+    assert waterfill.load(tmp_path / "out") == {}
+
+
 def test_a_bool_may_be_any_byte(tmp_path: Path) -> None:
     checkpoints.write_file(
         tmp_path / "model" / FILE_NAME, {"mask": ("BOOL", (4,))}, {"mask": b"\0\1\2\xff"}

@@ -163,9 +163,19 @@ def ledger(reader: Reader) -> list[dict[str, Any]]:
                 "why": entry.note.get("why", ""),
             }
         )
-    container = dict.fromkeys(rows[0], 0) if rows else {}
-    words = {"name": "(container)", "kind": "", "codec": "", "shape": [], "why": "header and index"}
-    return [*rows, container | words | {"nbytes": reader.overhead_nbytes}]
+    container = {
+        "name": "(container)",
+        "kind": "",
+        "codec": "",
+        "shape": [],
+        "params": 0,
+        "nbytes": reader.overhead_nbytes,
+        "original_nbytes": 0,
+        "bits_per_weight": 0,
+        "predicted_nats": 0,
+        "why": "header and index",
+    }
+    return [*rows, container]
 
 
 def plan_digest(rows: Iterable[Mapping[str, Any]]) -> str:
