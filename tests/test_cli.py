@@ -739,7 +739,7 @@ def test_an_artifact_without_its_config(run: Shell) -> None:
     shutil.copytree(small.artifact(), "out")
     Path("out/config.json").unlink()
     assert run("verify", "out").status == run("decompress", "out", "-o", "plain").status == 0
-    refused(run("generate", "out", "--prompt", "x"), "tokenizer")
+    refused(run("generate", "out", "--prompt", "x"), "config.json")
 
 
 # Misuse of what is sound

@@ -10,7 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from waterfill.container import FILE_NAME
-from waterfill.runtime.artifact import folder_of, new_folder, original_config, refuse_existing
+from waterfill.runtime.artifact import (
+    folder_of,
+    new_folder,
+    original_config,
+    read_config,
+    refuse_existing,
+)
 from waterfill.runtime.files import (
     Infos,
     OriginalFile,
@@ -77,9 +83,8 @@ def _copy_beside(artifact: Path, folder: Path, plain_config: bool) -> None:
     for file in sorted(artifact.iterdir()):
         if file.is_file() and file.name not in OWN_FILES:
             shutil.copyfile(file, folder / file.name)
-    config = artifact / "config.json"
-    if plain_config and config.exists():
-        plain = original_config(json.loads(config.read_text(encoding="utf-8")))
+    if plain_config and (artifact / "config.json").exists():
+        plain = original_config(read_config(artifact))
         (folder / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
 
 
