@@ -24,6 +24,7 @@ pytest.importorskip("transformers")
 
 import safetensors.numpy  # noqa: E402
 
+from tests import checkpoints  # noqa: E402
 from tests.pipeline import small  # noqa: E402
 from waterfill import container  # noqa: E402
 from waterfill.cli import VERBS, main  # noqa: E402
@@ -197,6 +198,40 @@ def test_more_than_needed_is_said(run: Shell) -> None:
     assert done.status == 0 and "lossless" in done.out
 
 
+def test_lossless(run: Shell, tmp_path: Path) -> None:
+    model = small.model()
+    done = run("compress", model, "-o", "out", "--lossless")
+    assert (done.status, done.err) == (0, "")
+    nbytes = Path("out", FILE_NAME).stat().st_size
+    assert f"{nbytes:,} bytes" in done.out and "byte for byte" in done.out
+    assert done.out.splitlines()[-1] == "next: waterfill decompress out -o DIR"
+    done = run("compress", model, "-o", "out", "--lossless", "--force", "--json")
+    assert done.json["nbytes"] == nbytes and done.json["about"]["lossless"] is True
+    assert run("show", "out", "--json").json["nbytes"] == nbytes
+    assert run("verify", "out", "--json").json["ok"] is True
+    assert run("decompress", "out", "-o", "plain").status == 0
+    for file in model.iterdir():
+        assert Path("plain", file.name).read_bytes() == file.read_bytes()
+    window = ["--window", "64", "--tokens", "128", "--text", small.text()]
+    done = run("eval", "out", "--against", model, *window, "--json")
+    assert done.json["kl_nats"] == 0 and done.json["top1_agreement"] == 1
+    done = run("generate", "out", "--prompt", "The river", "--tokens", "4")
+    assert (done.status, done.err) == (0, "") and done.out.startswith("The river")
+    assert run("report", "out").status == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
+
+
+def test_lossless_of_what_is_no_model(run: Shell) -> None:
+    checkpoints.write_file(Path("net/any.safetensors"), {"w": ("F32", (8, 4))}, metadata={"k": "v"})
+    refused(run("compress", "net", "-o", "out", "--bits", "4"), "config.json")
+    assert run("compress", "net", "-o", "out", "--lossless").status == 0
+    assert run("show", "out").status == run("verify", "out").status == 0
+    assert run("report", "out").status == 0
+    assert run("decompress", "out", "-o", "back").status == 0
+    assert checkpoints.snapshot(Path("back")) == checkpoints.snapshot(Path("net"))
+    refused(run("generate", "out", "--prompt", "x"), "tokenizer")
+
+
 def test_the_weights_file_may_be_named_instead_of_its_folder(run: Shell) -> None:
     file = small.artifact() / FILE_NAME
     assert run("show", file).out == run("show", small.artifact()).out
@@ -334,6 +369,17 @@ def test_examples_parse(verb: str, run: Shell) -> None:
         (["compress", "M", "-o", "x"], "--size --bits --ratio"),
         (["compress", "M", "-o", "x", "--bits", "3", "--size", "3MB"], "not allowed with"),
         (["compress", "M", "-o", "x", "--bits", "3", "--plan", "p"], "not allowed with"),
+        (["compress", "M", "-o", "x", "--lossless", "--bits", "3"], "not allowed with"),
+        (
+            ["compress", "M", "-o", "x", "--lossless", "--calibrate", "t"],
+            "--calibrate would do nothing",
+        ),
+        (["compress", "M", "-o", "x", "--lossless", "--tokens", "9"], "leave it out"),
+        (["compress", "M", "-o", "x", "--lossless", "--no-propagate"], "leave it out"),
+        (
+            ["compress", "M", "-o", "x", "--lossless", "--keep", "a", "--codec", "b=raw"],
+            "--keep and --codec",
+        ),
         (["compress", "M", "-o", "x", "--bits", "0"], "try 3.2"),
         (["compress", "M", "-o", "x", "--bits", "nan"], "try 3.2"),
         (["compress", "M", "-o", "x", "--bits", "many"], "try 3.2"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from waterfill.coding.sections import join, split
 from waterfill.coding.trellis import CODES
 from waterfill.container import Reader, describe, write
 from waterfill.registry import codec_ids, find_codec, parse_spec
+from waterfill.runtime.files import original_files, original_texts
 from waterfill.testing import check_codec
 from waterfill.types import Encoded, TensorInfo, Weighting, from_float32
 
@@ -174,6 +176,16 @@ def test_container(tmp_path: Path) -> None:
     write(path, [described], [parts.values()], {"waterfill": "0.1.0"})
     with Reader(path) as reader:
         assert (reader.entries["w"], reader.about) == (entry, about)
+
+
+def test_files() -> None:
+    (about,) = re.findall(
+        r"^    (\{.*(?:\n    .*)*)$", (FORMAT / "files.md").read_text(), re.MULTILINE
+    )
+    about = json.loads(about.replace("\n    ", ""))
+    (file,) = original_files(about, {"c": ("U8", (1,))})
+    assert (file.name, file.header[:6]) == ("2.safetensors", b'{"c": ')
+    assert original_texts(about) == {"config.json": b"{}"}
 
 
 def test_every_codec_and_version_has_a_page() -> None:

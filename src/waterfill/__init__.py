@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from waterfill.pipeline import compare as compare
-    from waterfill.pipeline import compress as compress
+    from waterfill.pipeline.compare import compare as compare
+    from waterfill.pipeline.compress import compress as compress
     from waterfill.registry import Codec as Codec
     from waterfill.registry import codec as codec
     from waterfill.runtime.arrays import load as load
     from waterfill.runtime.plain import decompress as decompress
+    from waterfill.runtime.reading import Artifact as Artifact
     from waterfill.runtime.torch_model import load_model as load_model
     from waterfill.types import BudgetError as BudgetError
     from waterfill.types import FormatError as FormatError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # Public name -> the module that has it, imported at first use: `import waterfill` must stay quick
 # and must not load torch.
 _HOMES = {
+    "Artifact": "runtime.reading",
     "BudgetError": "types",
     "Codec": "registry",
     "FormatError": "types",

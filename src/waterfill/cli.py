@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from waterfill.grammar import build_parser
+from waterfill.grammar import TOKENS, build_parser, misuse
 from waterfill.types import WaterfillError
 
 
@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     parser = build_parser(VERBS)
     args = parser.parse_args(argv)
+    if wrong := misuse(args):
+        parser.error(wrong)
     args.command_line = shlex.join(["waterfill", *(sys.argv[1:] if argv is None else argv)])
     try:
         with Bars() as bars:
@@ -78,7 +80,7 @@ class Bars:
             self._progress = progress.Progress(
                 progress.TextColumn("{task.description:<24}"),
                 progress.BarColumn(),
-                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[count]}"),
                 progress.TimeElapsedColumn(),
                 progress.TextColumn("left"),
                 progress.TimeRemainingColumn(),
@@ -96,12 +98,19 @@ class Bars:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that `done` of `total` steps of a stage are behind us."""
+        self._show(stage, done, total, f"{done}/{total}")
+
+    def nbytes(self, stage: str, done: int, total: int) -> None:
+        """The same where the steps are bytes."""
+        self._show(stage, done, total, f"{done / 1e6:,.1f}/{total / 1e6:,.1f} MB")
+
+    def _show(self, stage: str, done: int, total: int, count: str) -> None:
         if self._progress:
             if not self._tasks:
                 self._progress.start()
             if stage not in self._tasks:
-                self._tasks[stage] = self._progress.add_task(stage, total=total)
-            self._progress.update(self._tasks[stage], completed=done, total=total)
+                self._tasks[stage] = self._progress.add_task(stage, total=total, count=count)
+            self._progress.update(self._tasks[stage], completed=done, total=total, count=count)
 
 
 def compress(args: argparse.Namespace) -> Any:
@@ -115,19 +124,27 @@ def compress(args: argparse.Namespace) -> Any:
         bits=args.bits,
         ratio=args.ratio,
         plan=args.plan,
+        lossless=args.lossless,
         keep=args.keep,
         codec=dict(args.codec),
         calibration=_calibration(args.calibrate),
-        tokens=args.tokens,
+        tokens=args.tokens or TOKENS,
         propagate=not args.no_propagate,
         force=args.force,
         trust_remote_code=args.trust_remote_code,
         command=args.command_line,
-        progress=args.progress,
+        progress=args.progress.nbytes if args.lossless else args.progress,
     )
     _warn(record.about["warnings"])
-    if not args.json:
-        about = record.about
+    about = record.about
+    if not args.json and args.lossless:
+        print(
+            f"{args.out}: {record.nbytes:,} bytes, {record.nbytes / max(about['original_nbytes'], 1):.1%} "
+            f"of the original {about['original_nbytes']:,} bytes"
+        )
+        print("  exact: every bit of every tensor was compared; the files come back byte for byte")
+        print(f"next: waterfill decompress {shlex.quote(str(args.out))} -o DIR")
+    elif not args.json:
         budget = about["budget_nbytes"]
         print(
             f"{args.out}: {record.nbytes:,} bytes of {budget:,} allowed ({100 * record.nbytes / budget:.2f} %)"
@@ -282,7 +299,7 @@ def decompress(args: argparse.Namespace) -> Any:
         args.artifact,
         args.out,
         force=args.force,
-        progress=lambda done, total, _: args.progress("decoding", done, total),
+        progress=lambda done, total, _: args.progress.nbytes("decoding", done, total),
     )
     nbytes = sum(f.stat().st_size for f in args.out.glob("*.safetensors"))
     if not args.json:

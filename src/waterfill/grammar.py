@@ -14,6 +14,7 @@ EXAMPLES = {
     "compress": """examples:
   waterfill compress demo -o out/small --bits 3
   waterfill compress meta-llama/Llama-3.2-1B -o out/llama --size 600MB --calibrate wiki.txt
+  waterfill compress demo -o out/exact --lossless
   waterfill compress demo -o out/planned --plan plan.json
   waterfill compress ./model -o out/m --ratio 20% --keep '*lm_head*' --codec '*.down_proj*=integer:bits=4'""",
     "calibrate": """examples:
@@ -29,6 +30,8 @@ EXAMPLES = {
     "generate": "examples:\n  waterfill generate out/small --prompt 'Once upon a time' --tokens 60",
     "report": "examples:\n  waterfill report out/small\n  waterfill report out/small out/smaller -o both.html",
 }
+
+TOKENS = 32768  # of calibration text, if not said otherwise
 
 Verb = Callable[[argparse.Namespace], Any]
 
@@ -82,6 +85,26 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def misuse(args: argparse.Namespace) -> str:
+    """What is wrong with options that argparse takes one by one; "" if nothing is."""
+    if not getattr(args, "lossless", False):
+        return ""
+    options = {
+        "--calibrate": args.calibrate,
+        "--tokens": args.tokens,
+        "--no-propagate": args.no_propagate,
+        "--keep": args.keep,
+        "--codec": args.codec,
+    }
+    given = [name for name, value in options.items() if value]
+    if not given:
+        return ""
+    return (
+        f"--lossless keeps every bit and reads no text, so {' and '.join(given)} would do nothing: "
+        "leave it out, or name a --size, --bits or --ratio instead of --lossless"
+    )
+
+
 def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
     """The whole grammar; `calls` has the function of each verb, whose docstring is its help."""
     from waterfill.plan.budget import parse_ratio, parse_size
@@ -128,6 +151,11 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
         )
         if or_plan:
             one.add_argument(
+                "--lossless",
+                action="store_true",
+                help="as small as exact coding gets: every bit kept, any safetensors files, no text",
+            )
+            one.add_argument(
                 "--plan",
                 type=_path,
                 metavar="PLAN|OUT",
@@ -161,9 +189,7 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
         metavar="FILE|STATS|self",
         help="text files, a statistics folder, or self; default: a packaged text",
     )
-    p.add_argument(
-        "--tokens", type=_count, default=32768, help="calibration tokens (default 32768)"
-    )
+    p.add_argument("--tokens", type=_count, help=f"calibration tokens (default {TOKENS})")
     p.add_argument(
         "--no-propagate",
         action="store_true",

@@ -62,6 +62,21 @@ class Codec:
         """Inverse of `encode`: bits of shape `info.shape`; FormatError on bytes that lie."""
         raise NotImplementedError
 
+    def decode_into(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array
+    ) -> None:
+        """As `decode`, into the caller's array: C-contiguous, `info.shape`, the dtype of `DTYPES`.
+
+        A codec that can do so without an array of its own overrides this. After an error what is
+        in `out` means nothing.
+        """
+        bits = self.decode(parts, extra, info)
+        if bits.shape != out.shape or bits.dtype != out.dtype:
+            raise FormatError(
+                f"{info.name}: decoded to {bits.dtype}{bits.shape}, not {out.dtype}{out.shape}"
+            )
+        out[...] = bits
+
     def __str__(self) -> str:
         """For people: the id and the options that differ from their defaults."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]

@@ -84,6 +84,9 @@ def check_round_trip(codec: Codec, info: TensorInfo, bits: Array, weighting: Wei
     assert payload_nbytes(describe(encoded, {})) == encoded.nbytes == sum(map(len, parts.values()))
     decoded = codec.decode(parts, extra, info)
     assert decoded.shape == info.shape and decoded.dtype == DTYPES[info.dtype]
+    filled = np.zeros(info.shape, DTYPES[info.dtype])
+    codec.decode_into(parts, extra, info, filled)
+    assert filled.tobytes() == decoded.tobytes(), "decode_into must fill what decode returns"
     if codec.lossy:
         x, y = info.matrix(bits), info.matrix(decoded)
         assert np.isfinite(y).all()
@@ -124,11 +127,18 @@ def _damage(data: bytes, random: np.random.Generator) -> bytes:
 def _refused_or_shaped(
     codec: Codec, parts: Mapping[str, bytes], extra: Mapping[str, object], info: TensorInfo
 ) -> None:
+    filled = np.zeros(info.shape, DTYPES[info.dtype])
     try:
         decoded = codec.decode(parts, extra, info)
     except FormatError:
-        return
+        try:
+            codec.decode_into(parts, extra, info, filled)
+        except FormatError:
+            return
+        raise AssertionError("decode_into must refuse what decode refuses") from None
     assert decoded.shape == info.shape
+    codec.decode_into(parts, extra, info, filled)
+    assert filled.tobytes() == decoded.tobytes(), "decode_into must fill what decode returns"
 
 
 def check_codec(codec: Codec, dtypes: tuple[str, ...] = ("BF16", "F16", "F32")) -> None:

@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 
 import waterfill  # noqa: E402
 from tests.pipeline import small  # noqa: E402
+from tests.pipeline.disks import Full  # noqa: E402
 from waterfill.cli import main  # noqa: E402
 from waterfill.pipeline import calibrate_to  # noqa: E402
 from waterfill.runtime import artifact  # noqa: E402
@@ -151,22 +152,6 @@ def test_a_process_that_is_stopped(number: signal.Signals, whole: Path, tmp_path
 
 
 # Full disks
-
-
-class Full:
-    """A disk that is full after so many bytes, for files whose path contains a word."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
-        self.word, self.hits = word, 0
-        true_open = Path.open
-
-        def opening(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if self.word in str(path) and set(mode) & set("wax+"):
-                self.hits += 1
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            return true_open(path, mode, *args, **kwargs)
-
-        monkeypatch.setattr(Path, "open", opening)
 
 
 @pytest.mark.parametrize("word", ["statistics", "prices-", "pieces", "out.partial", "README.md"])

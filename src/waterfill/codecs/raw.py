@@ -33,7 +33,17 @@ class Raw(Codec):
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
     ) -> Array:
         """Bytes -> bits."""
-        data = parts["bytes"]
-        if len(data) != info.nbytes:
-            raise FormatError(f"{info.name}: {len(data)} bytes where {info.nbytes} were expected")
-        return np.frombuffer(data, DTYPES[info.dtype]).reshape(info.shape).copy()
+        return _view(parts, info).copy()
+
+    def decode_into(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array
+    ) -> None:
+        """Bytes -> bits in `out`."""
+        out[...] = _view(parts, info)
+
+
+def _view(parts: Mapping[str, bytes], info: TensorInfo) -> Array:
+    data = parts["bytes"]
+    if len(data) != info.nbytes:
+        raise FormatError(f"{info.name}: {len(data)} bytes where {info.nbytes} were expected")
+    return np.frombuffer(data, DTYPES[info.dtype]).reshape(info.shape)

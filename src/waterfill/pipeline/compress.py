@@ -7,8 +7,6 @@ pieces. A run that was interrupted finds them again; a run that succeeds removes
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,6 +19,7 @@ from waterfill import __version__
 from waterfill.coding.native import return_freed_memory
 from waterfill.container import FILE_NAME, Reader
 from waterfill.pipeline.encoding import Encoder, encode
+from waterfill.pipeline.exact import compress_exact
 from waterfill.pipeline.planning import (
     Priced,
     Progress,
@@ -51,6 +50,7 @@ def compress(
     bits: float | None = None,
     ratio: str | float | None = None,
     plan: str | Path | None = None,
+    lossless: bool = False,
     keep: Sequence[str] = (),
     codec: Mapping[str, str] | None = None,
     calibration: str | Path | Sequence[str | Path] | None = None,
@@ -71,6 +71,8 @@ def compress(
         with every byte counted, or the share of the original (``"20%"``)
     plan : instead of a budget: a file that ``waterfill plan`` wrote, or an artifact. Its choices are
         kept to, and its budget. Statistics are those it was made from, unless `calibration` is given.
+    lossless : instead of a budget: keep every bit, of any safetensors checkpoint. Nothing is
+        calibrated and torch is not needed; see `waterfill.pipeline.exact`
     keep : globs of tensors to keep exact
     codec : glob -> codec id or specification such as ``"integer:bits=3,group=128"``
     calibration : text files, a statistics folder, ``"self"``, or None for the packaged text
@@ -91,6 +93,13 @@ def compress(
     return_freed_memory()
     out = Path(out)
     artifact.refuse_existing(out, force)
+    if lossless:
+        choices = {"size": size, "bits": bits, "ratio": ratio, "plan": plan, "keep": keep or None,
+                   "codec": codec or None, "calibration": calibration}  # fmt: skip
+        if given := [name for name, value in choices.items() if value is not None]:
+            raise SpecError(f"lossless keeps every bit, so {given[0]} has no meaning: leave it out")
+        source = open_source(model, trust_remote_code=trust_remote_code, any_files=True)
+        return compress_exact(source, out, force=force, command=command, progress=progress)
     source = open_source(model, trust_remote_code=trust_remote_code)
     rules = Rules(tuple(keep), tuple((codec or {}).items()))
     saved = None
@@ -188,7 +197,7 @@ def _finish(
         "original_nbytes": priced.original_nbytes,
         "params": priced.params,
         "lossless": lossless,
-        "plan_digest": _digest(rows),
+        "plan_digest": artifact.plan_digest(rows),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "calibration": dict(priced.statistics.protocol),
@@ -203,17 +212,5 @@ def _finish(
         curve=predicted_curve(priced, budget),
         about=facts,
     )
-    for file in source.files_beside:
-        if file.name not in ("README.md", "config.json"):
-            shutil.copyfile(file, folder / file.name)
-    artifact.write_config(folder, source.config)
-    stored = {**dataclasses.asdict(record), "ledger": ()}
-    artifact.write_record(folder, stored)
-    artifact.write_card(folder, stored)
+    artifact.furnish(folder, source, record)
     return record
-
-
-def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of which tensor was coded how: equal plans have equal digests."""
-    choices = json.dumps([[r["name"], r["codec"]] for r in rows])
-    return hashlib.sha256(choices.encode()).hexdigest()[:16]

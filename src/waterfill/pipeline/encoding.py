@@ -108,7 +108,7 @@ class Encoder:
 
     def _entries(self, coded: Mapping[str, Coded]) -> list[dict[str, Any]]:
         return [
-            _repeat(info)
+            repeat(info)
             if info.group
             else self._described[f"{self._key(name)} {coded[name].point.spec}"]
             for name, info in self.priced.infos.items()
@@ -146,5 +146,6 @@ def encode(
     return coded
 
 
-def _repeat(info: TensorInfo) -> dict[str, Any]:
+def repeat(info: TensorInfo) -> dict[str, Any]:
+    """The index entry of a tensor that another one's bytes stand for."""
     return describe(Encoded(Spec("raw"), info, {}, {}), {"why": f"same as {info.group}"})

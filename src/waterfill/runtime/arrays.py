@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from waterfill.coding.native import threads as cores
 from waterfill.container import Reader
 from waterfill.registry import make_codec
 from waterfill.types import DTYPES, Array, FormatError, SpecError, TensorInfo, to_float32
 
+T = TypeVar("T")
 
-def decode(reader: Reader, name: str) -> Array:
-    """Stored bits of one entry (a tensor, or one slice of a fused one)."""
+# Of a small file the threads take longer to start than they save; each holds a coded tensor.
+SMALL_NBYTES = 32 << 20
+MOST_THREADS = 4
+
+
+def decode(reader: Reader, name: str, out: Array | None = None) -> Array:
+    """Stored bits of one entry (a tensor, or one slice of a fused one).
+
+    They go to `out` if it is given: C-contiguous, of the entry's shape and `DTYPES` dtype.
+    """
     entry = reader.entries[name]
     if entry.info.group:
         if entry.info.group not in reader.entries or reader.entries[entry.info.group].info.group:
@@ -26,7 +39,11 @@ def decode(reader: Reader, name: str) -> Array:
         entry = original
     encoded = reader.read(entry.info.name)
     try:
-        bits = make_codec(encoded.spec).decode(encoded.parts, encoded.extra, encoded.info)
+        chosen = make_codec(encoded.spec)
+        if out is not None:
+            chosen.decode_into(encoded.parts, encoded.extra, encoded.info, out)
+            return out
+        bits = chosen.decode(encoded.parts, encoded.extra, encoded.info)
     except KeyError as error:
         raise FormatError(f"{name}: the part {error} is missing") from error
     except SpecError as error:
@@ -60,25 +77,63 @@ def checkpoint_infos(reader: Reader) -> dict[str, tuple[str, tuple[int, ...]]]:
     return infos
 
 
-def read_tensors(reader: Reader) -> Iterator[tuple[str, str, Array]]:
-    """(name, dtype, bits) of every checkpoint tensor, slices joined, one at a time."""
-    sliced = {e.info.tensor for e in reader.entries.values() if e.info.index is not None}
-    for name, (dtype, shape) in checkpoint_infos(reader).items():
-        if name not in sliced:
-            yield name, dtype, decode(reader, name)
-            continue
-        whole = np.empty(shape, DTYPES[dtype])
-        for index in range(shape[0]):
-            whole[index] = decode(reader, f"{name}[{index}]")
-        yield name, dtype, whole
+def read_tensor(
+    reader: Reader, name: str, dtype: str, shape: tuple[int, ...], out: Array | None = None
+) -> Array:
+    """Stored bits of a checkpoint tensor, its slices joined; into `out` as in `decode`."""
+    if name in reader.entries:
+        return decode(reader, name, out)
+    whole = empty(name, dtype, shape) if out is None else out
+    for index in range(shape[0]):
+        decode(reader, f"{name}[{index}]", whole[index, ...])
+    return whole
 
 
-def load(path: str | Path) -> dict[str, Array]:
+def empty(name: str, dtype: str, shape: tuple[int, ...]) -> Array:
+    """Room for a tensor; FormatError where a file promises more than there can be."""
+    try:
+        return np.empty(shape, DTYPES[dtype])
+    except (MemoryError, ValueError) as error:
+        raise FormatError(f"{name}: the file promises what cannot be decoded ({error})") from error
+
+
+def read_tensors(
+    reader: Reader, finish: Callable[[Array, str], T], threads: int | None = None
+) -> Iterator[tuple[str, T]]:
+    """(name, finish(bits, dtype)) of every checkpoint tensor, slices joined, in order.
+
+    So many `threads` (default: as many as help) decode and finish ahead, each one tensor at a time.
+    """
+    if threads is None:
+        threads = 1 if reader.nbytes < SMALL_NBYTES else min(MOST_THREADS, cores())
+
+    def one(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[str, T]:
+        return name, finish(read_tensor(reader, name, dtype, shape), dtype)
+
+    infos = [(name, *info) for name, info in checkpoint_infos(reader).items()]
+    if threads < 2:
+        yield from (one(*info) for info in infos)
+        return
+    pool = ThreadPoolExecutor(threads)
+    try:
+        ahead = deque(pool.submit(one, *info) for info in infos[:threads])
+        for info in infos[threads:]:
+            yield ahead.popleft().result()
+            ahead.append(pool.submit(one, *info))
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def load(path: str | Path, threads: int | None = None) -> dict[str, Array]:
     """Decode an artifact to a dict of numpy arrays; no torch needed.
 
     Parameters
     ----------
     path : artifact folder or its weights file
+    threads : tensors to decode at a time; default 1 of a small file, else one per core up to 4
+        (WATERFILL_THREADS sets another number of cores)
 
     Returns
     -------
@@ -91,7 +146,8 @@ def load(path: str | Path) -> dict[str, Array]:
         If the file is damaged, truncated or written by a newer waterfill.
     """
     with Reader(path) as reader:
-        return {
-            name: to_float32(bits, dtype) if dtype == "BF16" else bits
-            for name, dtype, bits in read_tensors(reader)
-        }
+        return dict(read_tensors(reader, _as_numpy, threads))
+
+
+def _as_numpy(bits: Array, dtype: str) -> Array:
+    return to_float32(bits, dtype) if dtype == "BF16" else bits

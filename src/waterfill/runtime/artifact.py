@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,9 +14,11 @@ from typing import Any
 
 from waterfill.container import FILE_NAME, Reader
 from waterfill.registry import make_codec
-from waterfill.types import WaterfillError
+from waterfill.sources import Source
+from waterfill.types import Record, WaterfillError
 
 RECORD_FILE = "waterfill.json"
+ORIGINAL = "original"  # where our entry in config.json keeps the one that it replaces
 # By one of these a folder is known as a model's or its statistics: only such a one is replaced.
 MARKS = ("config.json", FILE_NAME, f"{FILE_NAME}.index.json", RECORD_FILE, "statistics.json")
 
@@ -108,9 +112,20 @@ def explain(error: OSError, path: Path) -> WaterfillError:
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """config.json with the entry by which loaders recognise a waterfill artifact."""
     if config:
-        entry = {"quant_method": "waterfill", "container_version": 1}
+        entry: dict[str, Any] = {"quant_method": "waterfill", "container_version": 1}
+        if "quantization_config" in config:
+            entry[ORIGINAL] = config["quantization_config"]
         text = json.dumps({**config, "quantization_config": entry}, indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as it was before `write_config`."""
+    plain = dict(config)
+    entry = plain.pop("quantization_config", None)
+    if isinstance(entry, dict) and ORIGINAL in entry:
+        plain["quantization_config"] = entry[ORIGINAL]
+    return plain
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -148,15 +163,52 @@ def ledger(reader: Reader) -> list[dict[str, Any]]:
                 "why": entry.note.get("why", ""),
             }
         )
-    container = dict.fromkeys(rows[0], 0) if rows else {}
-    words = {"name": "(container)", "kind": "", "codec": "", "shape": [], "why": "header and index"}
-    return [*rows, container | words | {"nbytes": reader.overhead_nbytes}]
+    container = {
+        "name": "(container)",
+        "kind": "",
+        "codec": "",
+        "shape": [],
+        "params": 0,
+        "nbytes": reader.overhead_nbytes,
+        "original_nbytes": 0,
+        "bits_per_weight": 0,
+        "predicted_nats": 0,
+        "why": "header and index",
+    }
+    return [*rows, container]
+
+
+def plan_digest(rows: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 of which tensor was coded how: equal plans have equal digests."""
+    choices = json.dumps([[r["name"], r["codec"]] for r in rows])
+    return hashlib.sha256(choices.encode()).hexdigest()[:16]
+
+
+def furnish(folder: Path, source: Source, record: Record) -> None:
+    """Put around the weights file what an artifact needs: the model's own files, record, card."""
+    for file in source.files_beside:
+        if file.name not in ("README.md", "config.json"):
+            shutil.copyfile(file, folder / file.name)
+    write_config(folder, source.config)
+    stored = {**dataclasses.asdict(record), "ledger": ()}
+    write_record(folder, stored)
+    write_card(folder, stored)
 
 
 def write_card(folder: Path, record: Mapping[str, Any]) -> None:
     """README.md: a model card that says what was done and what it cost."""
     about = record["about"]
-    bits, ratio = record["bits_per_weight"], record["nbytes"] / max(about["original_nbytes"], 1)
+    ratio = record["nbytes"] / max(about["original_nbytes"], 1)
+    size = f"{record['nbytes']:,} bytes ({ratio:.1%} of the original weights"
+    if "budget_nbytes" in about:
+        title = f"{record['bits_per_weight']:.2f} bits per weight"
+        harm = record["predicted"]["kl_nats"]
+        done = f"""{size}; {about["budget_nbytes"]:,} were
+allowed). Predicted harm: {harm:.4g} nats of KL per token."""
+    else:
+        title = "lossless"
+        done = f"""{size}).
+Nothing was changed: every tensor comes back bit for bit."""
     base = f"base_model: {about['model']}\n" if "/" in about["model"] and not about["local"] else ""
     text = f"""---
 library_name: waterfill
@@ -164,11 +216,10 @@ tags:
 - waterfill
 - compressed
 {base}---
-# {about["model"]}, {bits:.2f} bits per weight
+# {about["model"]}, {title}
 
 Compressed by [waterfill](https://pypi.org/project/waterfill) {about["waterfill"]} to
-{record["nbytes"]:,} bytes ({ratio:.1%} of the original weights; {about["budget_nbytes"]:,} were
-allowed). Predicted harm: {record["predicted"]["kl_nats"]:.4g} nats of KL per token.
+{done}
 
     {about["command"]}
 

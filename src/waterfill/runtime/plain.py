@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from waterfill.container import FILE_NAME, Reader
-from waterfill.runtime.arrays import checkpoint_infos, read_tensors
-from waterfill.runtime.artifact import folder_of, new_folder, refuse_existing
-from waterfill.types import DTYPES, Array
+import numpy as np
+
+from waterfill.container import FILE_NAME
+from waterfill.runtime.artifact import (
+    folder_of,
+    new_folder,
+    original_config,
+    read_config,
+    refuse_existing,
+)
+from waterfill.runtime.files import (
+    Infos,
+    OriginalFile,
+    header_of,
+    nbytes_of,
+    original_files,
+    original_texts,
+)
+from waterfill.runtime.reading import Artifact
+from waterfill.types import DTYPES
 
 SHARD_NBYTES = 5 * 10**9
 OWN_FILES = (FILE_NAME, "README.md", "report.html", "waterfill.json", "config.json")
@@ -33,7 +48,7 @@ def decompress(
     path : artifact folder
     out : folder to make
     force : replace `out` if it exists
-    progress : called with (done, total, what)
+    progress : called with (bytes done, bytes in all, what)
 
     Raises
     ------
@@ -47,82 +62,75 @@ def decompress(
 
 
 def _decode_into(
-    artifact: Path, folder: Path, progress: Callable[[int, int, str], None] | None
+    path: Path, folder: Path, progress: Callable[[int, int, str], None] | None
 ) -> None:
-    with Reader(artifact) as reader:
-        shards = _shard(checkpoint_infos(reader))
-        tensors = read_tensors(reader)
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, 1):
-            name = (
-                FILE_NAME
-                if len(shards) == 1
-                else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            )
-            _write_shard(folder / name, shard, tensors, progress)
-            weight_map |= dict.fromkeys(shard, name)
-        if len(shards) > 1:
-            total = sum(_nbytes(i) for shard in shards for i in shard.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / f"{FILE_NAME}.index.json").write_text(json.dumps(index, indent=1))
-    _copy_beside(artifact, folder)
+    with Artifact(path) as artifact:
+        infos = {n: (i.dtype, i.shape) for n in artifact.names if (i := artifact.info(n))}
+        files = original_files(artifact.about, infos)
+        _copy_beside(path, folder, plain_config=not files)
+        for name, text in original_texts(artifact.about).items() if files else ():
+            (folder / name).write_bytes(text)
+        done, total = 0, sum(map(nbytes_of, infos.values()))
+        for file in files or _standard_files(infos, folder):
+            for name, nbytes in _write_file(folder / file.name, file, artifact):
+                done += nbytes
+                if progress:
+                    progress(done, total, f"decoding {name}")
 
 
-def _copy_beside(artifact: Path, folder: Path) -> None:
-    """Copy tokenizer and configuration; the configuration loses its quantisation entry."""
+def _copy_beside(artifact: Path, folder: Path, plain_config: bool) -> None:
+    """Copy tokenizer and texts, and the configuration as it was before ours."""
     for file in sorted(artifact.iterdir()):
         if file.is_file() and file.name not in OWN_FILES:
             shutil.copyfile(file, folder / file.name)
-    config = artifact / "config.json"
-    if config.exists():
-        plain = json.loads(config.read_text(encoding="utf-8"))
-        plain.pop("quantization_config", None)
+    if plain_config and (artifact / "config.json").exists():
+        plain = original_config(read_config(artifact))
         (folder / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
 
 
-def _nbytes(info: tuple[str, tuple[int, ...]]) -> int:
-    n = DTYPES[info[0]].itemsize
-    for d in info[1]:
-        n *= d
-    return n
+def _standard_files(infos: Infos, folder: Path) -> list[OriginalFile]:
+    """Files as transformers names them, for tensors whose own are not known; writes their index."""
+    shards = _shard(infos)
+    count = len(shards)
+    names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    if count == 1:
+        names = [FILE_NAME]
+    else:
+        weight_map = {t: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        total = sum(map(nbytes_of, infos.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{FILE_NAME}.index.json").write_text(json.dumps(index, indent=1))
+    return [
+        OriginalFile(name, header_of(shard, {"format": "pt"}), shard)
+        for name, shard in zip(names, shards, strict=True)
+    ]
 
 
-def _shard(infos: Mapping[str, tuple[str, tuple[int, ...]]]) -> Shards:
+def _shard(infos: Infos) -> Shards:
     shards: Shards = [{}]
     room = SHARD_NBYTES
     for name, info in infos.items():
-        if shards[-1] and _nbytes(info) > room:
+        if shards[-1] and nbytes_of(info) > room:
             shards.append({})
             room = SHARD_NBYTES
         shards[-1][name] = info
-        room -= _nbytes(info)
+        room -= nbytes_of(info)
     return shards
 
 
-def _write_shard(
-    path: Path,
-    shard: Mapping[str, tuple[str, tuple[int, ...]]],
-    tensors: Iterator[tuple[str, str, Array]],
-    progress: Callable[[int, int, str], None] | None,
-) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, info in shard.items():
-        end = offset + _nbytes(info)
-        header[name] = {"dtype": info[0], "shape": list(info[1]), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+def _write_file(path: Path, file: OriginalFile, artifact: Artifact) -> Iterator[tuple[str, int]]:
+    """Write a file, yielding each tensor's name and bytes once it is there."""
+    # One buffer for all: the system need not hand out, and clear, fresh pages for each tensor.
+    buffer = np.empty(max(map(nbytes_of, file.tensors.values()), default=0), np.uint8)
     temporary = path.with_name(path.name + ".partial")
     try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for done, expected in enumerate(shard, 1):
-                name, _, bits = next(tensors)
-                assert name == expected
-                file.write(bits.tobytes())
-                if progress:
-                    progress(done, len(shard), f"decoding {name}")
+        with temporary.open("wb") as stream:
+            stream.write(len(file.header).to_bytes(8, "little") + file.header)
+            for name, info in file.tensors.items():
+                octets = buffer[: nbytes_of(info)]
+                artifact.read(name, octets.view(DTYPES[info[0]]).reshape(info[1]))
+                stream.write(memoryview(octets))  # type: ignore[arg-type]
+                yield name, len(octets)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from waterfill.container import Reader
 from waterfill.runtime.arrays import read_tensors
-from waterfill.runtime.artifact import folder_of, read_config
+from waterfill.runtime.artifact import folder_of, original_config, read_config
 from waterfill.sources.text import load_tokenizer
 from waterfill.types import Array, WaterfillError
 
@@ -37,27 +37,45 @@ def load_model(
     Raises
     ------
     WaterfillError
-        If torch or transformers is missing, or the artifact has no config.json.
+        If torch or transformers is missing, the artifact has no config.json, or its original was
+        quantised in a way that transformers cannot load here.
     FormatError
         If the file is damaged.
     """
     path = folder_of(path)
     with quiet_transformers(), Reader(path) as reader:
         config = plain_config(path, trust_remote_code)
-        state = {name: to_torch(bits, kind) for name, kind, bits in read_tensors(reader)}
-        model = model_class(config).from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype or "auto",
-            trust_remote_code=trust_remote_code,
-        )
+        state = dict(read_tensors(reader, to_torch))
+        with _said_of_quantised(config):
+            model = model_class(config).from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+            )
     generation = path / "generation_config.json"
     if generation.exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _said_of_quantised(config: Any) -> Iterator[None]:
+    """Where a checkpoint was quantised before us, say that it is its own loader that fails."""
+    entry = getattr(config, "quantization_config", None)
+    try:
+        yield
+    except (ImportError, ValueError, RuntimeError) as error:
+        if entry is None:
+            raise
+        method = entry.get("quant_method") if isinstance(entry, dict) else entry
+        raise WaterfillError(
+            f"the original is quantised ({method}) and transformers cannot load it here: {error}. "
+            "waterfill decompress gives its files back, waterfill.load its arrays"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -83,12 +101,14 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def plain_config(path: Path, trust_remote_code: bool) -> Any:
-    """The transformers configuration without its quantisation entry."""
+    """The transformers configuration with the quantisation entry of the original, if it had one."""
     from transformers import AutoConfig
 
-    read_config(path)
+    original = original_config(read_config(path))
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if hasattr(config, "quantization_config"):
+    if "quantization_config" in original:
+        config.quantization_config = original["quantization_config"]
+    elif hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 

@@ -13,10 +13,13 @@ from waterfill.sources.module import ModuleSource
 __all__ = ["FolderSource", "ModuleSource", "Source", "open_source", "resolve"]
 
 
-def open_source(model: Any, trust_remote_code: bool = False) -> Source:
-    """A folder, a hub id, ``demo``, a torch module, or a source, as a source."""
+def open_source(model: Any, trust_remote_code: bool = False, any_files: bool = False) -> Source:
+    """A folder, a hub id, ``demo``, a torch module, or a source, as a source.
+
+    With `any_files` a folder of safetensors files will do, whatever they are of.
+    """
     if isinstance(model, (str, Path)):
-        return resolve(str(model), trust_remote_code)
+        return resolve(str(model), trust_remote_code, any_files)
     if hasattr(model, "state_dict"):
         return ModuleSource(model)
     source: Source = model

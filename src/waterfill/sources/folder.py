@@ -43,17 +43,25 @@ class FolderSource:
     path : folder
     trust_remote_code : whether its Python files may be run (and copied into an artifact)
     name : what to call it; default the folder's name
+    any_files : take the files as they are, of a model or not: config.json may be missing, and
+        without an index all of several safetensors files are meant
     """
 
-    def __init__(self, path: Path | str, trust_remote_code: bool = False, name: str = "") -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        trust_remote_code: bool = False,
+        name: str = "",
+        any_files: bool = False,
+    ) -> None:
         self.path = Path(path)
         self.trust_remote_code = trust_remote_code
         self.tokenizer: Any | None = None
         if not self.path.is_dir():
             raise WaterfillError(f"{self.path} is not a folder")
         self.name = name or self.path.resolve().name
-        self.config = _config(self.path)
-        self.files = [open_safetensors(f) for f in _weight_files(self.path)]
+        self.config = _any_config(self.path) if any_files else _config(self.path)
+        self.files = [open_safetensors(f) for f in _weight_files(self.path, any_files)]
         self._home: dict[str, SafetensorsFile] = {}
         for file in self.files:
             for tensor in file.tensors:
@@ -143,6 +151,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _any_config(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "config.json")
+    except WaterfillError:
+        return {}  # some tool's own, or none
+
+
 def _config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise WaterfillError(
@@ -152,7 +167,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path, any_files: bool) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -167,7 +182,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 )
         return [folder / name for name in names]
     found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
+    if len(found) == 1 or (found and any_files):
         return found
     if found:
         raise WaterfillError(

@@ -24,10 +24,11 @@ WANTED = [
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
-def resolve(model: str, trust_remote_code: bool = False) -> FolderSource:
+def resolve(model: str, trust_remote_code: bool = False, any_files: bool = False) -> FolderSource:
     """A model by its folder, hub id (``owner/name`` or ``owner/name@revision``), or ``demo``.
 
-    ``demo`` is always the packaged model; a folder of that name is ``./demo``.
+    ``demo`` is always the packaged model; a folder of that name is ``./demo``. `any_files` is as
+    in `FolderSource`.
     """
     if not model.strip():  # which pathlib would take for the current folder
         raise WaterfillError("the model's name is empty; name a folder, a hub id, or demo")
@@ -35,15 +36,14 @@ def resolve(model: str, trust_remote_code: bool = False) -> FolderSource:
         return FolderSource(_demo(), name="demo")
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return FolderSource(folder, trust_remote_code)
+        return FolderSource(folder, trust_remote_code, any_files=any_files)
     if folder.is_file():
         raise WaterfillError(f"{model} is a file; name the folder it lies in")
     name, _, revision = model.partition("@")
     if not _HUB_ID.match(name):
         raise WaterfillError(f"there is no folder {model}")
-    return FolderSource(
-        _download(name, revision or None, trust_remote_code), trust_remote_code, name
-    )
+    fetched = _download(name, revision or None, trust_remote_code)
+    return FolderSource(fetched, trust_remote_code, name, any_files)
 
 
 def _demo() -> Path:

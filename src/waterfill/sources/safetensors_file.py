@@ -19,7 +19,7 @@ import numpy as np
 
 from waterfill.types import DTYPES, Array, FormatError, WaterfillError
 
-__all__ = ["SafetensorsFile", "TensorSpan", "open_safetensors"]
+__all__ = ["SafetensorsFile", "TensorSpan", "open_safetensors", "parse_header"]
 
 MAX_HEADER = 100_000_000
 
@@ -107,13 +107,19 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             header = file.read(length)
     except OSError as error:
         raise WaterfillError(f"cannot read {path}: {error.strerror or error}") from error
+    return parse_header(path, header, size)
+
+
+def parse_header(path: Path, header: bytes, size: int) -> SafetensorsFile:
+    """Check the header of a file of `size` bytes; FormatError as of `open_safetensors`."""
     table = _parse(path, header)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must map names to strings")
-    spans = {name: _span(path, name, entry, 8 + length) for name, entry in table.items()}
+    base = 8 + len(header)
+    spans = {name: _span(path, name, entry, base) for name, entry in table.items()}
     spans = dict(sorted(spans.items(), key=lambda item: (item[1].start, item[1].end)))
-    at = 8 + length
+    at = base
     for name, span in spans.items():
         if span.start != at:
             what = "overlaps the tensor before it" if span.start < at else "leaves a hole before it"
