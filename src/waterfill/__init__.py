@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from waterfill import lossless as lossless
     from waterfill.pipeline.compare import compare as compare
     from waterfill.pipeline.compress import compress as compress
     from waterfill.registry import Codec as Codec
@@ -44,10 +45,14 @@ _HOMES = {
     "load_model": "runtime.torch_model",
 }
 
-__all__ = [*sorted(_HOMES), "__version__"]
+_MODULES = ("lossless",)
+
+__all__ = [*sorted([*_HOMES, *_MODULES]), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"waterfill.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'waterfill' has no attribute {name!r}")
     return getattr(importlib.import_module(f"waterfill.{_HOMES[name]}"), name)

@@ -56,7 +56,7 @@ def test_few_tensors_are_in_memory_at_a_time(out: Path) -> None:
 
 def test_damage_in_one_of_several_threads(out: Path, tmp_path: Path) -> None:
     with Reader(out) as reader:
-        at = reader._data_start + reader.entries["w4"].parts["planes"][0]
+        at = reader._data_start + reader.entries["w4"].parts["stream"][0]
     changed = bytearray((out / FILE_NAME).read_bytes())
     changed[at] ^= 1
     (tmp_path / FILE_NAME).write_bytes(changed)

@@ -13,8 +13,6 @@ from waterfill.coding.sections import split
 from waterfill.registry import Codec, codec
 from waterfill.types import DTYPES, FLOAT_DTYPES, Array, SpecError, TensorInfo, Weighting
 
-CODERS = ("auto", "rans", "huffman")
-
 
 @codec("lossless", version=2)
 class Lossless(Codec):
@@ -30,8 +28,8 @@ class Lossless(Codec):
     coder: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.coder not in CODERS:
-            raise SpecError(f"lossless: coder is one of {', '.join(CODERS)}, not {self.coder!r}")
+        if self.coder not in lossless.CODERS:
+            raise SpecError(f"lossless: coder is X, not {self.coder!r}")
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:

@@ -32,6 +32,7 @@ Ints = NDArray[np.int64]
 STORED, CONSTANT, SPLIT, SPARSE, DEFLATED = 0, 1, 2, 3, 4
 PLANE_STORED, PLANE_CONSTANT, PLANE_CODED = 0, 1, 2
 ESCAPE, HUFFMAN = 1, 2  # of a field
+CODERS = ("auto", "rans", "huffman")
 EXPONENT_BITS: Mapping[str, int] = {
     "F64": 11, "F32": 8, "F16": 5, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 5,
 }  # fmt: skip

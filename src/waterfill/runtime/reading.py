@@ -6,22 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import numpy as np
-
 from waterfill.container import Reader
 from waterfill.runtime.arrays import checkpoint_infos, read_tensor
-from waterfill.types import DTYPES, Array, TensorInfo, WaterfillError
+from waterfill.runtime.buffers import fill_target
+from waterfill.types import Array, TensorInfo, WaterfillError
 
 __all__ = ["Artifact"]
 
 T = TypeVar("T")
-
-# Names that numpy (with ml_dtypes) and torch have for dtypes which travel as unsigned integers.
-OWN_NAMES: Mapping[str, str] = {
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
 
 
 class Artifact:
@@ -108,36 +100,5 @@ class Artifact:
         info = self.info(name)
         if out is None:
             return read_tensor(self._reader, name, info.dtype, info.shape)
-        read_tensor(self._reader, name, info.dtype, info.shape, _bits(out, info))
+        read_tensor(self._reader, name, info.dtype, info.shape, fill_target(out, info))
         return out
-
-
-def _bits(out: Any, info: TensorInfo) -> Array:
-    """The memory of an array or tensor as an array of stored bits; WaterfillError if it does not fit."""
-    if isinstance(out, np.ndarray):
-        _check(out.dtype.name, out.shape, info)
-        if not out.flags.c_contiguous or not out.flags.writeable:
-            raise WaterfillError(f"{info.name}: out must be C-contiguous and writeable")
-        if not out.dtype.isnative:
-            raise WaterfillError(f"{info.name}: out must be little-endian")
-        return out.view(DTYPES[info.dtype])
-    if not type(out).__module__.partition(".")[0] == "torch" and not hasattr(out, "data_ptr"):
-        raise WaterfillError(
-            f"{info.name}: out must be a numpy array or a torch tensor, not {type(out).__name__}"
-        )
-    import torch
-
-    _check(str(out.dtype).removeprefix("torch."), tuple(out.shape), info)
-    if out.device.type != "cpu" or not out.is_contiguous():
-        raise WaterfillError(f"{info.name}: out must be a contiguous tensor on the CPU")
-    octets: Array = out.detach().reshape(-1).view(torch.uint8).numpy()
-    return octets.view(DTYPES[info.dtype]).reshape(info.shape)
-
-
-def _check(dtype: str, shape: tuple[int, ...], info: TensorInfo) -> None:
-    stored = DTYPES[info.dtype].name
-    right = OWN_NAMES.get(info.dtype, stored)
-    if dtype not in (stored, right) or shape != info.shape:
-        raise WaterfillError(
-            f"{info.name} is {right}{list(info.shape)}, and out is {dtype}{list(shape)}"
-        )
