@@ -33,13 +33,13 @@ struct DecodeTables {
     bool identity = true;               // lut[i] == i throughout
 };
 
-// Takes the symbols of a one-row block as they come, a few thousand at a time: `count` of them from
+// Takes the symbols of a one-row block as they come, some at a time: `count` of them from
 // column `first` of the matrix on.
 struct Sink {
     void (*take)(void* context, const uint8_t* symbols, size_t first, size_t count);
     void* context;
 };
-constexpr size_t kTile = 8192;  // symbols handed over at a time; they stay in the nearest cache
+constexpr size_t kTile = 1024;  // symbols handed over at a time: few, so that memory is never waited for in bursts
 
 struct DecodeBlock {
     const DecodeTables* tables;

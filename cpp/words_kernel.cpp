@@ -83,13 +83,17 @@ template <class W, unsigned P> void join_words(const Join& job, const uint8_t* _
     const uint8_t* from[P];
     std::copy_n(planes, P, from);
     const unsigned top = 8 * sizeof(W) - 1, below = job.layout.rest_bits() - 1;
-    const W low = W(job.low), fixed = W(job.fixed), mask = W((W(1) << below) - 1);
+    const W low = W(job.low), fixed = W(job.fixed), bit = W(W(1) << below), mask = W(bit - 1);
+    // Products where a vector cannot shift lanes so narrow by a number it does not know beforehand.
+    const W lift = W(W(1) << (top - below));
     for (size_t i = 0; i < count; ++i) {
         W rest = from[0][i];
         for (unsigned p = 1; p < P; ++p) rest = W(W(rest << 8) | from[p][i]);
         rest = W(rest | fixed);
-        const W field = W(symbols[i] + low);
-        const W word = W(W(field << below) | W(rest & mask) | W(W(rest >> below) << top));
+        const W field = W(symbols[i] + low), sign = W(rest & bit);
+        W word = W(rest & mask);
+        if constexpr (sizeof(W) < 4) word = W(word | W(field * uint32_t(bit)) | W(sign * uint32_t(lift)));
+        else word = W(word | W(field << below) | W(sign << (top - below)));
         std::memcpy(out + i * sizeof(W), &word, sizeof(W));
     }
 }

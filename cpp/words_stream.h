@@ -41,7 +41,7 @@ inline void check(const Join& job, size_t count) {
 
 // Each tile of `count` words: work(first, how many).
 template <class Work> void each_tile(size_t count, unsigned threads, Work work) {
-    constexpr size_t kTogether = 32 * rans::kTile;  // a thread's share
+    constexpr size_t kTogether = 256 * rans::kTile;  // a thread's share
     rans::in_parallel((count + kTogether - 1) / kTogether, threads, [&](size_t share) {
         const size_t end = std::min(count, (share + 1) * kTogether);
         for (size_t first = share * kTogether; first < end; first += rans::kTile) work(first, std::min(rans::kTile, end - first));
