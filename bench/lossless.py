@@ -65,6 +65,11 @@ def speeds(quick: bool) -> Iterator[Row]:
         lossless.decode(coded, out, "BF16", threads=1)
         return out
 
+    portable = lossless.encode(words, "BF16", "huffman", threads=1)
+
+    def decode_portable() -> None:
+        lossless.decode(portable, there, "BF16", threads=1)
+
     calls: dict[str, Callable[[], object]] = {
         "zipnn decode": lambda: peer("BF16").decompress(peer_coded),
         "memcpy": lambda: np.copyto(other, words),
@@ -74,6 +79,7 @@ def speeds(quick: bool) -> Iterator[Row]:
         calls[f"{isa} there"] = forced(
             isa, partial(lossless.decode, coded, there, "BF16", threads=1)
         )
+        calls[f"{isa} huffman"] = forced(isa, decode_portable)
     took = interleaved(calls, 3 if quick else 9)
     assert np.array_equal(there, words), "what was decoded is not what was encoded"
     gb = nbytes / 1e9
@@ -87,6 +93,11 @@ def speeds(quick: bool) -> Iterator[Row]:
         bar = 0.35 if isa == "avx512" else None
         ratio = took["memcpy"] / took[f"{isa} there"]
         yield Row(f"decode, {isa}: against memcpy", ratio, "times", bar, ">=", note)
+    yield Row("coder=huffman: size against coder=rans", len(portable) / len(coded), "ratio")
+    for isa in isas:
+        note = f"{gb / took[f'{isa} huffman']:.2f} GB/s into the same buffer"
+        ratio = took[f"{isa} there"] / took[f"{isa} huffman"]
+        yield Row(f"decode, {isa}: coder=huffman against coder=rans", ratio, "times", note=note)
     yield from encoding(words, raw, 3 if quick else 7)
 
 
