@@ -290,6 +290,29 @@ def decompress(args: argparse.Namespace) -> Any:
     return {"path": str(args.out), "nbytes": nbytes}
 
 
+def diff(args: argparse.Namespace) -> Any:
+    """Write what turns one checkpoint into another, bit for bit."""
+    from waterfill.pipeline import diff_to
+
+    result = diff_to(args.base, args.new, args.out, force=args.force, progress=args.progress)
+    if not args.json:
+        times = result["model_nbytes"] / max(result["nbytes"], 1)
+        print(f"{args.out}: {result['nbytes']:,} bytes, {times:.1f} times smaller than {args.new}")
+        print(f"  {result['changed']} of {result['tensors']} tensors changed")
+        print(f"next: waterfill patch {shlex.quote(args.base)} {shlex.quote(str(args.out))} -o DIR")
+    return result
+
+
+def patch(args: argparse.Namespace) -> Any:
+    """Apply patches to a checkpoint."""
+    from waterfill.pipeline import patch
+
+    result = patch(args.base, args.patches, args.out, force=args.force, progress=args.progress)
+    if not args.json:
+        print(f"{args.out}: {result['nbytes']:,} bytes of plain safetensors, every bit verified")
+    return result
+
+
 def verify(args: argparse.Namespace) -> Any:
     """Check every checksum, without decoding."""
     from waterfill.container import Reader
@@ -385,6 +408,8 @@ VERBS = {
     "show": show,
     "eval": evaluate,
     "decompress": decompress,
+    "diff": diff,
+    "patch": patch,
     "verify": verify,
     "generate": generate,
     "report": report,

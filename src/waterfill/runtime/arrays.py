@@ -9,7 +9,15 @@ import numpy as np
 
 from waterfill.container import Reader
 from waterfill.registry import make_codec
-from waterfill.types import DTYPES, Array, FormatError, SpecError, TensorInfo, to_float32
+from waterfill.types import (
+    DTYPES,
+    Array,
+    Encoded,
+    FormatError,
+    SpecError,
+    TensorInfo,
+    to_float32,
+)
 
 
 def decode(reader: Reader, name: str) -> Array:
@@ -24,7 +32,12 @@ def decode(reader: Reader, name: str) -> Array:
                 f"{name}: cannot repeat {entry.info.group!r}, which has another shape or dtype"
             )
         entry = original
-    encoded = reader.read(entry.info.name)
+    return unpack(reader.read(entry.info.name))
+
+
+def unpack(encoded: Encoded) -> Array:
+    """Stored bits of one coded tensor; FormatError, with its name, on whatever is wrong with it."""
+    name = encoded.info.name
     try:
         bits = make_codec(encoded.spec).decode(encoded.parts, encoded.extra, encoded.info)
     except KeyError as error:
