@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding import delta_numpy, gamma, native, rans
-from waterfill.coding.delta_numpy import BLOCK, GAP_SYMBOLS, Words
+from waterfill.coding.delta_numpy import BLOCK, GAP_SYMBOLS, Packed, Words
 from waterfill.coding.models import fit, read_models
 from waterfill.types import FormatError
 
@@ -49,24 +49,25 @@ def encode(old: Array, new: Array, dtype: str, threads: int | None = None) -> by
     x, y = _flat(old, words), _flat(new, words)
     if x.size != y.size:
         raise ValueError(f"{x.size} old values and {y.size} new ones")
-    core, threads = native.core(), threads or native.threads()
-    elements, sizes = delta_numpy.survey(x, y, words)
-    changes = int(sizes.sum())
+    if not x.size:
+        return gamma.varint(0)
+    threads = threads or native.threads()
+    thresholds = choose_thresholds(*_survey(x, y, words, threads), -(-x.size // BLOCK))
+    packed = _pack(x, y, words, thresholds, threads)
+    changes = packed.gaps.size
     if not changes:
         return gamma.varint(0)
-    thresholds = choose_thresholds(elements, sizes, -(-x.size // BLOCK))
-    counts, gaps, steps, raw = delta_numpy.pack(x, y, words, thresholds)
-    del core
-    order = gamma.best_order(counts.reshape(-1))[0]
-    ids = _ids(counts)
+    counts = packed.counts.reshape(-1)
+    order = gamma.best_order(counts)[0]
+    ids = _ids(packed.counts)
     return b"".join(
         (
             gamma.varint(changes),
             bytes([thresholds.size, *thresholds, order]),
-            gamma.pack(counts.reshape(-1), order),
-            _encode_symbols(gaps, ids, threads),
-            _encode_symbols(steps, ids, threads),
-            raw,
+            gamma.pack(counts, order),
+            _encode_symbols(packed.gaps, packed.gap_counts, ids, threads),
+            _encode_symbols(packed.sizes, packed.size_counts, ids, threads),
+            packed.raw.tobytes(),
         )
     )
 
@@ -99,8 +100,8 @@ def decode(
     source = np.frombuffer(data, np.uint8)
     result = np.empty(old.shape, old.dtype) if out is None else out
     x, y = _flat(old, words), _flat(result, words)
-    if not np.shares_memory(y, result) and y.size:
-        raise ValueError("`out` must be contiguous")
+    if x.size != y.size or (y.size and not np.may_share_memory(y, result)):
+        raise ValueError("`out` must be like `old`, contiguous and aligned")
     changes, at = gamma.read_varint(source, 0)
     if not changes:
         if at != source.size:
@@ -115,12 +116,59 @@ def decode(
     threads = threads or native.threads()
     gaps, at = _decode_symbols(source, at, ids, GAP_SYMBOLS, threads)
     sizes, at = _decode_symbols(source, at, ids, words.size_symbols, threads)
-    delta_numpy.apply(x, y, words, thresholds, counts, gaps, sizes, source[at:])
+    _apply(x, y, words, thresholds, counts, (gaps, sizes, source[at:]), threads)
     return result
 
 
 def _flat(array: Array, words: Words) -> Array:
-    return np.ascontiguousarray(array).reshape(-1).view(words.unsigned)
+    # Tensors of a mapped file may begin anywhere; the core reads whole words.
+    whole = np.require(np.ascontiguousarray(array).reshape(-1), requirements="A")
+    return whole.view(words.unsigned)
+
+
+def _survey(x: Array, y: Array, words: Words, threads: int) -> tuple[Ints, Ints]:
+    core = native.core()
+    if core is None:
+        return delta_numpy.survey(x, y, words)
+    elements = np.zeros((1, 256), np.int64)
+    sizes = np.zeros((256, words.size_symbols), np.int64)
+    core.delta_survey(
+        words.for_core, x.view(np.uint8), y.view(np.uint8), elements, sizes, threads
+    )
+    return elements[0], sizes
+
+
+def _pack(x: Array, y: Array, words: Words, thresholds: Bytes, threads: int) -> Packed:
+    core = native.core()
+    if core is None:
+        return delta_numpy.pack(x, y, words, thresholds)
+    contexts = thresholds.size + 1
+    counts = np.zeros((contexts, -(-x.size // BLOCK)), np.int64)
+    tables = np.zeros((2, contexts, 256), np.int64)
+    octets = x.view(np.uint8), y.view(np.uint8)
+    coded = core.delta_pack(words.for_core, *octets, thresholds, counts, *tables, threads)
+    gaps, sizes, raw = (np.frombuffer(part, np.uint8) for part in coded)
+    return Packed(counts, tables[0], tables[1], gaps, sizes, raw)
+
+
+def _apply(
+    x: Array,
+    y: Array,
+    words: Words,
+    thresholds: Bytes,
+    counts: Ints,
+    coded: tuple[Bytes, Bytes, Bytes],
+    threads: int,
+) -> None:
+    core = native.core()
+    if core is None:
+        delta_numpy.apply(x, y, words, thresholds, counts, *coded)
+        return
+    octets = x.view(np.uint8), y.view(np.uint8)
+    try:
+        core.delta_apply(words.for_core, *octets, thresholds, counts, *coded, threads)
+    except RuntimeError as error:
+        raise FormatError(str(error)) from None
 
 
 def choose_thresholds(elements: Ints, sizes: Ints, blocks: int) -> Bytes:
@@ -195,11 +243,11 @@ def _ids(counts: Ints) -> Bytes:
     return np.repeat(np.arange(of_context.size, dtype=np.uint8), of_context)
 
 
-def _encode_symbols(symbols: Bytes, ids: Bytes, threads: int) -> bytes:
+def _encode_symbols(symbols: Bytes, counts: Ints, ids: Bytes, threads: int) -> bytes:
     """Alphabet, models, length of the stream, stream."""
-    classes = int(ids[-1]) + 1
-    size = int(symbols.max()) + 1
-    models = fit(rans.histogram(symbols[None], ids, classes)[:, :size])
+    used = counts[counts.any(axis=1)]
+    size = int(np.flatnonzero(used.any(axis=0))[-1]) + 1
+    models = fit(used[:, :size])
     coded = rans.encode(symbols[None], ids, models.freqs, _lanes(symbols.size), threads)
     return bytes([size - 1]) + models.data + gamma.varint(len(coded)) + coded
 
@@ -226,7 +274,7 @@ def _read_thresholds(source: Bytes, at: int) -> tuple[Bytes, int]:
     end = at + 1 + count
     if count >= MAX_CONTEXTS or end > source.size:
         raise FormatError("delta: contexts are cut short, or too many")
-    thresholds = source[at + 1 : end]
+    thresholds = source[at + 1 : end].copy()
     if (np.diff(thresholds.astype(np.int64), prepend=0) <= 0).any():
         raise FormatError("delta: contexts out of order")
     return thresholds, end

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.types import DTYPES, FormatError
 
-__all__ = ["BLOCK", "GAP_SYMBOLS", "Words", "apply", "pack", "survey"]
+__all__ = ["BLOCK", "GAP_SYMBOLS", "Packed", "Words", "apply", "pack", "survey"]
 
 BLOCK = 1 << 20
 DIRECT = 16  # values that are symbols of their own; greater ones: an octave and its half
 GAP_SYMBOLS = 48
-# One group in so many is counted to choose contexts; all of them where that is quick.
-SAMPLE, SMALL, GROUP = 16, 1 << 16, 64
+# To choose contexts one group in up to so many is counted, so that a small tensor is counted whole.
+GROUP, MOST_EVERY, COUNTED = 64, 16, 1 << 16
 
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
@@ -63,6 +63,11 @@ class Words:
     def unsigned(self) -> np.dtype[Any]:
         """The words as numpy holds them."""
         return np.dtype(f"<u{self.width}")
+
+    @property
+    def for_core(self) -> tuple[int, bool, int, int, int]:
+        """As the native core takes it."""
+        return self.width, self.signed, self.shift, self.mask, self.offset
 
     @property
     def size_symbols(self) -> int:
@@ -142,17 +147,17 @@ def from_symbols(symbols: Bytes, raw: Wide) -> Wide:
 
 
 def survey(old: Array, new: Array, words: Words) -> tuple[Ints, Ints]:
-    """Elements of each exponent (estimated), and how often it has each symbol of a change's size."""
-    changed = np.flatnonzero(old != new)
-    exponent = words.exponents(old[changed])
-    symbols = to_symbols(words.differences(old[changed], new[changed]) - np.uint64(1))[0]
-    place = exponent.astype(np.int64) * words.size_symbols + symbols
-    sizes = np.bincount(place, minlength=256 * words.size_symbols).reshape(256, -1)
-    every = 1 if old.size <= SMALL else SAMPLE
-    groups = [old[at : at + GROUP] for at in range(0, old.size, GROUP * every)]
-    seen = np.concatenate(groups) if groups else old
-    elements = np.bincount(words.exponents(seen), minlength=256)
-    return elements.astype(np.int64) * every, sizes.astype(np.int64)
+    """Elements of each exponent, and its changes by the symbol of their size: from a sample."""
+    every = min(MOST_EVERY, max(1, old.size // COUNTED))
+    groups = np.arange(0, old.size, GROUP * every)[:, None] + np.arange(GROUP)
+    seen = groups[groups < old.size]
+    x, y = old[seen], new[seen]
+    elements = np.bincount(words.exponents(x), minlength=256) * every
+    x, y = x[x != y], y[x != y]
+    symbols = to_symbols(words.differences(x, y) - np.uint64(1))[0]
+    place = words.exponents(x).astype(np.int64) * words.size_symbols + symbols
+    sizes = np.bincount(place, minlength=256 * words.size_symbols).reshape(256, -1) * every
+    return elements.astype(np.int64), sizes.astype(np.int64)
 
 
 def _by_context(old: Array, words: Words, thresholds: Bytes) -> Iterator[Ints]:
@@ -162,45 +167,54 @@ def _by_context(old: Array, words: Words, thresholds: Bytes) -> Iterator[Ints]:
         yield np.flatnonzero(context == k)
 
 
-def pack(
-    old: Array, new: Array, words: Words, thresholds: Bytes
-) -> tuple[Ints, Bytes, Bytes, bytes]:
+class Packed(NamedTuple):
     """Changes as symbols.
 
-    Returns
-    -------
+    Attributes
+    ----------
     counts : int64 (contexts, blocks)
+    gap_counts, size_counts : int64 (contexts, 256), how often a context has each symbol
     gaps, sizes : uint8, context by context, each block by block
     raw : bytes, block by block
     """
+
+    counts: Ints
+    gap_counts: Ints
+    size_counts: Ints
+    gaps: Bytes
+    sizes: Bytes
+    raw: Bytes
+
+
+def pack(old: Array, new: Array, words: Words, thresholds: Bytes) -> Packed:
+    """The symbols of all changes."""
     blocks = -(-old.size // BLOCK)
     contexts = thresholds.size + 1
     counts = np.zeros((contexts, blocks), np.int64)
-    gaps: list[list[Bytes]] = [[] for _ in range(contexts)]
-    sizes: list[list[Bytes]] = [[] for _ in range(contexts)]
-    raw = []
+    symbols: list[list[Array]] = [[] for _ in range(contexts)]
+    raw = [b""]
     for block in range(blocks):
         part = slice(block * BLOCK, (block + 1) * BLOCK)
         x, y = old[part], new[part]
         fields, widths = [], []
         for k, places in enumerate(_by_context(x, words, thresholds)):
             rank = np.flatnonzero(x[places] != y[places])
-            gap = np.diff(rank, prepend=-1) - 1
             at = places[rank]
-            values = [gap.astype(np.uint64), words.differences(x[at], y[at]) - np.uint64(1)]
-            (gap_symbols, gap_width), (size_symbols, size_width) = map(to_symbols, values)
+            gap = (np.diff(rank, prepend=-1) - 1).astype(np.uint64)
+            values = np.stack([gap, words.differences(x[at], y[at]) - np.uint64(1)], axis=1)
+            found, width = to_symbols(values)
             counts[k, block] = rank.size
-            gaps[k].append(gap_symbols)
-            sizes[k].append(size_symbols)
-            fields.append(np.stack(values, axis=1).reshape(-1))
-            widths.append(np.stack([gap_width, size_width], axis=1).reshape(-1))
+            symbols[k].append(found)
+            fields.append(values.reshape(-1))
+            widths.append(width.reshape(-1))
         raw.append(_pack_bits(np.concatenate(fields), np.concatenate(widths)))
-    return counts, _joined(gaps), _joined(sizes), b"".join(raw)
-
-
-def _joined(parts: list[list[Bytes]]) -> Bytes:
-    flat = [part for row in parts for part in row]
-    return np.concatenate(flat) if flat else np.zeros(0, np.uint8)
+    joined = [np.concatenate(parts) for parts in symbols]
+    gap_counts, size_counts = (
+        np.stack([np.bincount(own[:, i], minlength=256) for own in joined]) for i in (0, 1)
+    )
+    gaps, sizes = (np.ascontiguousarray(np.concatenate(joined)[:, i]) for i in (0, 1))
+    flat = np.frombuffer(b"".join(raw), np.uint8)
+    return Packed(counts, gap_counts, size_counts, gaps, sizes, flat)
 
 
 def _pack_bits(fields: Wide, widths: Ints) -> bytes:
