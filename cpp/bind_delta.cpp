@@ -1,5 +1,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
 
 #include "delta_stream.h"
 
@@ -69,6 +71,19 @@ void apply(const nb::tuple& how, const Bytes& old, const Out& out, const Bytes& 
     delta::apply(words, contexts, old.data(), out.data(), n, {counts.data(), gaps.data(), sizes.data(), gaps.shape(0), raw.data(), raw.shape(0)}, threads, isa);
 }
 
+// One call for all, so that nothing of Python's comes between the first byte and the last.
+void copy_all(const std::vector<std::pair<Out, Bytes>>& pairs, unsigned threads) {
+    for (const auto& [to, from] : pairs)
+        if (to.shape(0) != from.shape(0)) throw std::invalid_argument("copies of another length");
+    constexpr size_t kPiece = size_t(1) << 22;
+    struct Piece { uint8_t* to; const uint8_t* from; size_t size; };
+    std::vector<Piece> pieces;
+    for (const auto& [to, from] : pairs)
+        for (size_t at = 0; at < to.shape(0); at += kPiece) pieces.push_back({to.data() + at, from.data() + at, std::min(kPiece, to.shape(0) - at)});
+    nb::gil_scoped_release release;
+    waterfill::rans::in_parallel(pieces.size(), threads, [&](size_t i) { std::memcpy(pieces[i].to, pieces[i].from, pieces[i].size); });
+}
+
 }  // namespace
 
 void bind_delta(nb::module_& m) {
@@ -79,4 +94,5 @@ void bind_delta(nb::module_& m) {
           "Symbols of gaps, symbols of sizes and raw bits of all changes; fills the counts of changes and of symbols.");
     m.def("delta_apply", &apply, "words"_a, "old"_a.noconvert(), "out"_a.noconvert(), "thresholds"_a.noconvert(), "counts"_a.noconvert(), "gaps"_a.noconvert(),
           "sizes"_a.noconvert(), "raw"_a.noconvert(), "threads"_a, "Fill `out` with the new words; RuntimeError on symbols that lie.");
+    m.def("copy_all", &copy_all, "pairs"_a, "threads"_a, "Copy the second of each pair of arrays onto the first, all or none.");
 }

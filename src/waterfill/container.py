@@ -39,6 +39,7 @@ VERSION = 1
 MODEL, PATCH = "waterfill", "waterfill-patch"
 FILE_NAME = "model.safetensors"
 INDEX = "waterfill//index"
+PARTS = "waterfill//parts"
 MAX_HEADER_NBYTES = 100_000_000
 MAX_INDEX_NBYTES = 400_000_000
 
@@ -108,6 +109,9 @@ def _header(described: Sequence[Mapping[str, Any]], index: bytes, format: str) -
                 raise FormatError(f"{key}: two parts of the file would have this name")
             entries[key] = _u8(offset, length)
             offset += length
+    if format == PATCH:
+        # An entry for each of many small changes would take more bytes than they do.
+        entries = {"__metadata__": entries["__metadata__"], PARTS: _u8(0, offset)}
     entries[INDEX] = _u8(offset, len(index))
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)

@@ -8,6 +8,7 @@ described in ``docs/format/delta.md``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,21 @@ from numpy.typing import NDArray
 
 from waterfill.coding import delta_numpy, gamma, native, rans
 from waterfill.coding.delta_numpy import BLOCK, GAP_SYMBOLS, Packed, Words
+from waterfill.coding.gaps import fit_gaps, read_gaps
 from waterfill.coding.models import fit, read_models
 from waterfill.types import FormatError
 
 __all__ = ["decode", "encode"]
 
 MAX_CONTEXTS = 32
-# Bits that a context costs beside its changes: each symbol of its two tables, each block's count.
+# Bits that a context costs beside its changes: each symbol in its table, each block's count.
 SYMBOL_BITS, COUNT_BITS, CONTEXT_BITS = 6.0, 6.0, 24.0
 
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Table = NDArray[np.uint16]
 
 
 def encode(old: Array, new: Array, dtype: str, threads: int | None = None) -> bytes:
@@ -65,8 +68,8 @@ def encode(old: Array, new: Array, dtype: str, threads: int | None = None) -> by
             gamma.varint(changes),
             bytes([thresholds.size, *thresholds, order]),
             gamma.pack(counts, order),
-            _encode_symbols(packed.gaps, packed.gap_counts, ids, threads),
-            _encode_symbols(packed.sizes, packed.size_counts, ids, threads),
+            _encode_symbols(packed.gaps, packed.gap_counts, ids, fit_gaps, threads),
+            _encode_symbols(packed.sizes, packed.size_counts, ids, _fit_sizes, threads),
             packed.raw.tobytes(),
         )
     )
@@ -114,8 +117,8 @@ def decode(
     counts, at = _read_counts(source, at, thresholds.size + 1, x.size, changes)
     ids = _ids(counts)
     threads = threads or native.threads()
-    gaps, at = _decode_symbols(source, at, ids, GAP_SYMBOLS, threads)
-    sizes, at = _decode_symbols(source, at, ids, words.size_symbols, threads)
+    gaps, at = _decode_symbols(source, at, ids, GAP_SYMBOLS, read_gaps, threads)
+    sizes, at = _decode_symbols(source, at, ids, words.size_symbols, read_models, threads)
     _apply(x, y, words, thresholds, counts, (gaps, sizes, source[at:]), threads)
     return result
 
@@ -132,9 +135,7 @@ def _survey(x: Array, y: Array, words: Words, threads: int) -> tuple[Ints, Ints]
         return delta_numpy.survey(x, y, words)
     elements = np.zeros((1, 256), np.int64)
     sizes = np.zeros((256, words.size_symbols), np.int64)
-    core.delta_survey(
-        words.for_core, x.view(np.uint8), y.view(np.uint8), elements, sizes, threads
-    )
+    core.delta_survey(words.for_core, x.view(np.uint8), y.view(np.uint8), elements, sizes, threads)
     return elements[0], sizes
 
 
@@ -209,7 +210,7 @@ def _run_costs(elements: Ints, sizes: Ints) -> Floats:
     unchanged = np.maximum(total[j] - total[i] - changes, 0)
     bits = _plogp(unchanged + changes) - _plogp(unchanged) - _plogp(changes)
     bits += _plogp(changes) - _plogp(of_size).sum(axis=1)
-    bits += SYMBOL_BITS * ((of_size > 0).sum(axis=1) + np.minimum(changes, 20))
+    bits += SYMBOL_BITS * (of_size > 0).sum(axis=1)
     cost = np.full((n + 1, n + 1), np.inf)
     cost[i, j] = bits
     return cost
@@ -243,21 +244,37 @@ def _ids(counts: Ints) -> Bytes:
     return np.repeat(np.arange(of_context.size, dtype=np.uint8), of_context)
 
 
-def _encode_symbols(symbols: Bytes, counts: Ints, ids: Bytes, threads: int) -> bytes:
+def _fit_sizes(counts: Ints) -> tuple[Table, bytes]:
+    models = fit(counts)
+    return models.freqs, models.data
+
+
+def _encode_symbols(
+    symbols: Bytes,
+    counts: Ints,
+    ids: Bytes,
+    fit: Callable[[Ints], tuple[Table, bytes]],
+    threads: int,
+) -> bytes:
     """Alphabet, models, length of the stream, stream."""
     used = counts[counts.any(axis=1)]
     size = int(np.flatnonzero(used.any(axis=0))[-1]) + 1
-    models = fit(used[:, :size])
-    coded = rans.encode(symbols[None], ids, models.freqs, _lanes(symbols.size), threads)
-    return bytes([size - 1]) + models.data + gamma.varint(len(coded)) + coded
+    freqs, data = fit(used[:, :size])
+    coded = rans.encode(symbols[None], ids, freqs, _lanes(symbols.size), threads)
+    return bytes([size - 1]) + data + gamma.varint(len(coded)) + coded
 
 
 def _decode_symbols(
-    source: Bytes, at: int, ids: Bytes, most: int, threads: int
+    source: Bytes,
+    at: int,
+    ids: Bytes,
+    most: int,
+    read: Callable[[Bytes, int, int, int], tuple[Table, int]],
+    threads: int,
 ) -> tuple[Bytes, int]:
     if at >= source.size or source[at] >= most:
         raise FormatError("delta: an alphabet beyond what changes need")
-    freqs, at = read_models(source, at + 1, int(ids[-1]) + 1, int(source[at]) + 1)
+    freqs, at = read(source, at + 1, int(ids[-1]) + 1, int(source[at]) + 1)
     length, at = gamma.read_varint(source, at)
     if length > source.size - at:
         raise FormatError("delta: symbols are cut short")
@@ -266,7 +283,8 @@ def _decode_symbols(
 
 
 def _lanes(count: int) -> int:
-    return min(rans.choose_lanes(count), 1 << (count - 1).bit_length())
+    # Of few changes a decoder makes quick work in any case: states that cost little go first.
+    return rans.choose_lanes(count if count >= 1 << 20 else count >> 3)
 
 
 def _read_thresholds(source: Bytes, at: int) -> tuple[Bytes, int]:

@@ -19,8 +19,8 @@ __all__ = ["BLOCK", "GAP_SYMBOLS", "Packed", "Words", "apply", "pack", "survey"]
 BLOCK = 1 << 20
 DIRECT = 16  # values that are symbols of their own; greater ones: an octave and its half
 GAP_SYMBOLS = 48
-# To choose contexts one group in up to so many is counted, so that a small tensor is counted whole.
-GROUP, MOST_EVERY, COUNTED = 64, 16, 1 << 16
+# To choose contexts one run of elements in up to so many is counted; a small tensor is counted whole.
+RUN, MOST_EVERY, COUNTED = 1024, 16, 1 << 16
 
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
@@ -149,8 +149,8 @@ def from_symbols(symbols: Bytes, raw: Wide) -> Wide:
 def survey(old: Array, new: Array, words: Words) -> tuple[Ints, Ints]:
     """Elements of each exponent, and its changes by the symbol of their size: from a sample."""
     every = min(MOST_EVERY, max(1, old.size // COUNTED))
-    groups = np.arange(0, old.size, GROUP * every)[:, None] + np.arange(GROUP)
-    seen = groups[groups < old.size]
+    runs = np.arange(0, old.size, RUN * every)[:, None] + np.arange(RUN)
+    seen = runs[runs < old.size]
     x, y = old[seen], new[seen]
     elements = np.bincount(words.exponents(x), minlength=256) * every
     x, y = x[x != y], y[x != y]

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from waterfill.coding import native
 from waterfill.runtime.digests import digest, model_digest
 from waterfill.runtime.patch import Patch
 from waterfill.runtime.torch_model import to_torch
@@ -16,6 +18,8 @@ from waterfill.sources.state import StateSource
 from waterfill.types import Array, WaterfillError
 
 __all__ = ["apply_"]
+
+Bytes = NDArray[np.uint8]
 
 
 def apply_(model: Any, patch: str | Path | bytes) -> Any:
@@ -140,26 +144,43 @@ def _writable(tensor: Any) -> bool:
 def _commit(state: Any, source: StateSource, step: _Step) -> None:
     exchanged = step.exchanged(source)
     entries = dict(state) if exchanged or step.removed else None
+    direct: list[tuple[Bytes, Bytes]] = []
     written: list[tuple[Any, Array, str]] = []
+    core = native.core()
     try:
-        while step.staged:
-            name, (dtype, bits) = step.staged.popitem()
+        for name, (dtype, bits) in step.staged.items():
             if name in exchanged:
                 _exchange(state, name, bits, dtype)
                 continue
+            own = source.read(name)
+            if core is not None and source.lies_in(name, own):
+                direct.append((_octets(own), _octets(bits)))
+                continue
             # Before the first byte is written, so that whatever happens next can be undone.
-            written.append((state[name], source.read(name).copy(), dtype))
+            written.append((state[name], own.copy(), dtype))
             write_bits(state[name], bits, dtype)
-        for name in step.removed:
-            del state[name]
-        for name, first in step.followers.items():
-            if first in exchanged:
-                state[name] = state[first]
-            elif first in step.removed:
-                del state[name]
+        _follow(state, step, exchanged)
+        if core is not None:
+            core.copy_all(direct, native.threads())
     except BaseException:
-        _undo(state, entries, written)
+        # An interrupt may have come just after all was done.
+        if not (direct and np.array_equal(*direct[0])):
+            _undo(state, entries, written)
         raise
+
+
+def _octets(bits: Array) -> Bytes:
+    return bits.reshape(-1).view(np.uint8)
+
+
+def _follow(state: Any, step: _Step, exchanged: set[str]) -> None:
+    for name in step.removed:
+        del state[name]
+    for name, first in step.followers.items():
+        if first in exchanged:
+            state[name] = state[first]
+        elif first in step.removed:
+            del state[name]
 
 
 def _undo(

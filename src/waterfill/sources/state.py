@@ -41,6 +41,11 @@ class StateSource:
         """The bits of a tensor in the storage form of `DTYPES`: a view where that is possible."""
         return bits_of(self.state[name], self.tensors[name][0])
 
+    def lies_in(self, name: str, bits: Array) -> bool:
+        """Whether bits that were read are the tensor's own memory."""
+        own = _place(self.state[name])[0]
+        return bool(own == bits.__array_interface__["data"][0] and bits.flags.writeable)
+
     @cached_property
     def shared(self) -> Mapping[str, str]:
         """Names whose tensor is the very memory of an earlier one -> the name of that one."""
