@@ -223,8 +223,12 @@ def plan(args: argparse.Namespace) -> Any:
 
 def show(args: argparse.Namespace) -> Any:
     """Print the ledger: every tensor, codec, byte, and why."""
+    from waterfill.container import MODEL, PATCH, Reader
     from waterfill.pipeline import show
 
+    with Reader(args.artifact, (MODEL, PATCH)) as reader:
+        if reader.format == PATCH:
+            return _show_patch(args)
     result = show(args.artifact)
     if not args.json:
         rows = [
@@ -235,6 +239,25 @@ def show(args: argparse.Namespace) -> Any:
         print(
             f"{result['nbytes']:,} bytes, {result['bits_per_weight']:.3f} bits per weight; the rows sum to the file"
         )
+    return result
+
+
+def _show_patch(args: argparse.Namespace) -> Any:
+    from waterfill.pipeline import show_patch
+
+    result = show_patch(args.artifact)
+    if not args.json:
+        rows = [
+            (
+                r["name"],
+                r["mode"],
+                f"{r['nbytes']:,}",
+                "" if r["changed"] is None else f"{r['changed']:.2%}",
+            )
+            for r in result["ledger"]
+        ]
+        _table(("tensor", "mode", "bytes", "changed"), rows)
+        print(f"{result['nbytes']:,} bytes; from {result['base'][:8]} to {result['result'][:8]}")
     return result
 
 
@@ -315,9 +338,9 @@ def patch(args: argparse.Namespace) -> Any:
 
 def verify(args: argparse.Namespace) -> Any:
     """Check every checksum, without decoding."""
-    from waterfill.container import Reader
+    from waterfill.container import MODEL, PATCH, Reader
 
-    with Reader(args.artifact) as reader:
+    with Reader(args.artifact, (MODEL, PATCH)) as reader:
         total = len(reader.entries)
         for done, _ in enumerate(reader.verify(), 1):
             args.progress("verifying", done, total)
@@ -386,7 +409,7 @@ def _short(value: Any) -> str:
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    right = {i for i, h in enumerate(head) if h in ("bytes", "bits", "nats")}
+    right = {i for i, h in enumerate(head) if h in ("bytes", "bits", "nats", "changed")}
     for row in [head, *rows]:
         cells = [
             c.rjust(w) if i in right else c.ljust(w)

@@ -36,7 +36,11 @@ def _compiler(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     ("driver", "sources", "rounds"),
-    [("rans_fuzz", ["rans_kernel"], 1500), ("paths_fuzz", ["rans_kernel", "paths_kernel"], 250)],
+    [
+        ("rans_fuzz", ["rans_kernel"], 1500),
+        ("paths_fuzz", ["rans_kernel", "paths_kernel"], 250),
+        ("delta_fuzz", ["rans_kernel", "delta_kernel"], 1000),
+    ],
 )
 def test_decoders_never_leave_their_buffers(
     tmp_path: Path, driver: str, sources: list[str], rounds: int

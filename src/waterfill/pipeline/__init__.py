@@ -3,7 +3,7 @@
 from waterfill.pipeline.compare import compare, record_of, show
 from waterfill.pipeline.compress import compress
 from waterfill.pipeline.diffing import diff, diff_to
-from waterfill.pipeline.patching import patch
+from waterfill.pipeline.patching import patch, show_patch
 from waterfill.pipeline.planning import plan, price_statistics
 from waterfill.pipeline.plans import plan_json, read_plan
 from waterfill.pipeline.preparing import calibrate_to, warnings_of
@@ -21,5 +21,6 @@ __all__ = [
     "read_plan",
     "record_of",
     "show",
+    "show_patch",
     "warnings_of",
 ]

@@ -14,7 +14,9 @@ from waterfill import __version__
 from waterfill.coding import delta
 from waterfill.coding.native import return_freed_memory
 from waterfill.container import PATCH, chunks, describe, write
+from waterfill.pipeline.planning import Progress, quiet
 from waterfill.registry import find_codec
+from waterfill.runtime.artifact import explain
 from waterfill.runtime.digests import digest, model_digest
 from waterfill.runtime.patch import FILE, as_integers, most_nbytes
 from waterfill.sources import FolderSource, Tensors, open_tensors
@@ -27,9 +29,6 @@ __all__ = ["diff", "diff_to"]
 DENSE = 0.25
 SAMPLES, SAMPLE_NBYTES = 16, 1 << 17
 SPOOL_NBYTES = 64 << 20
-
-Progress = Callable[[str, int, int], None]
-Info = tuple[str, tuple[int, ...]]
 
 
 def diff(base: Any, new: Any) -> bytes:
@@ -45,13 +44,13 @@ def diff(base: Any, new: Any) -> bytes:
         A patch for `apply_`, or for ``waterfill patch`` once in a file.
     """
     with tempfile.SpooledTemporaryFile(max_size=SPOOL_NBYTES) as spool:
-        collected = _Collector(spool, lambda *_: None)
+        collected = _Collector(spool, quiet)
         collected.collect(open_tensors(base), open_tensors(new))
         return b"".join(chunks(collected.described, collected.payloads(), collected.about, PATCH))
 
 
 def diff_to(
-    base: Any, new: Any, out: str | Path, *, force: bool = False, progress: Progress | None = None
+    base: Any, new: Any, out: str | Path, *, force: bool = False, progress: Progress = quiet
 ) -> dict[str, Any]:
     """As `diff`, into a file, one tensor in memory at a time; returns figures about it.
 
@@ -67,11 +66,14 @@ def diff_to(
         raise WaterfillError(f"{out} exists; choose another name or replace it with --force")
     return_freed_memory()
     sources = open_tensors(base), open_tensors(new)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out.parent) as spool:
-        collected = _Collector(spool, progress or (lambda *_: None))
-        collected.collect(*sources)
-        nbytes = write(out, collected.described, collected.payloads(), collected.about, PATCH)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent) as spool:
+            collected = _Collector(spool, progress)
+            collected.collect(*sources)
+            nbytes = write(out, collected.described, collected.payloads(), collected.about, PATCH)
+    except OSError as error:
+        raise explain(error, out) from error
     return {
         "path": str(out),
         "nbytes": nbytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from waterfill.coding.native import return_freed_memory
 from waterfill.container import FILE_NAME
+from waterfill.pipeline.planning import Progress, quiet
 from waterfill.runtime.artifact import new_folder, refuse_existing
 from waterfill.runtime.digests import digest, model_digest
 from waterfill.runtime.patch import Info, Patch
@@ -22,9 +23,7 @@ from waterfill.sources.folder import INDEX_NAME, may_lie_beside
 from waterfill.sources.safetensors_file import SafetensorsFile, open_safetensors
 from waterfill.types import Array, FormatError, TensorInfo, WaterfillError
 
-__all__ = ["patch"]
-
-Progress = Callable[[str, int, int], None]
+__all__ = ["patch", "show_patch"]
 
 
 def patch(
@@ -33,7 +32,7 @@ def patch(
     out: str | Path,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Apply patches in order to a checkpoint; one tensor in memory at a time.
 
@@ -63,11 +62,23 @@ def patch(
     return_freed_memory()
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(Patch(p)) for p in patches]
-        chain = _Chain(source, opened, progress or (lambda *_: None))
+        chain = _Chain(source, opened, progress)
         chain.check()
         with new_folder(out, force) as folder:
             nbytes = chain.write(folder)
     return {"path": str(out), "nbytes": nbytes, "result": opened[-1].result}
+
+
+def show_patch(path: str | Path) -> dict[str, Any]:
+    """What a patch does to each tensor and file; the rows' bytes sum to the patch."""
+    with Patch(path) as opened:
+        return {
+            "path": str(opened.path),
+            "nbytes": opened.nbytes,
+            "base": opened.base,
+            "result": opened.result,
+            "ledger": opened.ledger(),
+        }
 
 
 class _Chain:

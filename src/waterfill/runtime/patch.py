@@ -19,6 +19,7 @@ __all__ = ["FILE", "MAX_FILE_NBYTES", "Patch", "as_integers", "most_nbytes"]
 FILE = "waterfill//file/"  # begins the name of an entry that is a file beside the weights
 MAX_FILE_NBYTES = 64 << 20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_MODES = {"deflate": "file", "lossless": "whole, lossless", "raw": "whole, raw"}
 
 Info = tuple[str, tuple[int, ...]]
 
@@ -70,6 +71,32 @@ class Patch:
                 raise FormatError(f"{self.path}: {name} repeats {group!r}, which is not in it")
             if name in self.removed:
                 raise FormatError(f"{self.path}: {name} is both changed and removed")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole patch."""
+        return self._reader.nbytes
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """One row for each tensor and file, one for the container; their bytes sum to the patch."""
+        rows = []
+        for name, entry in self._reader.entries.items():
+            info, mode = entry.info, entry.spec.id
+            rows.append(
+                {
+                    "name": name.removeprefix(FILE) if info.kind == "file" else name,
+                    "mode": f"same as {info.group}" if info.group else _MODES.get(mode, mode),
+                    "shape": list(info.shape),
+                    "nbytes": entry.nbytes,
+                    "changed": entry.note.get("changed"),
+                }
+            )
+        for name in sorted(self.removed):
+            rows.append(
+                {"name": name, "mode": "removed", "shape": [], "nbytes": 0, "changed": None}
+            )
+        rest: dict[str, Any] = {"name": "(container)", "mode": "", "shape": [], "changed": None}
+        return [*rows, rest | {"nbytes": self._reader.overhead_nbytes}]
 
     def require_base(self, found: str) -> None:
         """WaterfillError unless this is the digest of the model the patch is for."""
