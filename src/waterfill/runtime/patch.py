@@ -64,6 +64,8 @@ class Patch:
                 raise FormatError(f"{self.path}: the index does not say which models this is for")
         self.files: list[Any] | None = about.get("files")
         self.beside: dict[str, Any] | None = about.get("beside")
+        if not isinstance(self.files, list | None) or not isinstance(self.beside, dict | None):
+            raise FormatError(f"{self.path}: the index lists files in another way than it may")
         self.entries = {n: e for n, e in self._reader.entries.items() if e.info.kind != "file"}
         for name, entry in self.entries.items():
             group = entry.info.group
