@@ -11,6 +11,7 @@ import zstandard
 
 import waterfill
 from bench.harness import Row, main, seconds
+from waterfill.sources import StateSource
 from waterfill.types import from_float32
 
 PROTOCOL = (
@@ -104,16 +105,22 @@ def fine_tune(quick: bool) -> Iterator[Row]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
         for step in range(STEPS + 1):
             if step == STEPS:
-                old = {n: t.bfloat16().clone() for n, t in model.state_dict().items()}
+                old = _saved(model)
             at = 512 * step
             batch = tokens[at : at + 512].reshape(4, 128)
             model(input_ids=batch, labels=batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        new = {n: t.bfloat16() for n, t in model.state_dict().items()}
+        new = _saved(model)
         yield from sizes(f"demo, AdamW, lr {lr:g}", old, new, waterfill.diff(old, new))
         if quick:
             return
+
+
+def _saved(model: Any) -> State:
+    """What a checkpoint would hold: bf16, tied tensors once."""
+    source = StateSource(model.state_dict())
+    return {n: t.bfloat16().clone() for n, t in source.state.items() if n not in source.shared}
 
 
 def run(quick: bool) -> Iterator[Row]:

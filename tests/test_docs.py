@@ -15,7 +15,9 @@ import pytest
 
 import waterfill
 from waterfill import registry
-from waterfill.coding import gaussian
+from waterfill.coding import delta, gaussian
+from waterfill.coding.delta_numpy import Words
+from waterfill.coding.gaps import geometric
 from waterfill.coding.scales import encode_grid
 from waterfill.coding.sections import join, split
 from waterfill.coding.trellis import CODES
@@ -137,6 +139,20 @@ def test_the_table_of_a_path_is_what_the_machine_does() -> None:
 def test_sections_and_scales() -> None:
     assert hexed("sections", join([b"\xaa\xbb", b"", b"\xcc\xdd\xee"]))
     assert hexed("sections", encode_grid(np.full(4, -1, np.int32)))
+
+
+def test_delta() -> None:
+    old = np.array([0x3F80, 0x3C24] * 20, np.uint16)
+    new = old.copy()
+    new[[5, 9, 11, 17, 23, 31, 33]] += 1
+    new[[19, 25, 39]] -= 1
+    new[20] += 20
+    assert hexed("delta", delta.encode(old, new, "BF16"))
+    page = (FORMAT / "delta.md").read_text()
+    assert " ".join(map(str, geometric(np.array([37]), 6)[0])) in page
+    for dtype in ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"):
+        words = Words.of(dtype)
+        assert f"| {dtype} | {words.shift} | {words.mask:x} | {words.offset} |" in page
 
 
 def test_container(tmp_path: Path) -> None:

@@ -177,6 +177,8 @@ def encode_tensor(info: TensorInfo, x: Array | None, y: Array) -> tuple[Encoded,
             part = TensorInfo(info.name, a.shape, info.dtype)
             modes = [min(modes, key=lambda mode: mode(part, a, b).nbytes)]
     best = min((mode(info, x, y) for mode in modes), key=lambda encoded: encoded.nbytes)
+    if best.nbytes >= info.nbytes:
+        best = min((best, _plain(info, y)), key=lambda encoded: encoded.nbytes)
     return best, share
 
 
