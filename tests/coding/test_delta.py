@@ -49,7 +49,8 @@ def step(old: Any, every: int, reach: int, start: int = 0) -> Any:
     chance = bits_of(old.size, start + 11)
     moves = (chance >> np.uint64(20)) % np.uint64(2 * reach + 1)
     hit = chance % np.uint64(every) == 0
-    return np.where(hit, old + moves.astype(old.dtype) - old.dtype.type(reach), old)
+    back = np.uint64(reach).astype(old.dtype)
+    return np.where(hit, old + moves.astype(old.dtype) - back, old)
 
 
 def samples() -> Iterator[tuple[str, str, Any, Any]]:
