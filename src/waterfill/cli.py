@@ -223,12 +223,11 @@ def plan(args: argparse.Namespace) -> Any:
 
 def show(args: argparse.Namespace) -> Any:
     """Print the ledger: every tensor, codec, byte, and why."""
-    from waterfill.container import MODEL, PATCH, Reader
+    from waterfill.container import is_patch
     from waterfill.pipeline import show
 
-    with Reader(args.artifact, (MODEL, PATCH)) as reader:
-        if reader.format == PATCH:
-            return _show_patch(args)
+    if is_patch(args.artifact):
+        return _show_patch(args)
     result = show(args.artifact)
     if not args.json:
         rows = [

@@ -30,6 +30,7 @@ __all__ = [
     "chunks",
     "describe",
     "file_nbytes",
+    "is_patch",
     "payload_nbytes",
     "write",
 ]
@@ -328,6 +329,19 @@ class Reader:
         for name in self.entries:
             self.read(name)
             yield name
+
+
+def is_patch(path: Path) -> bool:
+    """Whether a file says of itself that it is a patch; whether it is sound, `Reader` finds out."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        try:
+            header, _ = _read_header(file, path.stat().st_size, path)
+        except FormatError:
+            return False
+    meta = header.get("__metadata__")
+    return isinstance(meta, dict) and meta.get("format") == PATCH
 
 
 def _read_header(file: BinaryIO, nbytes: int, path: Path) -> tuple[dict[str, Any], bytes]:
