@@ -12,6 +12,8 @@
 
 #include "delta.h"
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the words are read as they lie");
+
 namespace waterfill::WATERFILL_ISA {
 namespace {
 

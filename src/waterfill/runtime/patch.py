@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from waterfill.coding import delta
 from waterfill.container import PATCH, Entry, Reader
 from waterfill.runtime.arrays import unpack
@@ -180,6 +182,5 @@ def as_integers(info: TensorInfo) -> TensorInfo:
 def _xor(encoded: Encoded, old: Array) -> Array:
     spec = Spec.from_json(encoded.spec.config.get("of"))
     info = as_integers(encoded.info)
-    words = unpack(replace(encoded, spec=spec, info=info))
-    words ^= old.view(words.dtype) if old.shape else old.reshape(1).view(words.dtype).reshape(())
-    return words.view(old.dtype)
+    change = unpack(replace(encoded, spec=spec, info=info))
+    return np.asarray(change ^ old.view(change.dtype)).view(old.dtype)
