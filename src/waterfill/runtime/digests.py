@@ -12,13 +12,16 @@ from waterfill.types import Array
 
 __all__ = ["digest", "model_digest"]
 
+WORTH_THREADS = 8 << 20  # bytes: below, starting threads takes longer than one does
+
 
 def digest(bits: Array) -> str:
     """BLAKE3 of a tensor's bytes as stored, rows first, in hexadecimal."""
     from blake3 import blake3
 
     flat = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
-    return str(blake3(flat.data, max_threads=native.threads()).hexdigest())
+    threads = native.threads() if flat.size >= WORTH_THREADS else 1
+    return str(blake3(flat.data, max_threads=threads).hexdigest())
 
 
 def model_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
