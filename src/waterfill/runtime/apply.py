@@ -25,9 +25,10 @@ Bytes = NDArray[np.uint8]
 def apply_(model: Any, patch: str | Path | bytes) -> Any:
     """Turn a model in memory into the next version of it, in place.
 
-    Every new tensor is made and the whole result's hash compared before the model is touched. What
-    stops the last step, an interrupt too, leaves the model as it was. Memory beside the model: the
-    bytes of all tensors that change, and once more those of the largest.
+    Every new tensor is made and the whole result's hash compared before the model is touched. An
+    error, an interrupt too, leaves the model as it was or, after the last byte, as it is to be.
+    Memory beside the model: the new bytes of all tensors that change; of those that do not lie in
+    one piece on the CPU, the old ones too.
 
     Parameters
     ----------
