@@ -104,5 +104,5 @@ def test_every_codec_has_its_page_and_golden_bytes(name: str) -> None:
 
 
 def test_golden_folders_are_not_empty() -> None:
-    for folder in ("codecs", "artifact", "rans", "huffman"):
+    for folder in ("codecs", "artifact", "rans", "huffman", "delta"):
         assert len(list((ROOT / "tests" / "golden" / folder).iterdir())) >= 5

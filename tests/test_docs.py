@@ -16,7 +16,9 @@ import pytest
 
 import waterfill
 from waterfill import registry
-from waterfill.coding import gaussian, huffman
+from waterfill.coding import delta, gaussian, huffman
+from waterfill.coding.delta_numpy import Words
+from waterfill.coding.gaps import geometric
 from waterfill.coding.scales import encode_grid
 from waterfill.coding.sections import join, split
 from waterfill.coding.trellis import CODES
@@ -161,6 +163,20 @@ def test_huffman() -> None:
     }
     code = {int(byte): bits for byte, _, bits in codes}
     assert " ".join(code[int(s)] for s in symbols) + ", then padding" in page
+
+
+def test_delta() -> None:
+    old = np.array([0x3F80, 0x3C24] * 20, np.uint16)
+    new = old.copy()
+    new[[5, 9, 11, 17, 23, 31, 33]] += 1
+    new[[19, 25, 39]] -= 1
+    new[20] += 20
+    assert hexed("delta", delta.encode(old, new, "BF16"))
+    page = (FORMAT / "delta.md").read_text()
+    assert " ".join(map(str, geometric(np.array([37]), 6)[0])) in page
+    for dtype in ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"):
+        words = Words.of(dtype)
+        assert f"| {dtype} | {words.shift} | {words.mask:x} | {words.offset} |" in page
 
 
 def test_container(tmp_path: Path) -> None:

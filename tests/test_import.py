@@ -134,6 +134,16 @@ def test_load_without_the_native_core() -> None:
     assert int(python(code, golden).stdout) == want
 
 
+def test_patches_without_torch() -> None:
+    code = (
+        f"{BLOCKED}\nimport numpy as np\nold, new = np.zeros(99, 'f2'), np.ones(99, 'f2')\n"
+        "state = {'w': old.copy()}\n"
+        "waterfill.apply_(state, waterfill.diff({'w': old}, {'w': new}))\n"
+        "print(state['w'].sum())"
+    )
+    assert python(code).stdout == "99.0\n"
+
+
 def test_what_needs_torch_says_so_without_it() -> None:
     code = (
         f"{BLOCKED}\ntry:\n    waterfill.load_model(sys.argv[1])\n"

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from waterfill import lossless as lossless
     from waterfill.pipeline.compare import compare as compare
     from waterfill.pipeline.compress import compress as compress
+    from waterfill.pipeline.diffing import diff as diff
     from waterfill.registry import Codec as Codec
     from waterfill.registry import codec as codec
+    from waterfill.runtime.apply import apply_ as apply_
     from waterfill.runtime.arrays import load as load
     from waterfill.runtime.plain import decompress as decompress
     from waterfill.runtime.reading import Artifact as Artifact
@@ -37,10 +39,12 @@ _HOMES = {
     "FormatError": "types",
     "Record": "types",
     "WaterfillError": "types",
+    "apply_": "runtime.apply",
     "codec": "registry",
     "compare": "pipeline",
     "compress": "pipeline",
     "decompress": "runtime.plain",
+    "diff": "pipeline",
     "load": "runtime.arrays",
     "load_model": "runtime.torch_model",
 }

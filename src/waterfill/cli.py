@@ -240,8 +240,11 @@ def plan(args: argparse.Namespace) -> Any:
 
 def show(args: argparse.Namespace) -> Any:
     """Print the ledger: every tensor, codec, byte, and why."""
+    from waterfill.container import is_patch
     from waterfill.pipeline import show
 
+    if is_patch(args.artifact):
+        return _show_patch(args)
     result = show(args.artifact)
     if not args.json:
         rows = [
@@ -252,6 +255,25 @@ def show(args: argparse.Namespace) -> Any:
         print(
             f"{result['nbytes']:,} bytes, {result['bits_per_weight']:.3f} bits per weight; the rows sum to the file"
         )
+    return result
+
+
+def _show_patch(args: argparse.Namespace) -> Any:
+    from waterfill.pipeline import show_patch
+
+    result = show_patch(args.artifact)
+    if not args.json:
+        rows = [
+            (
+                r["name"],
+                r["mode"],
+                f"{r['nbytes']:,}",
+                "" if r["changed"] is None else f"{r['changed']:.2%}",
+            )
+            for r in result["ledger"]
+        ]
+        _table(("tensor", "mode", "bytes", "changed"), rows)
+        print(f"{result['nbytes']:,} bytes; from {result['base'][:8]} to {result['result'][:8]}")
     return result
 
 
@@ -307,11 +329,34 @@ def decompress(args: argparse.Namespace) -> Any:
     return {"path": str(args.out), "nbytes": nbytes}
 
 
+def diff(args: argparse.Namespace) -> Any:
+    """Write what turns one checkpoint into another, bit for bit."""
+    from waterfill.pipeline import diff_to
+
+    result = diff_to(args.base, args.new, args.out, force=args.force, progress=args.progress)
+    if not args.json:
+        times = result["model_nbytes"] / max(result["nbytes"], 1)
+        print(f"{args.out}: {result['nbytes']:,} bytes, {times:.1f} times smaller than {args.new}")
+        print(f"  {result['changed']} of {result['tensors']} tensors changed")
+        print(f"next: waterfill patch {shlex.quote(args.base)} {shlex.quote(str(args.out))} -o DIR")
+    return result
+
+
+def patch(args: argparse.Namespace) -> Any:
+    """Apply patches to a checkpoint."""
+    from waterfill.pipeline import patch
+
+    result = patch(args.base, args.patches, args.out, force=args.force, progress=args.progress)
+    if not args.json:
+        print(f"{args.out}: {result['nbytes']:,} bytes of plain safetensors, every bit verified")
+    return result
+
+
 def verify(args: argparse.Namespace) -> Any:
     """Check every checksum, without decoding."""
-    from waterfill.container import Reader
+    from waterfill.container import MODEL, PATCH, Reader
 
-    with Reader(args.artifact) as reader:
+    with Reader(args.artifact, (MODEL, PATCH)) as reader:
         total = len(reader.entries)
         for done, _ in enumerate(reader.verify(), 1):
             args.progress("verifying", done, total)
@@ -380,7 +425,7 @@ def _short(value: Any) -> str:
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    right = {i for i, h in enumerate(head) if h in ("bytes", "bits", "nats")}
+    right = {i for i, h in enumerate(head) if h in ("bytes", "bits", "nats", "changed")}
     for row in [head, *rows]:
         cells = [
             c.rjust(w) if i in right else c.ljust(w)
@@ -402,6 +447,8 @@ VERBS = {
     "show": show,
     "eval": evaluate,
     "decompress": decompress,
+    "diff": diff,
+    "patch": patch,
     "verify": verify,
     "generate": generate,
     "report": report,

@@ -9,6 +9,7 @@ compares: together with a CRC-32 of the index and of every part, any flipped bit
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -20,11 +21,26 @@ from typing import Any, BinaryIO
 
 from waterfill.types import DTYPES, Encoded, FormatError, Spec, TensorInfo
 
-__all__ = ["FILE_NAME", "Entry", "Reader", "describe", "file_nbytes", "payload_nbytes", "write"]
+__all__ = [
+    "FILE_NAME",
+    "MODEL",
+    "PATCH",
+    "Entry",
+    "Reader",
+    "chunks",
+    "describe",
+    "file_nbytes",
+    "is_patch",
+    "payload_nbytes",
+    "write",
+]
 
 VERSION = 1
+# What a file says it is, so that the changes to a model are never taken for a model.
+MODEL, PATCH = "waterfill", "waterfill-patch"
 FILE_NAME = "model.safetensors"
 INDEX = "waterfill//index"
+PARTS = "waterfill//parts"
 MAX_HEADER_NBYTES = 100_000_000
 MAX_INDEX_NBYTES = 400_000_000
 
@@ -77,11 +93,11 @@ def describe(encoded: Encoded, note: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _header(described: Sequence[Mapping[str, Any]], index: bytes) -> bytes:
-    """The safetensors header, a function of the index alone."""
+def _header(described: Sequence[Mapping[str, Any]], index: bytes, format: str) -> bytes:
+    """The safetensors header, a function of the index and of what the file is."""
     entries: dict[str, Any] = {
         "__metadata__": {
-            "format": "waterfill",
+            "format": format,
             "version": str(VERSION),
             "crc": f"{zlib.crc32(index):08x}",
         }
@@ -94,6 +110,9 @@ def _header(described: Sequence[Mapping[str, Any]], index: bytes) -> bytes:
                 raise FormatError(f"{key}: two parts of the file would have this name")
             entries[key] = _u8(offset, length)
             offset += length
+    if format == PATCH:
+        # An entry for each of many small changes would take more bytes than they do.
+        entries = {"__metadata__": entries["__metadata__"], PARTS: _u8(0, offset)}
     entries[INDEX] = _u8(offset, len(index))
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)
@@ -104,10 +123,12 @@ def _u8(offset: int, length: int) -> dict[str, Any]:
     return {"dtype": "U8", "shape": [length], "data_offsets": [offset, offset + length]}
 
 
-def _front(described: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> tuple[bytes, bytes]:
+def _front(
+    described: Sequence[Mapping[str, Any]], about: Mapping[str, Any], format: str = MODEL
+) -> tuple[bytes, bytes]:
     document = json.dumps({"about": about, "tensors": described}, separators=(",", ":"))
     index = zlib.compress(document.encode(), 9)
-    return _header(described, index), index
+    return _header(described, index, format), index
 
 
 def payload_nbytes(described: Mapping[str, Any]) -> int:
@@ -121,11 +142,32 @@ def file_nbytes(described: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
     return len(header) + len(index) + sum(map(payload_nbytes, described))
 
 
+def chunks(
+    described: Sequence[Mapping[str, Any]],
+    payloads: Iterable[Iterable[bytes]],
+    about: Mapping[str, Any],
+    format: str = MODEL,
+) -> Iterator[bytes]:
+    """The file that `write` makes, piece by piece; FormatError if it is not as described."""
+    header, index = _front(described, about, format)
+    yield header
+    wrote = 0
+    for parts in payloads:
+        for part in parts:
+            yield part
+            wrote += len(part)
+    expected = sum(map(payload_nbytes, described))
+    if wrote != expected:
+        raise FormatError(f"{wrote} bytes of tensors where {expected} were described")
+    yield index
+
+
 def write(
     path: Path,
     described: Sequence[Mapping[str, Any]],
     payloads: Iterable[Iterable[bytes]],
     about: Mapping[str, Any],
+    format: str = MODEL,
 ) -> int:
     """Write the weights file (to a temporary name, then renamed); returns its size in bytes.
 
@@ -135,45 +177,55 @@ def write(
     payloads : for each of them its parts, in the order of its ``parts``; read once, one at a time,
         so a model larger than memory streams through.
     about : JSON-able provenance for the index.
+    format : what the file is, `MODEL` or `PATCH`.
     """
-    header, index = _front(described, about)
     temporary = path.with_name(path.name + ".partial")
     try:
         with temporary.open("wb") as file:
-            file.write(header)
-            for parts in payloads:
-                for part in parts:
-                    file.write(part)
-            file.write(index)
+            for chunk in chunks(described, payloads, about, format):
+                file.write(chunk)
+            nbytes = file.tell()
             file.flush()
             os.fsync(file.fileno())
-            expected = len(header) + len(index) + sum(map(payload_nbytes, described))
-            if file.tell() != expected:
-                raise FormatError(
-                    f"{path}: wrote {file.tell()} bytes where {expected} were described"
-                )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return expected
+    return nbytes
 
 
 class Reader:
-    """Random access to a weights file; opening it checks header and index, `read` each part."""
+    """Random access to a weights file; opening it checks header and index, `read` each part.
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        if self.path.is_dir():
-            self.path = self.path / FILE_NAME
-        try:
-            self._file: BinaryIO = self.path.open("rb")
-        except FileNotFoundError:
-            raise FormatError(f"{self.path}: no such file; expected a waterfill artifact") from None
+    Parameters
+    ----------
+    path : artifact folder, its weights file, or the bytes of one
+    formats : what the file may be: `MODEL`, `PATCH`, or both
+    """
+
+    def __init__(self, path: Path | str | bytes, formats: Sequence[str] = (MODEL,)) -> None:
+        self._formats = formats
+        if isinstance(path, bytes):
+            self.path = Path("(bytes)")
+            self._bytes: bytes | None = path
+            self._file: BinaryIO = io.BytesIO(path)
+            self.nbytes = len(path)
+        else:
+            self._open_file(Path(path))
         try:
             self._open()
         except BaseException:
             self._file.close()
             raise
+
+    def _open_file(self, path: Path) -> None:
+        self._bytes = None
+        self.path = path / FILE_NAME if path.is_dir() else path
+        try:
+            self._file = self.path.open("rb")
+        except FileNotFoundError:
+            what = "artifact" if MODEL in self._formats else "patch"
+            raise FormatError(f"{self.path}: no such file; expected a waterfill {what}") from None
+        self.nbytes = self.path.stat().st_size
 
     def __enter__(self) -> Reader:
         return self
@@ -186,7 +238,6 @@ class Reader:
         self._file.close()
 
     def _open(self) -> None:
-        self.nbytes = self.path.stat().st_size
         header, raw = _read_header(self._file, self.nbytes, self.path)
         self._data_start = len(raw)
         index = self._index_bytes(header)
@@ -194,7 +245,7 @@ class Reader:
         try:
             self.about: Mapping[str, Any] = document["about"]
             described = document["tensors"]
-            rebuilt = _header(described, index)
+            rebuilt = _header(described, index, self.format)
             self.entries = dict(_entries(described))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{self.path}: the index is not as specified ({error!r})") from error
@@ -209,10 +260,21 @@ class Reader:
             raise FormatError(f"{self.path}: {self.nbytes} bytes where the header says {end}")
         self.overhead_nbytes = self.nbytes - sum(e.nbytes for e in self.entries.values())
 
+    def _format_of(self, meta: Mapping[str, Any]) -> str:
+        found = meta.get("format")
+        if found in self._formats:
+            return str(found)
+        if found == PATCH:
+            raise FormatError(
+                f"{self.path}: a patch, not a model: apply it with waterfill patch BASE PATCH -o NEW"
+            )
+        if found == MODEL:
+            raise FormatError(f"{self.path}: a compressed model, not a patch")
+        raise FormatError(f"{self.path}: a safetensors file, but not one written by waterfill")
+
     def _index_bytes(self, header: Mapping[str, Any]) -> bytes:
-        meta = header.get("__metadata__")
-        if not isinstance(meta, dict) or meta.get("format") != "waterfill":
-            raise FormatError(f"{self.path}: a safetensors file, but not one written by waterfill")
+        meta = header.get("__metadata__", {})
+        self.format = self._format_of(meta if isinstance(meta, dict) else {})
         version = str(meta.get("version"))
         if version != str(VERSION):
             if version.isascii() and version.isdecimal() and int(version) > VERSION:
@@ -239,6 +301,8 @@ class Reader:
         return index
 
     def _pread(self, position: int, length: int) -> bytes:
+        if self._bytes is not None:
+            return self._bytes[position : position + length]
         data = os.pread(self._file.fileno(), length, position)
         while len(data) < length:  # one call returns at most 2 GiB
             more = os.pread(self._file.fileno(), length - len(data), position + len(data))
@@ -265,6 +329,19 @@ class Reader:
         for name in self.entries:
             self.read(name)
             yield name
+
+
+def is_patch(path: Path) -> bool:
+    """Whether a file says of itself that it is a patch; whether it is sound, `Reader` finds out."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        try:
+            header, _ = _read_header(file, path.stat().st_size, path)
+        except FormatError:
+            return False
+    meta = header.get("__metadata__")
+    return isinstance(meta, dict) and meta.get("format") == PATCH
 
 
 def _read_header(file: BinaryIO, nbytes: int, path: Path) -> tuple[dict[str, Any], bytes]:

@@ -26,6 +26,10 @@ EXAMPLES = {
     "show": "examples:\n  waterfill show out/small\n  waterfill show out/small --json | jq '.ledger[0]'",
     "eval": "examples:\n  waterfill eval out/small --against demo --text book.txt",
     "decompress": "examples:\n  waterfill decompress out/small -o out/plain",
+    "diff": "examples:\n  waterfill diff out/step1 out/step2 -o step2.patch",
+    "patch": """examples:
+  waterfill patch out/step1 step2.patch -o out/step2-again
+  waterfill patch out/step1 step2.patch step3.patch -o out/step3""",
     "verify": "examples:\n  waterfill verify out/small",
     "generate": "examples:\n  waterfill generate out/small --prompt 'Once upon a time' --tokens 60",
     "report": "examples:\n  waterfill report out/small\n  waterfill report out/small out/smaller -o both.html",
@@ -252,6 +256,18 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
     p.add_argument("artifact", type=_path, metavar="OUT")
     p.add_argument("-o", "--out", type=_path, required=True, metavar="DIR")
     p.add_argument("--force", action="store_true", help="replace DIR if it exists")
+
+    p = verb("diff")
+    p.add_argument("base", type=_named, metavar="BASE", help="folder, hub id, or demo")
+    p.add_argument("new", type=_named, metavar="NEW", help="what BASE became")
+    p.add_argument("-o", "--out", type=_path, required=True, metavar="PATCH")
+    p.add_argument("--force", action="store_true", help="replace PATCH if it exists")
+
+    p = verb("patch")
+    p.add_argument("base", type=_named, metavar="BASE", help="what the first patch was made from")
+    p.add_argument("patches", type=_path, nargs="+", metavar="PATCH", help="one, or a chain")
+    p.add_argument("-o", "--out", type=_path, required=True, metavar="NEW")
+    p.add_argument("--force", action="store_true", help="replace NEW if it exists")
 
     p = verb("verify")
     p.add_argument("artifact", type=_path, metavar="OUT")

@@ -2,6 +2,8 @@
 
 from waterfill.pipeline.compare import compare, record_of, show
 from waterfill.pipeline.compress import compress
+from waterfill.pipeline.diffing import diff, diff_to
+from waterfill.pipeline.patching import patch, show_patch
 from waterfill.pipeline.planning import plan, price_statistics
 from waterfill.pipeline.plans import plan_json, read_plan
 from waterfill.pipeline.preparing import calibrate_to, warnings_of
@@ -10,11 +12,15 @@ __all__ = [
     "calibrate_to",
     "compare",
     "compress",
+    "diff",
+    "diff_to",
+    "patch",
     "plan",
     "plan_json",
     "price_statistics",
     "read_plan",
     "record_of",
     "show",
+    "show_patch",
     "warnings_of",
 ]

@@ -13,7 +13,15 @@ import numpy as np
 from waterfill.coding.native import threads as cores
 from waterfill.container import Reader
 from waterfill.registry import make_codec
-from waterfill.types import DTYPES, Array, FormatError, SpecError, TensorInfo, to_float32
+from waterfill.types import (
+    DTYPES,
+    Array,
+    Encoded,
+    FormatError,
+    SpecError,
+    TensorInfo,
+    to_float32,
+)
 
 T = TypeVar("T")
 
@@ -23,10 +31,7 @@ MOST_THREADS = 4
 
 
 def decode(reader: Reader, name: str, out: Array | None = None) -> Array:
-    """Stored bits of one entry (a tensor, or one slice of a fused one).
-
-    They go to `out` if it is given: C-contiguous, of the entry's shape and `DTYPES` dtype.
-    """
+    """Stored bits of one entry (a tensor, or one slice of a fused one), in `out` if it is given."""
     entry = reader.entries[name]
     if entry.info.group:
         if entry.info.group not in reader.entries or reader.entries[entry.info.group].info.group:
@@ -37,7 +42,15 @@ def decode(reader: Reader, name: str, out: Array | None = None) -> Array:
                 f"{name}: cannot repeat {entry.info.group!r}, which has another shape or dtype"
             )
         entry = original
-    encoded = reader.read(entry.info.name)
+    return unpack(reader.read(entry.info.name), out)
+
+
+def unpack(encoded: Encoded, out: Array | None = None) -> Array:
+    """Stored bits of one coded tensor; FormatError, with its name, on whatever is wrong with it.
+
+    They go to `out` if it is given: C-contiguous, of the tensor's shape and `DTYPES` dtype.
+    """
+    name = encoded.info.name
     try:
         chosen = make_codec(encoded.spec)
         if out is not None:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from waterfill.sources.base import Source
+from waterfill.sources.base import Source, Tensors
 from waterfill.sources.folder import FolderSource
 from waterfill.sources.hub import resolve
 from waterfill.sources.module import ModuleSource
+from waterfill.sources.state import StateSource, open_tensors
 
-__all__ = ["FolderSource", "ModuleSource", "Source", "open_source", "resolve"]
+__all__ = [
+    "FolderSource",
+    "ModuleSource",
+    "Source",
+    "StateSource",
+    "Tensors",
+    "open_source",
+    "open_tensors",
+    "resolve",
+]
 
 
 def open_source(model: Any, trust_remote_code: bool = False, any_files: bool = False) -> Source:

@@ -10,7 +10,22 @@ from typing import Any, Protocol, runtime_checkable
 
 from waterfill.types import Array
 
-__all__ = ["Source", "find_duplicates"]
+__all__ = ["Source", "Tensors", "find_duplicates"]
+
+
+class Tensors(Protocol):
+    """Named tensors: the least that any source has."""
+
+    @property
+    def path(self) -> Path | None:
+        """The folder, or None for tensors in memory."""
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Tensor name -> (dtype, shape)."""
+
+    def read(self, name: str) -> Array:
+        """A tensor in the storage form of `waterfill.types.DTYPES`."""
 
 
 @runtime_checkable

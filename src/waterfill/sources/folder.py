@@ -14,7 +14,9 @@ from waterfill.sources.base import find_duplicates
 from waterfill.sources.safetensors_file import SafetensorsFile, open_safetensors
 from waterfill.types import DTYPES, Array, FormatError, WaterfillError
 
-__all__ = ["FolderSource", "read_json"]
+__all__ = ["INDEX_NAME", "FolderSource", "may_lie_beside", "read_json"]
+
+INDEX_NAME = "model.safetensors.index.json"
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 BESIDE = (
@@ -79,14 +81,11 @@ class FolderSource:
     @property
     def files_beside(self) -> list[Path]:
         """Regular files of modest size that are neither weights nor (unless trusted) code."""
-        allowed = (*BESIDE, ".py") if self.trust_remote_code else BESIDE
         return [
             f
             for f in sorted(self.path.iterdir())
-            if f.is_file()
-            and not f.name.startswith(".")
-            and (f.suffix in allowed or f.name.upper().startswith(("LICENSE", "NOTICE")))
-            and not f.name.endswith((".index.json", ".safetensors", *PICKLES))
+            if may_lie_beside(f.name, self.trust_remote_code)
+            and f.is_file()
             and f.stat().st_size <= LARGEST_BESIDE_NBYTES
         ]
 
@@ -136,6 +135,22 @@ class FolderSource:
             return self._home[name]
         except KeyError:
             raise WaterfillError(f"{self.path} has no tensor {name}") from None
+
+
+def may_lie_beside(name: str, code: bool = False) -> bool:
+    """Whether a file of this name may belong to a model and be neither weights nor code."""
+    path = Path(name)
+    return (
+        path.name == name
+        and not name.startswith(".")
+        and not set(name) & set("\\:\0")
+        and (
+            path.suffix in BESIDE
+            or (code and path.suffix == ".py")
+            or name.upper().startswith(("LICENSE", "NOTICE"))
+        )
+        and not name.endswith((".index.json", ".safetensors", *PICKLES))
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

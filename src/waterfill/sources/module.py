@@ -13,7 +13,7 @@ import numpy as np
 from waterfill.sources.base import find_duplicates
 from waterfill.types import DTYPES, Array, WaterfillError
 
-__all__ = ["ModuleSource"]
+__all__ = ["ModuleSource", "stored_dtype"]
 
 _STORED = {
     "float64": "F64",
@@ -25,6 +25,16 @@ _STORED = {
     **{f"{u}int{b}": f"{u[:1].upper() or 'I'}{b}" for u in ("", "u") for b in (8, 16, 32, 64)},
     "bool": "BOOL",
 }
+
+
+def stored_dtype(name: str, tensor: Any) -> str:
+    """What safetensors calls the dtype of a torch tensor or numpy array."""
+    dtype = getattr(tensor, "dtype", None)
+    known = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+    if known not in _STORED:
+        what = type(tensor).__name__ if dtype is None else f"tensors of {known}"
+        raise WaterfillError(f"{name}: {what} cannot be stored")
+    return _STORED[known]
 
 
 class ModuleSource:
@@ -68,13 +78,7 @@ class ModuleSource:
     @cached_property
     def tensors(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Tensor name -> (dtype, shape), in the order of ``state_dict``."""
-        found = {}
-        for name, tensor in self._state.items():
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            if dtype not in _STORED:
-                raise WaterfillError(f"{name}: tensors of {dtype} cannot be stored")
-            found[name] = (_STORED[dtype], tuple(tensor.shape))
-        return found
+        return {n: (stored_dtype(n, t), tuple(t.shape)) for n, t in self._state.items()}
 
     def read(self, name: str) -> Array:
         """A copy of a tensor in the storage form of `waterfill.types.DTYPES`."""

@@ -1,0 +1,89 @@
+"""A state in memory: a dict of torch tensors or numpy arrays, or a module's ``state_dict``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from waterfill.sources.base import Tensors
+from waterfill.sources.hub import resolve
+from waterfill.sources.module import stored_dtype
+from waterfill.types import DTYPES, Array
+
+__all__ = ["StateSource", "open_tensors"]
+
+
+class StateSource:
+    """Named tensors in memory, read without a copy wherever they lie in one piece on the CPU.
+
+    Unlike a `ModuleSource` it has every name, those that share memory too.
+
+    Parameters
+    ----------
+    state : name -> torch tensor or numpy array
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.state = state
+        self.path: Path | None = None
+
+    @cached_property
+    def tensors(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Tensor name -> (dtype, shape), in the order of the state."""
+        return {n: (stored_dtype(n, t), tuple(t.shape)) for n, t in self.state.items()}
+
+    def read(self, name: str) -> Array:
+        """The bits of a tensor in the storage form of `DTYPES`: a view where that is possible."""
+        return bits_of(self.state[name], self.tensors[name][0])
+
+    def lies_in(self, name: str, bits: Array) -> bool:
+        """Whether bits that were read are the tensor's own memory."""
+        own = _place(self.state[name])[0]
+        return bool(own == bits.__array_interface__["data"][0] and bits.flags.writeable)
+
+    @cached_property
+    def shared(self) -> Mapping[str, str]:
+        """Names whose tensor is the very memory of an earlier one -> the name of that one."""
+        first: dict[tuple[Any, ...], str] = {}
+        found = {}
+        for name, (dtype, shape) in self.tensors.items():
+            earlier = first.setdefault((*_place(self.state[name]), dtype, shape), name)
+            if earlier != name and 0 not in shape:
+                found[name] = earlier
+        return found
+
+
+def _place(tensor: Any) -> tuple[Any, ...]:
+    if isinstance(tensor, np.ndarray):
+        return (tensor.__array_interface__["data"][0], tensor.strides)
+    return (tensor.data_ptr(), str(tensor.device), tensor.stride())
+
+
+def bits_of(tensor: Any, dtype: str) -> Array:
+    """A tensor in the storage form of `DTYPES`: a view where it lies in one piece on the CPU."""
+    shape = tuple(tensor.shape)
+    if isinstance(tensor, np.ndarray):
+        if tensor.dtype.byteorder == (">" if sys.byteorder == "little" else "="):
+            tensor = tensor.astype(tensor.dtype.newbyteorder("<"))
+        return np.ascontiguousarray(tensor).reshape(-1).view(DTYPES[dtype]).reshape(shape)
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return np.asarray(flat.view(DTYPES[dtype]).reshape(shape))
+
+
+def open_tensors(model: Any) -> Tensors:
+    """A folder, a hub id, a torch module, a state dict, or a source, as named tensors."""
+    if isinstance(model, (str, Path)):
+        return resolve(str(model))
+    if isinstance(model, Mapping):
+        return StateSource(model)
+    if hasattr(model, "state_dict"):
+        return StateSource(model.state_dict())
+    source: Tensors = model
+    return source
