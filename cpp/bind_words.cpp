@@ -34,7 +34,7 @@ size_t words_in(size_t nbytes, const words::Layout& layout) {
 void split(const Bytes& source, unsigned field_bits, unsigned width, uint32_t low, uint32_t escape, int which, const Target& out, unsigned threads) {
     words::Split job{{width, field_bits}, low, escape, source.data(), nullptr, {}, false};
     const size_t count = words_in(source.shape(0), job.layout);
-    if (escape > 255 || out.shape(0) != count || which >= int(job.layout.planes()) || (which < 0 && !field_bits)) throw std::invalid_argument("words: a byte for each word, please");
+    if (escape > 256 || out.shape(0) != count || which >= int(job.layout.planes()) || (which < 0 && !field_bits)) throw std::invalid_argument("words: a byte for each word, please");
     (which < 0 ? job.symbols : job.planes[which]) = out.data();
     const Isa isa = chosen_isa();
     nb::gil_scoped_release release;
@@ -45,7 +45,7 @@ words::Field encode_field(const Bytes& source, unsigned field_bits, unsigned wid
                           size_t lanes, unsigned threads) {
     const words::Split job{{width, field_bits}, low, escape, source.data(), nullptr, {}, false};
     const size_t count = words_in(source.shape(0), job.layout);
-    if (escape > 255 || !count || !field_bits) throw std::invalid_argument("words: a field to code, please");
+    if (escape > 256 || !count || !field_bits) throw std::invalid_argument("words: a field to code, please");
     const Isa isa = chosen_isa();
     nb::gil_scoped_release release;
     return words::encode_field(job, count, {freqs.data(), 1, freqs.shape(0)}, escapes, lanes, threads, isa);

@@ -89,7 +89,8 @@ template <class W, unsigned P> void join_words(const Join& job, const uint8_t* _
         for (unsigned p = 1; p < P; ++p) rest = W(W(rest << 8) | from[p][i]);
         rest = W(rest | fixed);
         const W field = W(symbols[i] + low);
-        const W word = W(W(field << below) | W(rest & mask) | W(W(rest >> below) << top));
+        // An escape's marker may be 2^T, a bit too far: that flips the sign until it is mended.
+        const W word = W(W(field << below) ^ W(rest & mask) ^ W(W(rest >> below) << top));
         std::memcpy(out + i * sizeof(W), &word, sizeof(W));
     }
 }
