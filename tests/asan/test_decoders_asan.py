@@ -40,6 +40,7 @@ def _compiler(folder: Path) -> str:
         ("rans_fuzz", ["rans_kernel"], 1500),
         ("paths_fuzz", ["rans_kernel", "paths_kernel"], 250),
         ("huffman_fuzz", ["huffman_kernel"], 2000),
+        ("words_fuzz", ["words_kernel", "rans_kernel", "huffman_kernel"], 500),
     ],
 )
 def test_decoders_never_leave_their_buffers(
