@@ -38,7 +38,7 @@ struct Join {
     void* out;
 };
 
-// Values of a field outside low .. low + escape - 1 get the symbol `escape`.
+// Values of a field outside low .. low + escape - 1 get the symbol `escape`; none may be where it is 256.
 struct Split {
     Layout layout;
     uint32_t low;

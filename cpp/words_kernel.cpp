@@ -91,9 +91,10 @@ template <class W, unsigned P> void join_words(const Join& job, const uint8_t* _
         for (unsigned p = 1; p < P; ++p) rest = W(W(rest << 8) | from[p][i]);
         rest = W(rest | fixed);
         const W field = W(symbols[i] + low), sign = W(rest & bit);
+        // An escape's marker may be 2^T, a bit too far: that flips the sign until it is mended.
         W word = W(rest & mask);
-        if constexpr (sizeof(W) < 4) word = W(word | W(field * uint32_t(bit)) | W(sign * uint32_t(lift)));
-        else word = W(word | W(field << below) | W(sign << (top - below)));
+        if constexpr (sizeof(W) < 4) word = W(word ^ W(field * uint32_t(bit)) ^ W(sign * uint32_t(lift)));
+        else word = W(word ^ W(field << below) ^ W(sign << (top - below)));
         std::memcpy(out + i * sizeof(W), &word, sizeof(W));
     }
 }

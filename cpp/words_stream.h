@@ -153,8 +153,7 @@ template <class W> void mend(const Join& job, size_t at, uint32_t marker, uint32
     const unsigned below = job.layout.rest_bits() - 1;
     W word;
     std::memcpy(&word, place, sizeof(W));
-    const W mask = W(W((W(1) << job.layout.field_bits) - 1) << below);
-    word = W(word ^ (W(W(marker) ^ W(value)) << below & mask));
+    word = W(word ^ W(W(W(marker) ^ W(value)) << below));
     std::memcpy(place, &word, sizeof(W));
 }
 

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import trace
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -19,12 +20,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import waterfill
+from tests.coding.arrays import KINDS, make, unsigned
 from tests.coding.test_huffman import GOLDEN, golden_cases
+from tests.coding.test_lossless import EXAMPLE, LIES, TRUE
 from tests.golden.make_artifact import ARTIFACTS, FOLDER, code, digest, save, weights
-from waterfill.coding import huffman
+from waterfill.coding import huffman, lossless
 from waterfill.coding.entropy import decode_ints, encode_ints
 from waterfill.container import Reader, describe, write
-from waterfill.types import FLOAT_DTYPES, Encoded, Spec, TensorInfo, WaterfillError, Weighting
+from waterfill.types import (
+    DTYPES,
+    FLOAT_DTYPES,
+    Encoded,
+    Spec,
+    TensorInfo,
+    WaterfillError,
+    Weighting,
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
 FILES = [DOCS / "reader.py", *sorted(DOCS.glob("reader_[!d]*.py"))]
@@ -170,6 +181,53 @@ def test_golden_huffman_streams(huffman_reader: ModuleType, case: Any) -> None:
 def test_fresh_huffman_streams(huffman_reader: ModuleType, symbols: list[int]) -> None:
     whole = np.array([*symbols, 3, 4] if symbols else [], np.uint8)
     assert np.array_equal(huffman_reader.huffman(huffman.encode(whole), whole.size), whole)
+
+
+@pytest.fixture(scope="module")
+def lossless_reader(reader: ModuleType) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DOCS))
+        return importlib.import_module("reader_lossless")
+
+
+def read_words(lossless_reader: ModuleType, data: bytes, n: int, dtype: str) -> bytes:
+    words = lossless_reader.words(data, n, DTYPES[dtype].itemsize, dtype)
+    return words.astype(unsigned(dtype)).tobytes()
+
+
+@given(
+    dtype=st.sampled_from(sorted(DTYPES)),
+    kind=st.sampled_from(sorted(KINDS)),
+    n=st.one_of(st.integers(0, 60), st.integers(60, 900)),
+    coder=st.sampled_from(lossless.CODERS),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_fresh_lossless_streams(
+    lossless_reader: ModuleType, dtype: str, kind: str, n: int, coder: str, seed: int
+) -> None:
+    source = make(kind, dtype, n, seed)
+    data = lossless.encode(source, dtype, coder)
+    assert read_words(lossless_reader, data, n, dtype) == source.tobytes()
+
+
+@pytest.mark.parametrize("name", TRUE)
+def test_lossless_streams_by_hand(lossless_reader: ModuleType, name: str) -> None:
+    out = np.empty(EXAMPLE.size, "<u2")
+    lossless.decode(TRUE[name], out, "BF16")
+    assert read_words(lossless_reader, TRUE[name], EXAMPLE.size, "BF16") == out.tobytes()
+
+
+# The reader is short: it makes room for as many escapes as it is told there are.
+UNBOUNDED = ("more escapes than bytes", "escapes beyond all bounds")
+
+
+@pytest.mark.parametrize("lie", [lie for lie in LIES if lie not in UNBOUNDED])
+def test_lossless_streams_that_lie(lossless_reader: ModuleType, lie: str) -> None:
+    with pytest.raises((ValueError, IndexError, zlib.error)):
+        read_words(lossless_reader, LIES[lie], EXAMPLE.size, "BF16")
 
 
 def test_any_flipped_bit_is_refused_by_both(reader: ModuleType, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from waterfill.coding import gamma
 from waterfill.coding import lossless as coding
 from waterfill.coding.lossless import words_of
 from waterfill.runtime.buffers import bits_of, describe, fill_target
-from waterfill.types import DTYPES, Array, FormatError, TensorInfo
+from waterfill.types import DTYPES, Array, FormatError, TensorInfo, WaterfillError
 
 __all__ = ["decode", "describe_stream", "encode"]
 
@@ -52,9 +52,10 @@ def encode(x: Any, *, coder: str = "auto", threads: int | None = None) -> bytes:
     Raises
     ------
     WaterfillError
-        For a dtype that safetensors does not have.
+        For what is no array, a dtype that safetensors does not have, or more than 32 axes.
     """
     dtype, shape = describe(x)
+    _check_shape(shape, WaterfillError)
     if coder not in coding.CODERS:
         raise ValueError(f"coder is one of {', '.join(coding.CODERS)}, not {coder!r}")
     stream = coding.encode(words_of(bits_of(x, dtype)), dtype, coder, threads)
@@ -120,11 +121,15 @@ def _head(source: Array) -> tuple[TensorInfo, int]:
     if dtype not in DTYPES:
         raise FormatError(f"unknown dtype {dtype!r}")
     axes, at, shape = int(source[5 + length]), 6 + length, []
-    if axes > MAX_AXES:
-        raise FormatError(f"{axes} axes are more than the {MAX_AXES} there may be")
     for _ in range(axes):
         axis, at = gamma.read_varint(source, at)
         shape.append(axis)
-    if math.prod(axis or 1 for axis in shape) >= 2**60:
-        raise FormatError(f"{tuple(shape)} is no shape")
+    _check_shape(tuple(shape), FormatError)
     return TensorInfo("out", tuple(shape), dtype), at
+
+
+def _check_shape(shape: tuple[int, ...], error: type[WaterfillError]) -> None:
+    if len(shape) > MAX_AXES:
+        raise error(f"{len(shape)} axes are more than the {MAX_AXES} there may be")
+    if math.prod(axis or 1 for axis in shape) >= 2**60 or max(shape, default=0) >= 2**42:
+        raise error(f"{shape} is no shape")

@@ -25,6 +25,7 @@ STORED: Mapping[str, str] = {
 
 def describe(x: Any, name: str = "the array") -> tuple[str, tuple[int, ...]]:
     """Dtype (a key of `DTYPES`) and shape of a numpy array or torch tensor."""
+    _require_array(x, name)
     kind = x.dtype.name if isinstance(x, np.ndarray) else str(x.dtype).removeprefix("torch.")
     if kind not in STORED:
         raise WaterfillError(f"{name}: {kind} is no dtype that safetensors has")
@@ -39,8 +40,7 @@ def bits_of(x: Any, dtype: str, name: str = "the array") -> Array:
     if isinstance(x, np.ndarray):
         native = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
         return np.ascontiguousarray(native).reshape(x.shape).view(DTYPES[dtype])
-    if not _is_tensor(x):
-        raise WaterfillError(f"{name} must be a numpy array or a torch tensor, not {type(x).__name__}")  # fmt: skip
+    _require_array(x, name)
     import torch
 
     octets: Array = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -56,18 +56,16 @@ def fill_target(out: Any, info: TensorInfo) -> Array:
         if not out.dtype.isnative:
             raise WaterfillError(f"{info.name}: out must be little-endian")
         return out.view(DTYPES[info.dtype])
-    if not _is_tensor(out):
-        raise WaterfillError(
-            f"{info.name}: out must be a numpy array or a torch tensor, not {type(out).__name__}"
-        )
+    _require_array(out, f"{info.name}: out")
     _check(str(out.dtype).removeprefix("torch."), tuple(out.shape), info)
     if out.device.type != "cpu" or not out.is_contiguous():
         raise WaterfillError(f"{info.name}: out must be a contiguous tensor on the CPU")
     return bits_of(out, info.dtype, info.name)
 
 
-def _is_tensor(x: Any) -> bool:
-    return type(x).__module__.partition(".")[0] == "torch" or hasattr(x, "data_ptr")
+def _require_array(x: Any, name: str) -> None:
+    if not isinstance(x, np.ndarray) and not hasattr(x, "data_ptr"):
+        raise WaterfillError(f"{name} must be a numpy array or a torch tensor, not {type(x).__name__}")  # fmt: skip
 
 
 def _check(dtype: str, shape: tuple[int, ...], info: TensorInfo) -> None:

@@ -1,0 +1,52 @@
+"""Arrays and tensors in memory as stored bits: numpy, numpy with ml_dtypes, or torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from waterfill.types import DTYPES, Array, WaterfillError
+
+__all__ = ["OWN_NAMES", "bits_of", "is_tensor", "stored_dtype"]
+
+# Names that numpy (with ml_dtypes) and torch have for dtypes which travel as unsigned integers.
+OWN_NAMES: Mapping[str, str] = {
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+STORED: Mapping[str, str] = {
+    **{kind.name: dtype for dtype, kind in DTYPES.items() if dtype not in OWN_NAMES},
+    **{name: dtype for dtype, name in OWN_NAMES.items()},
+}
+
+
+def stored_dtype(name: str, tensor: Any) -> str:
+    """What safetensors calls the dtype of a torch tensor or numpy array."""
+    dtype = getattr(tensor, "dtype", None)
+    known = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+    if known not in STORED:
+        what = type(tensor).__name__ if dtype is None else f"tensors of {known}"
+        raise WaterfillError(f"{name}: {what} cannot be stored")
+    return STORED[known]
+
+
+def is_tensor(x: Any) -> bool:
+    """Whether this is a torch tensor, or something that passes for one."""
+    return type(x).__module__.partition(".")[0] == "torch" or hasattr(x, "data_ptr")
+
+
+def bits_of(tensor: Any, dtype: str) -> Array:
+    """A tensor in the storage form of `DTYPES`: a view where it lies in one piece on the CPU."""
+    shape = tuple(tensor.shape)
+    if isinstance(tensor, np.ndarray):
+        if tensor.dtype.byteorder == (">" if sys.byteorder == "little" else "="):
+            tensor = tensor.astype(tensor.dtype.newbyteorder("<"))
+        return np.ascontiguousarray(tensor).reshape(-1).view(DTYPES[dtype]).reshape(shape)
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return np.asarray(flat.view(DTYPES[dtype]).reshape(shape))
