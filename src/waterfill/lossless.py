@@ -24,7 +24,8 @@ import numpy as np
 from waterfill.coding import gamma
 from waterfill.coding import lossless as coding
 from waterfill.coding.lossless import words_of
-from waterfill.runtime.buffers import bits_of, describe, fill_target
+from waterfill.runtime.buffers import fill_target
+from waterfill.sources.memory import bits_of, require_array, stored_dtype
 from waterfill.types import DTYPES, Array, FormatError, TensorInfo, WaterfillError
 
 __all__ = ["decode", "describe_stream", "encode"]
@@ -54,7 +55,8 @@ def encode(x: Any, *, coder: str = "auto", threads: int | None = None) -> bytes:
     WaterfillError
         For what is no array, a dtype that safetensors does not have, or more than 32 axes.
     """
-    dtype, shape = describe(x)
+    require_array(x, "the array")
+    dtype, shape = stored_dtype("the array", x), tuple(x.shape)
     _check_shape(shape, WaterfillError)
     if coder not in coding.CODERS:
         raise ValueError(f"coder is one of {', '.join(coding.CODERS)}, not {coder!r}")

@@ -17,11 +17,12 @@ from waterfill.container import FILE_NAME
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.runtime.artifact import new_folder, refuse_existing
 from waterfill.runtime.digests import digest, model_digest
+from waterfill.runtime.files import check_name, header_of
 from waterfill.runtime.patch import Info, Patch
 from waterfill.sources import FolderSource, resolve
 from waterfill.sources.folder import INDEX_NAME, may_lie_beside
 from waterfill.sources.safetensors_file import SafetensorsFile, open_safetensors
-from waterfill.types import Array, FormatError, TensorInfo, WaterfillError
+from waterfill.types import Array, FormatError, WaterfillError
 
 __all__ = ["patch", "show_patch"]
 
@@ -184,14 +185,13 @@ class _Chain:
 def _layout(patch: Patch, infos: Mapping[str, Info]) -> list[tuple[str, bytes, list[str]]]:
     """Name, header and tensors of each weights file of the result."""
     if patch.files is None:
-        header = _header(infos)
+        header = header_of(infos, {"format": "pt"})
         return [(FILE_NAME, header, list(infos))]
     layout = []
     try:
         for item in patch.files:
             name, header = item["name"], item["header"].encode()
-            if not _plain(name) or not name.endswith(".safetensors"):
-                raise FormatError(f"{patch.path}: {name!r} is no name for a weights file")
+            check_name(name, (".safetensors",))
             table = json.loads(header)
             table.pop("__metadata__", None)
             layout.append((name, header, sorted(table, key=lambda t: table[t]["data_offsets"])))
@@ -201,19 +201,3 @@ def _layout(patch: Patch, infos: Mapping[str, Info]) -> list[tuple[str, bytes, l
     if len({name for name, *_ in layout}) < len(layout) or sorted(listed) != sorted(infos):
         raise FormatError(f"{patch.path}: the result's files do not have its tensors")
     return layout
-
-
-def _plain(name: str) -> bool:
-    return Path(name).name == name and not name.startswith(".") and not set(name) & set("\\:\0")
-
-
-def _header(infos: Mapping[str, Info]) -> bytes:
-    """The header of one safetensors file with these tensors."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in infos.items():
-        end = offset + TensorInfo(name, shape, dtype).nbytes
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)

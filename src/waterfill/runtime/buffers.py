@@ -1,50 +1,15 @@
-"""A caller's array or tensor as stored bits: numpy, numpy with ml_dtypes, or torch; nothing copied."""
+"""A caller's own memory, to be filled with stored bits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from waterfill.sources.memory import OWN_NAMES, bits_of, require_array
 from waterfill.types import DTYPES, Array, TensorInfo, WaterfillError
 
-__all__ = ["bits_of", "describe", "fill_target"]
-
-# Names that numpy (with ml_dtypes) and torch have for dtypes which travel as unsigned integers.
-OWN_NAMES: Mapping[str, str] = {
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-STORED: Mapping[str, str] = {
-    **{kind.name: dtype for dtype, kind in DTYPES.items() if dtype not in OWN_NAMES},
-    **{name: dtype for dtype, name in OWN_NAMES.items()},
-}
-
-
-def describe(x: Any, name: str = "the array") -> tuple[str, tuple[int, ...]]:
-    """Dtype (a key of `DTYPES`) and shape of a numpy array or torch tensor."""
-    _require_array(x, name)
-    kind = x.dtype.name if isinstance(x, np.ndarray) else str(x.dtype).removeprefix("torch.")
-    if kind not in STORED:
-        raise WaterfillError(f"{name}: {kind} is no dtype that safetensors has")
-    return STORED[kind], tuple(x.shape)
-
-
-def bits_of(x: Any, dtype: str, name: str = "the array") -> Array:
-    """The bits of a numpy array or torch tensor, as `DTYPES` holds them.
-
-    Contiguous; shares memory with `x` where that is contiguous and on the CPU, else a copy.
-    """
-    if isinstance(x, np.ndarray):
-        native = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
-        return np.ascontiguousarray(native).reshape(x.shape).view(DTYPES[dtype])
-    _require_array(x, name)
-    import torch
-
-    octets: Array = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return octets.view(DTYPES[dtype]).reshape(tuple(x.shape))
+__all__ = ["fill_target"]
 
 
 def fill_target(out: Any, info: TensorInfo) -> Array:
@@ -56,16 +21,11 @@ def fill_target(out: Any, info: TensorInfo) -> Array:
         if not out.dtype.isnative:
             raise WaterfillError(f"{info.name}: out must be little-endian")
         return out.view(DTYPES[info.dtype])
-    _require_array(out, f"{info.name}: out")
+    require_array(out, f"{info.name}: out")
     _check(str(out.dtype).removeprefix("torch."), tuple(out.shape), info)
     if out.device.type != "cpu" or not out.is_contiguous():
         raise WaterfillError(f"{info.name}: out must be a contiguous tensor on the CPU")
-    return bits_of(out, info.dtype, info.name)
-
-
-def _require_array(x: Any, name: str) -> None:
-    if not isinstance(x, np.ndarray) and not hasattr(x, "data_ptr"):
-        raise WaterfillError(f"{name} must be a numpy array or a torch tensor, not {type(x).__name__}")  # fmt: skip
+    return bits_of(out, info.dtype)
 
 
 def _check(dtype: str, shape: tuple[int, ...], info: TensorInfo) -> None:

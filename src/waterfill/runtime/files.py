@@ -20,7 +20,14 @@ from waterfill.sources.folder import FolderSource
 from waterfill.sources.safetensors_file import SafetensorsFile, parse_header
 from waterfill.types import DTYPES, FormatError
 
-__all__ = ["OriginalFile", "header_of", "original_files", "original_texts", "remember"]
+__all__ = [
+    "OriginalFile",
+    "check_name",
+    "header_of",
+    "original_files",
+    "original_texts",
+    "remember",
+]
 
 Infos = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -108,7 +115,7 @@ def _file(item: Any, rest: Iterator[tuple[str, tuple[str, tuple[int, ...]]]]) ->
         case {"name": str(name), "tensors": int(count), **other} if (
             0 <= count < 2**48 and other.keys() <= {"header", "metadata"} and len(other) < 2
         ):
-            _check_name(name, (".safetensors",))
+            check_name(name, (".safetensors",))
         case _:
             raise FormatError("the index has no proper description of an original file")
     infos = dict(itertools.islice(rest, count))
@@ -139,7 +146,7 @@ def original_texts(about: Mapping[str, Any]) -> dict[str, bytes]:
         raise FormatError("the index has no proper table of original texts")
     found = {}
     for name, text in texts.items():
-        _check_name(name, TEXT_SUFFIXES)
+        check_name(name, TEXT_SUFFIXES)
         try:
             found[name] = text.encode("utf-8", "surrogateescape")
         except (AttributeError, UnicodeEncodeError) as error:
@@ -147,7 +154,8 @@ def original_texts(about: Mapping[str, Any]) -> dict[str, bytes]:
     return found
 
 
-def _check_name(name: str, suffixes: Iterable[str]) -> None:
+def check_name(name: str, suffixes: Iterable[str]) -> None:
+    """FormatError unless a file of this name lies in its folder, is not hidden, and ends as it should."""
     try:
         plain = len(os.fsencode(name)) <= LONGEST_NAME_NBYTES
     except UnicodeEncodeError:

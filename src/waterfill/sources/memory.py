@@ -10,7 +10,7 @@ import numpy as np
 
 from waterfill.types import DTYPES, Array, WaterfillError
 
-__all__ = ["OWN_NAMES", "bits_of", "is_tensor", "stored_dtype"]
+__all__ = ["OWN_NAMES", "bits_of", "require_array", "stored_dtype"]
 
 # Names that numpy (with ml_dtypes) and torch have for dtypes which travel as unsigned integers.
 OWN_NAMES: Mapping[str, str] = {
@@ -34,9 +34,11 @@ def stored_dtype(name: str, tensor: Any) -> str:
     return STORED[known]
 
 
-def is_tensor(x: Any) -> bool:
-    """Whether this is a torch tensor, or something that passes for one."""
-    return type(x).__module__.partition(".")[0] == "torch" or hasattr(x, "data_ptr")
+def require_array(x: Any, name: str) -> None:
+    """WaterfillError unless this is a numpy array, a torch tensor, or something that passes for one."""
+    if not isinstance(x, np.ndarray) and not hasattr(x, "data_ptr"):
+        kind = type(x).__name__
+        raise WaterfillError(f"{name} must be a numpy array or a torch tensor, not {kind}")
 
 
 def bits_of(tensor: Any, dtype: str) -> Array:

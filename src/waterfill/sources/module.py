@@ -11,30 +11,10 @@ from typing import Any
 import numpy as np
 
 from waterfill.sources.base import find_duplicates
-from waterfill.types import DTYPES, Array, WaterfillError
+from waterfill.sources.memory import bits_of, stored_dtype
+from waterfill.types import Array
 
-__all__ = ["ModuleSource", "stored_dtype"]
-
-_STORED = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    **{f"{u}int{b}": f"{u[:1].upper() or 'I'}{b}" for u in ("", "u") for b in (8, 16, 32, 64)},
-    "bool": "BOOL",
-}
-
-
-def stored_dtype(name: str, tensor: Any) -> str:
-    """What safetensors calls the dtype of a torch tensor or numpy array."""
-    dtype = getattr(tensor, "dtype", None)
-    known = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
-    if known not in _STORED:
-        what = type(tensor).__name__ if dtype is None else f"tensors of {known}"
-        raise WaterfillError(f"{name}: {what} cannot be stored")
-    return _STORED[known]
+__all__ = ["ModuleSource"]
 
 
 class ModuleSource:
@@ -89,11 +69,7 @@ class ModuleSource:
         return self._array(name, self._state[name][index])
 
     def _array(self, name: str, tensor: Any) -> Array:
-        import torch
-
-        bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        stored = DTYPES[self.tensors[name][0]]
-        return np.array(bits.view(stored).reshape(tuple(tensor.shape)))
+        return np.array(bits_of(tensor, self.tensors[name][0]))
 
     def fingerprint(self) -> str:
         """SHA-256 of names, shapes and every byte."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 
 from waterfill.sources.base import Tensors
 from waterfill.sources.hub import resolve
-from waterfill.sources.module import stored_dtype
-from waterfill.types import DTYPES, Array
+from waterfill.sources.memory import bits_of, stored_dtype
+from waterfill.types import Array
 
 __all__ = ["StateSource", "open_tensors"]
 
@@ -62,19 +61,6 @@ def _place(tensor: Any) -> tuple[Any, ...]:
     if isinstance(tensor, np.ndarray):
         return (tensor.__array_interface__["data"][0], tensor.strides)
     return (tensor.data_ptr(), str(tensor.device), tensor.stride())
-
-
-def bits_of(tensor: Any, dtype: str) -> Array:
-    """A tensor in the storage form of `DTYPES`: a view where it lies in one piece on the CPU."""
-    shape = tuple(tensor.shape)
-    if isinstance(tensor, np.ndarray):
-        if tensor.dtype.byteorder == (">" if sys.byteorder == "little" else "="):
-            tensor = tensor.astype(tensor.dtype.newbyteorder("<"))
-        return np.ascontiguousarray(tensor).reshape(-1).view(DTYPES[dtype]).reshape(shape)
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return np.asarray(flat.view(DTYPES[dtype]).reshape(shape))
 
 
 def open_tensors(model: Any) -> Tensors:
