@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from waterfill.coding.lossless import EXPONENT_BITS
+from waterfill.coding.split import EXPONENT_BITS
 from waterfill.types import DTYPES, from_float32
 
 Words = Any

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from tests.coding import arrays
 from tests.coding.test_rans import PATHS
-from waterfill.coding import gamma, huffman, lossless, rans
+from waterfill.coding import gamma, huffman, lossless, rans, split
 from waterfill.coding.entropy import encode_bytes
-from waterfill.coding.lossless import EXPONENT_BITS, decode, encode, words_of
+from waterfill.coding.lossless import decode, encode, words_of
 from waterfill.coding.models import fit
+from waterfill.coding.split import EXPONENT_BITS
 from waterfill.coding.words import Layout
 from waterfill.types import DTYPES, FormatError
 
@@ -157,7 +158,7 @@ def test_every_kind_is_written(simd: Any) -> None:
 
 def test_fields_of_more_words_than_are_counted(simd: Any) -> None:
     # Of every other run only: values there may be that no count knows of.
-    source = np.tile(arrays.make("weights", "BF16", 1 << 19, 1), 17)[: 2 * lossless.SAMPLE + 5]
+    source = np.tile(arrays.make("weights", "BF16", 1 << 19, 1), 17)[: 2 * split.SAMPLE + 5]
     source[4096 * 3 + 5] = 0xFFFF
     streams = set()
     for path in PATHS[:-1] or PATHS:
