@@ -80,6 +80,7 @@ def speeds(quick: bool) -> Iterator[Row]:
             isa, partial(lossless.decode, coded, there, "BF16", threads=1)
         )
         calls[f"{isa} huffman"] = forced(isa, decode_portable)
+    calls["two threads"] = partial(lossless.decode, coded, there, "BF16", threads=2)
     took = interleaved(calls, 3 if quick else 9)
     assert np.array_equal(there, words), "what was decoded is not what was encoded"
     gb = nbytes / 1e9
@@ -93,6 +94,8 @@ def speeds(quick: bool) -> Iterator[Row]:
         bar = 0.35 if isa == "avx512" else None
         ratio = took["memcpy"] / took[f"{isa} there"]
         yield Row(f"decode, {isa}: against memcpy", ratio, "times", bar, ">=", note)
+    ratio = took[f"{isas[-1]} there"] / took["two threads"]
+    yield Row("decode: two threads against one", ratio, "times")
     yield Row("coder=huffman: size against coder=rans", len(portable) / len(coded), "ratio")
     for isa in isas:
         note = f"{gb / took[f'{isa} huffman']:.2f} GB/s into the same buffer"
