@@ -240,10 +240,10 @@ def plan(args: argparse.Namespace) -> Any:
 
 def show(args: argparse.Namespace) -> Any:
     """Print the ledger: every tensor, codec, byte, and why."""
-    from waterfill.container import is_patch
+    from waterfill.container import PATCH, format_of
     from waterfill.pipeline import show
 
-    if is_patch(args.artifact):
+    if format_of(args.artifact) == PATCH:
         return _show_patch(args)
     result = show(args.artifact)
     if not args.json:

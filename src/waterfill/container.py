@@ -30,7 +30,7 @@ __all__ = [
     "chunks",
     "describe",
     "file_nbytes",
-    "is_patch",
+    "format_of",
     "payload_nbytes",
     "write",
 ]
@@ -331,17 +331,20 @@ class Reader:
             yield name
 
 
-def is_patch(path: Path) -> bool:
-    """Whether a file says of itself that it is a patch; whether it is sound, `Reader` finds out."""
+def format_of(path: Path) -> str:
+    """What a safetensors file says of itself: `MODEL`, `PATCH`, or another word, or nothing.
+
+    Whether it is sound, `Reader` finds out.
+    """
     if not path.is_file():
-        return False
+        return ""
     with path.open("rb") as file:
         try:
             header, _ = _read_header(file, path.stat().st_size, path)
         except FormatError:
-            return False
+            return ""
     meta = header.get("__metadata__")
-    return isinstance(meta, dict) and meta.get("format") == PATCH
+    return str(meta.get("format")) if isinstance(meta, dict) else ""
 
 
 def _read_header(file: BinaryIO, nbytes: int, path: Path) -> tuple[dict[str, Any], bytes]:

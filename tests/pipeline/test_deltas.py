@@ -311,3 +311,26 @@ def test_a_fine_tune_of_the_demo(tmp_path: Path) -> None:
         for name, tensor in worker.state_dict().items():
             assert torch.equal(tensor.view(torch.int16), after[name].view(torch.int16)), name
         assert 20 * len(sent) < sum(t.nbytes for t in after.values())
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_artifacts_stand_for_what_they_were_made_of(tmp_path: Path, shards: int) -> None:
+    old, new = (folder(tmp_path / f"step{i}", i, shards) for i in range(2))
+    exact = [tmp_path / f"{one.name}.exact" for one in (old, new)]
+    for one, out in zip((old, new), exact, strict=True):
+        waterfill.compress(one, out, lossless=True)
+    diff_to(old, new, tmp_path / "plain")
+    diff_to(*exact, tmp_path / "coded")
+    patch(exact[0], [tmp_path / "coded"], tmp_path / "made")
+    patch(exact[0], [tmp_path / "plain"], tmp_path / "again")
+    assert files(tmp_path / "made") == files(tmp_path / "again") == files(new)
+
+
+def test_folders_of_weights_alone_will_do(steps: list[Path], tmp_path: Path) -> None:
+    for step in steps[:2]:
+        for file in step.iterdir():
+            if file.suffix != ".safetensors":
+                file.unlink()
+    diff_to(*steps[:2], tmp_path / "p")
+    patch(steps[0], [tmp_path / "p"], tmp_path / "made")
+    assert files(tmp_path / "made") == files(steps[1])

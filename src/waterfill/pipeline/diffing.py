@@ -17,10 +17,10 @@ from waterfill.container import PATCH, chunks, describe, write
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.registry import find_codec
 from waterfill.runtime.artifact import explain
+from waterfill.runtime.checkpoints import open_tensors
 from waterfill.runtime.digests import digest, model_digest
 from waterfill.runtime.patch import FILE, as_integers, most_nbytes
-from waterfill.sources import FolderSource, Tensors, open_tensors
-from waterfill.sources.folder import INDEX_NAME
+from waterfill.sources import Checkpoint, Tensors
 from waterfill.types import Array, Encoded, Spec, TensorInfo, WaterfillError, Weighting
 
 __all__ = ["diff", "diff_to"]
@@ -36,16 +36,20 @@ def diff(base: Any, new: Any) -> bytes:
 
     Parameters
     ----------
-    base, new : dict of name -> torch tensor or numpy array, torch module, folder, or hub id
+    base, new : dict of name -> torch tensor or numpy array, torch module, folder, artifact, or hub id
 
     Returns
     -------
     bytes
         A patch for `apply_`, or for ``waterfill patch`` once in a file.
     """
-    with tempfile.SpooledTemporaryFile(max_size=SPOOL_NBYTES) as spool:
+    with (
+        tempfile.SpooledTemporaryFile(max_size=SPOOL_NBYTES) as spool,
+        open_tensors(base) as before,
+        open_tensors(new) as after,
+    ):
         collected = _Collector(spool, quiet)
-        collected.collect(open_tensors(base), open_tensors(new))
+        collected.collect(before, after)
         return b"".join(chunks(collected.described, collected.payloads(), collected.about, PATCH))
 
 
@@ -65,23 +69,24 @@ def diff_to(
     if out.exists() and not force:
         raise WaterfillError(f"{out} exists; choose another name or replace it with --force")
     return_freed_memory()
-    sources = open_tensors(base), open_tensors(new)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent) as spool:
-            collected = _Collector(spool, progress)
-            collected.collect(*sources)
-            nbytes = write(out, collected.described, collected.payloads(), collected.about, PATCH)
-    except OSError as error:
-        raise explain(error, out) from error
+    with open_tensors(base) as before, open_tensors(new) as after:
+        tensors = len(after.tensors)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out.parent) as spool:
+                made = _Collector(spool, progress)
+                made.collect(before, after)
+                nbytes = write(out, made.described, made.payloads(), made.about, PATCH)
+        except OSError as error:
+            raise explain(error, out) from error
     return {
         "path": str(out),
         "nbytes": nbytes,
-        "model_nbytes": collected.nbytes,
-        "tensors": len(sources[1].tensors),
-        "changed": sum(e["kind"] != "file" for e in collected.described),
-        "base": collected.about["base"],
-        "result": collected.about["result"],
+        "model_nbytes": made.nbytes,
+        "tensors": tensors,
+        "changed": sum(e["kind"] != "file" for e in made.described),
+        "base": made.about["base"],
+        "result": made.about["result"],
     }
 
 
@@ -116,8 +121,8 @@ class _Collector:
             self._progress("comparing", done, len(new.tensors))
         self.about |= {"waterfill": __version__, "base": model_digest(before)}
         self.about |= {"result": model_digest(after), "removed": removed}
-        if isinstance(new, FolderSource):
-            self._add_files(base.path, new)
+        if isinstance(new, Checkpoint):
+            self._add_files(base if isinstance(base, Checkpoint) else None, new)
 
     def payloads(self) -> Iterator[list[bytes]]:
         """The parts of each entry, in order."""
@@ -142,21 +147,16 @@ class _Collector:
         for part in encoded.parts.values():
             self._spool.write(part)
 
-    def _add_files(self, base: Path | None, new: FolderSource) -> None:
+    def _add_files(self, base: Checkpoint | None, new: Checkpoint) -> None:
         self.about["files"] = [
-            {"name": file.path.name, "header": file.header.decode()} for file in new.files
+            {"name": name, "header": header.decode()} for name, header in new.layout
         ]
-        beside = list(new.files_beside)
-        index = new.path / INDEX_NAME
-        if len(new.files) > 1 and index.is_file():
-            beside.append(index)
         listed: dict[str, Any] = {}
-        for file in beside:
-            data = file.read_bytes()
-            listed[file.name] = [len(data), digest(np.frombuffer(data, np.uint8))]
-            old = None if base is None else base / file.name
-            if old is None or not old.is_file() or old.read_bytes() != data:
-                info = TensorInfo(FILE + file.name, (len(data),), "U8", "file")
+        for name in new.beside:
+            data = new.read_beside(name) or b""
+            listed[name] = [len(data), digest(np.frombuffer(data, np.uint8))]
+            if base is None or base.read_beside(name) != data:
+                info = TensorInfo(FILE + name, (len(data),), "U8", "file")
                 self._put(Encoded(Spec("deflate"), info, {"bytes": zlib.compress(data, 9)}), {})
         self.about["beside"] = listed
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +15,11 @@ from waterfill.coding.native import return_freed_memory
 from waterfill.container import FILE_NAME
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.runtime.artifact import new_folder, refuse_existing
+from waterfill.runtime.checkpoints import open_checkpoint
 from waterfill.runtime.digests import digest, model_digest
 from waterfill.runtime.files import check_name, header_of
 from waterfill.runtime.patch import Info, Patch
-from waterfill.sources import FolderSource, resolve
+from waterfill.sources import Checkpoint
 from waterfill.sources.folder import INDEX_NAME, may_lie_beside
 from waterfill.sources.safetensors_file import SafetensorsFile, open_safetensors
 from waterfill.types import Array, FormatError, WaterfillError
@@ -39,7 +39,7 @@ def patch(
 
     Parameters
     ----------
-    base : folder in Hugging Face layout, hub id, or ``"demo"``
+    base : folder of safetensors files, artifact, hub id, or ``"demo"``
     patches : files; each is for the result of the one before it
     out : folder to make
     force : replace `out` if it exists
@@ -58,10 +58,10 @@ def patch(
     """
     out = Path(out)
     refuse_existing(out, force)
-    source = resolve(str(base))
-    refuse_existing(out, force, [source.path, *(Path(p) for p in patches)])
     return_freed_memory()
     with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_checkpoint(base))
+        refuse_existing(out, force, [source.path, *(Path(p) for p in patches)])
         opened = [stack.enter_context(Patch(p)) for p in patches]
         chain = _Chain(source, opened, progress)
         chain.check()
@@ -85,7 +85,7 @@ def show_patch(path: str | Path) -> dict[str, Any]:
 class _Chain:
     """A base and the patches that follow each other from it."""
 
-    def __init__(self, base: FolderSource, patches: Sequence[Patch], progress: Progress) -> None:
+    def __init__(self, base: Checkpoint, patches: Sequence[Patch], progress: Progress) -> None:
         self.base = base
         self.patches = patches
         self.progress = progress
@@ -159,8 +159,8 @@ class _Chain:
     def _write_beside(self, folder: Path) -> None:
         beside = self.patches[-1].beside
         if beside is None:
-            for file in self.base.files_beside:
-                shutil.copyfile(file, folder / file.name)
+            for name in self.base.beside:
+                (folder / name).write_bytes(self.base.read_beside(name) or b"")
             return
         for name, known in beside.items():
             if not may_lie_beside(name) and name != INDEX_NAME:
@@ -178,8 +178,7 @@ class _Chain:
             carried = patch.file(name)
             if carried is not None:
                 return carried
-        own = self.base.path / name
-        return own.read_bytes() if own.is_file() else None
+        return self.base.read_beside(name)
 
 
 def _layout(patch: Patch, infos: Mapping[str, Info]) -> list[tuple[str, bytes, list[str]]]:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from waterfill.sources.base import Source, Tensors
+from waterfill.sources.base import Checkpoint, Source, Tensors
 from waterfill.sources.folder import FolderSource
 from waterfill.sources.hub import resolve
 from waterfill.sources.module import ModuleSource
-from waterfill.sources.state import StateSource, open_tensors
+from waterfill.sources.state import StateSource
 
 __all__ = [
+    "Checkpoint",
     "FolderSource",
     "ModuleSource",
     "Source",
     "StateSource",
     "Tensors",
     "open_source",
-    "open_tensors",
     "resolve",
 ]
 

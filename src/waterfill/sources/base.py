@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from waterfill.types import Array
 
-__all__ = ["Source", "Tensors", "find_duplicates"]
+__all__ = ["Checkpoint", "Source", "Tensors", "find_duplicates"]
 
 
 class Tensors(Protocol):
@@ -26,6 +26,22 @@ class Tensors(Protocol):
 
     def read(self, name: str) -> Array:
         """A tensor in the storage form of `waterfill.types.DTYPES`."""
+
+
+@runtime_checkable
+class Checkpoint(Tensors, Protocol):
+    """Tensors in files, and the files that lie beside those: all that a folder is to a user."""
+
+    @property
+    def layout(self) -> list[tuple[str, bytes]]:
+        """Name and safetensors header of each weights file."""
+
+    @property
+    def beside(self) -> list[str]:
+        """Names of the other files that belong to the model."""
+
+    def read_beside(self, name: str) -> bytes | None:
+        """A file beside the weights, or None if there is none of this name."""
 
 
 @runtime_checkable

@@ -89,6 +89,22 @@ class FolderSource:
             and f.stat().st_size <= LARGEST_BESIDE_NBYTES
         ]
 
+    @property
+    def layout(self) -> list[tuple[str, bytes]]:
+        """Name and header of each weights file."""
+        return [(file.path.name, file.header) for file in self.files]
+
+    @property
+    def beside(self) -> list[str]:
+        """Names of `files_beside`, and of the index of several weights files."""
+        index = [INDEX_NAME] if len(self.files) > 1 and (self.path / INDEX_NAME).is_file() else []
+        return [file.name for file in self.files_beside] + index
+
+    def read_beside(self, name: str) -> bytes | None:
+        """A file beside the weights, or None if there is none of this name."""
+        path = self.path / name
+        return path.read_bytes() if path.is_file() else None
+
     def read(self, name: str) -> Array:
         """A tensor in the storage form of `waterfill.types.DTYPES`."""
         return self._file(name).read(name)
