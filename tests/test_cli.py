@@ -759,7 +759,7 @@ def test_compared_with_the_wrong_model(run: Shell, tmp_path: Path) -> None:
         tiny.tiny_model("gpt2", tmp_path / "gpt2")
     for other in ("llama", "gpt2"):
         refused(run("eval", small.artifact(), "--against", other), "not made from")
-    refused(run("eval", small.artifact(), "--against", small.artifact()), "quantised")
+    refused(run("eval", small.artifact(), "--against", small.artifact()), "compressed by waterfill")
     refused(run("eval", small.artifact(), "--against", "nosuch"), "there is no folder")
 
 

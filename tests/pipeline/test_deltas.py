@@ -290,6 +290,21 @@ def test_a_model_and_a_patch_are_told_apart(steps: list[Path], tmp_path: Path) -
     assert safetensors.safe_open(tmp_path / "p", "np").keys()  # a valid file all the same
 
 
+def test_an_artifact_is_neither_base_nor_result(steps: list[Path], tmp_path: Path) -> None:
+    """Its coded parts would pass for tensors, and nothing of it would be a change."""
+    out = tmp_path / "out"
+    waterfill.compress(steps[0], out, lossless=True)
+    diff_to(steps[0], steps[1], tmp_path / "p")
+    for act in (
+        lambda: waterfill.diff(out, steps[1]),
+        lambda: diff_to(steps[0], out, tmp_path / "q"),
+        lambda: patch(out, [tmp_path / "p"], tmp_path / "made"),
+    ):
+        with pytest.raises(WaterfillError, match=r"by waterfill already; .* decompress it"):
+            act()
+    assert not (tmp_path / "q").exists() and not (tmp_path / "made").exists()
+
+
 def test_a_fine_tune_of_the_demo(tmp_path: Path) -> None:
     """Real optimiser steps in float32, saved in bf16, sent as a patch to a module in bf16."""
     torch = pytest.importorskip("torch")
