@@ -228,6 +228,7 @@ def test_lossless_of_what_is_no_model(run: Shell) -> None:
     assert run("show", "out").status == run("verify", "out").status == 0
     assert run("report", "out").status == 0
     assert run("decompress", "out", "-o", "back").status == 0
+    assert run("decompress", "out", "-o", "back", "--force").status == 0
     assert checkpoints.snapshot(Path("back")) == checkpoints.snapshot(Path("net"))
     refused(run("generate", "out", "--prompt", "x"), "tokenizer")
 

@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 import waterfill
+from tests import checkpoints
 from waterfill.cli import main
 from waterfill.container import PATCH, Reader, write
 from waterfill.pipeline import diff_to, patch, patching
@@ -303,6 +304,19 @@ def test_an_artifact_is_neither_base_nor_result(steps: list[Path], tmp_path: Pat
         with pytest.raises(WaterfillError, match=r"by waterfill already; .* decompress it"):
             act()
     assert not (tmp_path / "q").exists() and not (tmp_path / "made").exists()
+
+
+def test_files_of_no_model(tmp_path: Path) -> None:
+    """No config.json, several files, no index: what compress --lossless takes."""
+    infos = {"vae": {"a": ("BF16", (64, 64))}, "unet": {"b": ("F32", (4, 4)), "c": ("U8", (0,))}}
+    for step in range(2):
+        for name, tensors in infos.items():
+            data = checkpoints.random_bytes(tensors, seed=step)
+            checkpoints.write_file(tmp_path / str(step) / f"{name}.safetensors", tensors, data)
+    diff_to(tmp_path / "0", tmp_path / "1", tmp_path / "p")
+    patch(tmp_path / "0", [tmp_path / "p"], tmp_path / "made")
+    patch(tmp_path / "0", [tmp_path / "p"], tmp_path / "made", force=True)
+    assert files(tmp_path / "made") == files(tmp_path / "1")
 
 
 def test_a_fine_tune_of_the_demo(tmp_path: Path) -> None:

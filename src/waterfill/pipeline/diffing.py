@@ -36,7 +36,8 @@ def diff(base: Any, new: Any) -> bytes:
 
     Parameters
     ----------
-    base, new : dict of name -> torch tensor or numpy array, torch module, folder, or hub id
+    base, new : dict of name -> torch tensor or numpy array, torch module, folder of safetensors
+        files (a model's or not), or hub id
 
     Returns
     -------

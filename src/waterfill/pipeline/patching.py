@@ -39,7 +39,7 @@ def patch(
 
     Parameters
     ----------
-    base : folder in Hugging Face layout, hub id, or ``"demo"``
+    base : folder of safetensors files, hub id, or ``"demo"``
     patches : files; each is for the result of the one before it
     out : folder to make
     force : replace `out` if it exists
@@ -58,7 +58,7 @@ def patch(
     """
     out = Path(out)
     refuse_existing(out, force)
-    source = resolve(str(base))
+    source = resolve(str(base), any_files=True)
     refuse_existing(out, force, [source.path, *(Path(p) for p in patches)])
     return_freed_memory()
     with contextlib.ExitStack() as stack:

@@ -66,7 +66,7 @@ def _place(tensor: Any) -> tuple[Any, ...]:
 def open_tensors(model: Any) -> Tensors:
     """A folder, a hub id, a torch module, a state dict, or a source, as named tensors."""
     if isinstance(model, (str, Path)):
-        return resolve(str(model))
+        return resolve(str(model), any_files=True)
     if isinstance(model, Mapping):
         return StateSource(model)
     if hasattr(model, "state_dict"):
