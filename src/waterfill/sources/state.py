@@ -12,7 +12,7 @@ import numpy as np
 from waterfill.sources.base import Tensors
 from waterfill.sources.hub import resolve
 from waterfill.sources.memory import bits_of, stored_dtype
-from waterfill.types import Array
+from waterfill.types import Array, WaterfillError
 
 __all__ = ["StateSource", "open_tensors"]
 
@@ -34,6 +34,9 @@ class StateSource:
     @cached_property
     def tensors(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Tensor name -> (dtype, shape), in the order of the state."""
+        for name in self.state:
+            if not isinstance(name, str):
+                raise WaterfillError(f"{name!r}: the name of a tensor must be a string")
         return {n: (stored_dtype(n, t), tuple(t.shape)) for n, t in self.state.items()}
 
     def read(self, name: str) -> Array:
@@ -71,5 +74,10 @@ def open_tensors(model: Any) -> Tensors:
         return StateSource(model)
     if hasattr(model, "state_dict"):
         return StateSource(model.state_dict())
+    if not hasattr(model, "tensors"):
+        raise WaterfillError(
+            f"{type(model).__name__} is no model: give a folder, a hub id, a torch module, or a "
+            "dict of name -> tensor"
+        )
     source: Tensors = model
     return source
