@@ -192,6 +192,14 @@ def test_a_failure_leaves_nothing(
         diff_to(steps[0], steps[1], tmp_path / "q")
     assert not (tmp_path / "q").exists()
 
+    def read_only(*_: Any, prefix: str, dir: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str((dir / f"{prefix}x7f3").absolute()))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WaterfillError, match=r"^cannot write q: Permission denied"):
+        diff_to(steps[0], steps[1], "q")
+
 
 def relabelled(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Rewrite a patch with another `about`."""

@@ -69,7 +69,7 @@ def diff_to(
     sources = open_tensors(base), open_tensors(new)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent) as spool:
+        with tempfile.TemporaryFile(prefix=f"{out.name}.", dir=out.parent) as spool:
             collected = _Collector(spool, progress)
             collected.collect(*sources)
             nbytes = write(out, collected.described, collected.payloads(), collected.about, PATCH)

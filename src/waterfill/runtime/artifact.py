@@ -116,7 +116,7 @@ def explain(error: OSError, path: Path) -> WaterfillError:
             f"the disk is full; nothing was written to {path}. Free some space and run again"
         )
     why = error.strerror or str(error)
-    if error.filename and not str(error.filename).startswith(str(path)):
+    if error.filename and not str(Path(error.filename).absolute()).startswith(str(path.absolute())):
         return WaterfillError(f"{error.filename}: {why}")
     return WaterfillError(f"cannot write {path}: {why}")
 
