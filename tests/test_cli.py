@@ -228,6 +228,7 @@ def test_lossless_of_what_is_no_model(run: Shell) -> None:
     assert run("show", "out").status == run("verify", "out").status == 0
     assert run("report", "out").status == 0
     assert run("decompress", "out", "-o", "back").status == 0
+    assert run("decompress", "out", "-o", "back", "--force").status == 0
     assert checkpoints.snapshot(Path("back")) == checkpoints.snapshot(Path("net"))
     refused(run("generate", "out", "--prompt", "x"), "tokenizer")
 
@@ -759,7 +760,7 @@ def test_compared_with_the_wrong_model(run: Shell, tmp_path: Path) -> None:
         tiny.tiny_model("gpt2", tmp_path / "gpt2")
     for other in ("llama", "gpt2"):
         refused(run("eval", small.artifact(), "--against", other), "not made from")
-    refused(run("eval", small.artifact(), "--against", small.artifact()), "quantised")
+    refused(run("eval", small.artifact(), "--against", small.artifact()), "compressed by waterfill")
     refused(run("eval", small.artifact(), "--against", "nosuch"), "there is no folder")
 
 

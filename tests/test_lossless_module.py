@@ -149,6 +149,7 @@ def test_buffers_that_do_not_fit(out: Any, reason: str) -> None:
     [
         np.zeros(3, complex), np.array(["a"]), np.array([{}]), np.zeros(3, "i4,f4"),
         np.zeros(3, "M8[s]"), torch.zeros(3, dtype=torch.complex64), [1.0, 2.0], 3.0, b"bytes", None,
+        torch.zeros(3, device="meta"), torch.eye(3).to_sparse(),
     ],
     ids=repr,
 )  # fmt: skip

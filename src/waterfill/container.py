@@ -202,13 +202,18 @@ class Reader:
     formats : what the file may be: `MODEL`, `PATCH`, or both
     """
 
-    def __init__(self, path: Path | str | bytes, formats: Sequence[str] = (MODEL,)) -> None:
+    def __init__(
+        self,
+        path: Path | str | bytes | bytearray | memoryview,
+        formats: Sequence[str] = (MODEL,),
+    ) -> None:
         self._formats = formats
-        if isinstance(path, bytes):
+        if isinstance(path, (bytes, bytearray, memoryview)):
             self.path = Path("(bytes)")
-            self._bytes: bytes | None = path
-            self._file: BinaryIO = io.BytesIO(path)
-            self.nbytes = len(path)
+            # A copy of what its owner may change while it is read; of bytes it is none.
+            self._bytes: bytes | None = bytes(path)
+            self._file: BinaryIO = io.BytesIO(self._bytes)
+            self.nbytes = len(self._bytes)
         else:
             self._open_file(Path(path))
         try:

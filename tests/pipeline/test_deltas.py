@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 import waterfill
+from tests import checkpoints
 from waterfill.cli import main
 from waterfill.container import PATCH, Reader, write
 from waterfill.pipeline import diff_to, patch, patching
@@ -191,6 +192,14 @@ def test_a_failure_leaves_nothing(
         diff_to(steps[0], steps[1], tmp_path / "q")
     assert not (tmp_path / "q").exists()
 
+    def read_only(*_: Any, prefix: str, dir: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str((dir / f"{prefix}x7f3").absolute()))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WaterfillError, match=r"^cannot write q: Permission denied"):
+        diff_to(steps[0], steps[1], "q")
+
 
 def relabelled(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Rewrite a patch with another `about`."""
@@ -288,6 +297,19 @@ def test_a_model_and_a_patch_are_told_apart(steps: list[Path], tmp_path: Path) -
     with pytest.raises(FormatError, match="a compressed model, not a patch"):
         waterfill.apply_({}, golden)
     assert safetensors.safe_open(tmp_path / "p", "np").keys()  # a valid file all the same
+
+
+def test_files_of_no_model(tmp_path: Path) -> None:
+    """No config.json, several files, no index: what compress --lossless takes."""
+    infos = {"vae": {"a": ("BF16", (64, 64))}, "unet": {"b": ("F32", (4, 4)), "c": ("U8", (0,))}}
+    for step in range(2):
+        for name, tensors in infos.items():
+            data = checkpoints.random_bytes(tensors, seed=step)
+            checkpoints.write_file(tmp_path / str(step) / f"{name}.safetensors", tensors, data)
+    diff_to(tmp_path / "0", tmp_path / "1", tmp_path / "p")
+    patch(tmp_path / "0", [tmp_path / "p"], tmp_path / "made")
+    patch(tmp_path / "0", [tmp_path / "p"], tmp_path / "made", force=True)
+    assert files(tmp_path / "made") == files(tmp_path / "1")
 
 
 def test_a_fine_tune_of_the_demo(tmp_path: Path) -> None:

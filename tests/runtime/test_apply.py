@@ -80,6 +80,8 @@ def test_the_same_bytes_each_time_and_as_a_file(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(patch)
     assert waterfill.diff(old, new) == patch
     assert same(waterfill.apply_(copied(old), tmp_path / "p"), new)
+    assert same(waterfill.apply_(copied(old), bytearray(patch)), new)
+    assert same(waterfill.apply_(copied(old), memoryview(patch)), new)
     with Reader(patch, (PATCH,)) as reader:
         assert list(reader.verify()) == list(reader.entries)
         modes = {name: entry.spec.id for name, entry in reader.entries.items()}
@@ -220,6 +222,14 @@ def test_what_cannot_be_compared_is_said() -> None:
         waterfill.diff({"a": np.zeros(2, np.complex64)}, {})
     with pytest.raises(WaterfillError, match="int cannot be stored"):
         waterfill.diff({"step": 3}, {"step": 4})
+    with pytest.raises(WaterfillError, match="must be a string"):
+        waterfill.diff({1: np.zeros(2)}, {1: np.ones(2)})
+    for nothing in (None, 3, [np.zeros(2)]):
+        with pytest.raises(WaterfillError, match="is no model"):
+            waterfill.diff({}, nothing)
+    for nothing in (None, 3, [np.zeros(2)], "folder"):
+        with pytest.raises(WaterfillError, match="a torch module or a dict"):
+            waterfill.apply_(nothing, waterfill.diff({}, {}))
     readonly = {"a": np.zeros(4, np.float32)}
     patch = waterfill.diff(readonly, {"a": np.ones(4, np.float32)})
     readonly["a"].flags.writeable = False
@@ -307,6 +317,9 @@ def test_torch_modules(tmp_path: Path) -> None:
     once = [{n: t for n, t in m.state_dict().items() if n != "1.weight"} for m in (module(0), new)]
     third = waterfill.apply_(module(0), waterfill.diff(*once))
     assert torch.equal(third[1].weight, new[1].weight)
+
+    with pytest.raises(WaterfillError, match=r"0\.weight is on the meta device"):
+        waterfill.apply_(module(0).to("meta"), patch)
 
     # Tied here, apart in the new model; and what a module cannot follow.
     apart = {n: t.clone() for n, t in new.state_dict().items()}

@@ -36,7 +36,8 @@ def diff(base: Any, new: Any) -> bytes:
 
     Parameters
     ----------
-    base, new : dict of name -> torch tensor or numpy array, torch module, folder, artifact, or hub id
+    base, new : dict of name -> torch tensor or numpy array, torch module, folder of safetensors
+        files (a model's or not), artifact, or hub id
 
     Returns
     -------
@@ -73,7 +74,7 @@ def diff_to(
         tensors = len(after.tensors)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=out.parent) as spool:
+            with tempfile.TemporaryFile(prefix=f"{out.name}.", dir=out.parent) as spool:
                 made = _Collector(spool, progress)
                 made.collect(before, after)
                 nbytes = write(out, made.described, made.payloads(), made.about, PATCH)

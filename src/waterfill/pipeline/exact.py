@@ -52,7 +52,6 @@ def compress_exact(
         If `out` exists or cannot be written, or a file is damaged; nothing is left at `out`.
     """
     artifact.refuse_existing(out, force, [source.path])
-    _refuse_own(source)
     work = out.with_name(out.name + ".work")
     try:
         exact = _Exact(source, Pieces(work / "pieces", f"{source.fingerprint()} {__version__}"))
@@ -65,14 +64,6 @@ def compress_exact(
         raise artifact.explain(error, out) from error
     shutil.rmtree(work, ignore_errors=True)
     return record
-
-
-def _refuse_own(source: Source) -> None:
-    files = source.files if isinstance(source, FolderSource) else []
-    if any(file.metadata.get("format") == "waterfill" for file in files):
-        raise WaterfillError(
-            f"{source.name} was compressed by waterfill already; decompress it, or copy it as it is"
-        )
 
 
 class _Exact:

@@ -22,7 +22,7 @@ __all__ = ["apply_"]
 Bytes = NDArray[np.uint8]
 
 
-def apply_(model: Any, patch: str | Path | bytes) -> Any:
+def apply_(model: Any, patch: str | Path | bytes | bytearray | memoryview) -> Any:
     """Turn a model in memory into the next version of it, in place.
 
     Every new tensor is made and the whole result's hash compared before the model is touched. An
@@ -49,6 +49,11 @@ def apply_(model: Any, patch: str | Path | bytes) -> Any:
         If the patch is damaged.
     """
     state = model.state_dict() if hasattr(model, "state_dict") else model
+    if not isinstance(state, Mapping):
+        raise WaterfillError(
+            f"apply_ changes a torch module or a dict of tensors, not {type(model).__name__}; "
+            "waterfill patch is for folders"
+        )
     source = StateSource(state)
     with Patch(patch) as opened:
         step = _stage(source, opened)

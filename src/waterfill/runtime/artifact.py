@@ -15,6 +15,7 @@ from typing import Any
 from waterfill.container import FILE_NAME, Reader
 from waterfill.registry import make_codec
 from waterfill.sources import Source
+from waterfill.sources.folder import may_lie_beside
 from waterfill.types import Record, WaterfillError
 
 RECORD_FILE = "waterfill.json"
@@ -91,10 +92,21 @@ def refuse_existing(out: Path, force: bool, inputs: Iterable[Path | None] = ()) 
     for used in (Path.cwd(), *(p for p in inputs if p is not None)):
         if place == used.resolve() or place in used.resolve().parents:
             raise WaterfillError(f"{out} is in use by this very run; choose another name")
-    if place.is_dir() and any(place.iterdir()) and not any((place / m).exists() for m in MARKS):
+    if place.is_dir() and not _may_replace(place):
         raise WaterfillError(
             f"{out} holds other things than a model, which --force would delete; choose another name"
         )
+
+
+def _may_replace(folder: Path) -> bool:
+    """Whether a folder is empty, a model's, or holds weights and what lies beside them alone."""
+    names = [path.name for path in folder.iterdir()]
+    weights = [name for name in names if name.endswith(".safetensors")]
+    return (
+        not names
+        or any(mark in names for mark in MARKS)
+        or (weights != [] and all(n in weights or may_lie_beside(n) for n in names))
+    )
 
 
 def explain(error: OSError, path: Path) -> WaterfillError:
@@ -104,7 +116,7 @@ def explain(error: OSError, path: Path) -> WaterfillError:
             f"the disk is full; nothing was written to {path}. Free some space and run again"
         )
     why = error.strerror or str(error)
-    if error.filename and not str(error.filename).startswith(str(path)):
+    if error.filename and not str(Path(error.filename).absolute()).startswith(str(path.absolute())):
         return WaterfillError(f"{error.filename}: {why}")
     return WaterfillError(f"cannot write {path}: {why}")
 

@@ -14,7 +14,7 @@ from waterfill.runtime.plain import OWN_FILES
 from waterfill.runtime.reading import Artifact
 from waterfill.sources import Checkpoint, StateSource, Tensors, resolve
 from waterfill.sources.folder import may_lie_beside
-from waterfill.types import Array
+from waterfill.types import Array, WaterfillError
 
 __all__ = ["ArtifactCheckpoint", "open_checkpoint", "open_tensors"]
 
@@ -38,8 +38,15 @@ def open_tensors(model: Any) -> Iterator[Tensors]:
             yield checkpoint
     elif isinstance(model, Mapping):
         yield StateSource(model)
+    elif hasattr(model, "state_dict"):
+        yield StateSource(model.state_dict())
+    elif hasattr(model, "tensors"):
+        yield model
     else:
-        yield StateSource(model.state_dict()) if hasattr(model, "state_dict") else model
+        raise WaterfillError(
+            f"{type(model).__name__} is no model: give a folder, a hub id, a torch module, or a "
+            "dict of name -> tensor"
+        )
 
 
 class ArtifactCheckpoint:

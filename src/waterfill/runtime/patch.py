@@ -39,7 +39,7 @@ class Patch:
     beside : name -> [bytes, digest] of each file beside the result's weights, or None
     """
 
-    def __init__(self, patch: str | Path | bytes) -> None:
+    def __init__(self, patch: str | Path | bytes | bytearray | memoryview) -> None:
         self._reader = Reader(patch, (PATCH,))
         try:
             self._open(self._reader.about)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from waterfill.container import MODEL
 from waterfill.sources.base import find_duplicates
 from waterfill.sources.safetensors_file import SafetensorsFile, open_safetensors
 from waterfill.types import DTYPES, Array, FormatError, WaterfillError
@@ -64,6 +65,7 @@ class FolderSource:
         self.name = name or self.path.resolve().name
         self.config = _any_config(self.path) if any_files else _config(self.path)
         self.files = [open_safetensors(f) for f in _weight_files(self.path, any_files)]
+        _refuse_own(self.path, self.files)
         self._home: dict[str, SafetensorsFile] = {}
         for file in self.files:
             for tensor in file.tensors:
@@ -199,7 +201,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path, any_files: bool) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / INDEX_NAME
     if single.is_file():
         return [single]
     if index.is_file():
@@ -217,8 +219,8 @@ def _weight_files(folder: Path, any_files: bool) -> list[Path]:
         return found
     if found:
         raise WaterfillError(
-            f"{folder} has {len(found)} safetensors files and no model.safetensors.index.json "
-            "that says which belong to the model"
+            f"{folder} has {len(found)} safetensors files and no {INDEX_NAME} that says "
+            "which belong to the model"
         )
     pickles = [f.name for f in sorted(folder.iterdir()) if f.suffix in PICKLES]
     if pickles:
@@ -228,6 +230,14 @@ def _weight_files(folder: Path, any_files: bool) -> list[Path]:
             "save_pretrained)"
         )
     raise WaterfillError(f"{folder} has no *.safetensors file")
+
+
+def _refuse_own(folder: Path, files: list[SafetensorsFile]) -> None:
+    if any(file.metadata.get("format") == MODEL for file in files):
+        # What the header lists are coded parts: taken for tensors they would pass every check.
+        raise WaterfillError(
+            f"{folder} was compressed by waterfill already; name the original, or decompress it first"
+        )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -240,7 +250,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _check_index(
     folder: Path, files: list[SafetensorsFile], home: Mapping[str, SafetensorsFile]
 ) -> None:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_NAME
     if len(files) == 1 and files[0].path.name == "model.safetensors":
         return  # an index beside a single file is a left-over that nobody reads
     if index.is_file():

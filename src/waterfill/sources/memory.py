@@ -31,6 +31,10 @@ def stored_dtype(name: str, tensor: Any) -> str:
     if known not in STORED:
         what = type(tensor).__name__ if dtype is None else f"tensors of {known}"
         raise WaterfillError(f"{name}: {what} cannot be stored")
+    if getattr(tensor, "is_meta", False):
+        raise WaterfillError(f"{name} is on the meta device and has no values")
+    if str(getattr(tensor, "layout", "torch.strided")) != "torch.strided":
+        raise WaterfillError(f"{name} is sparse; make it dense first")
     return STORED[known]
 
 

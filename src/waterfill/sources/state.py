@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from waterfill.sources.memory import bits_of, stored_dtype
-from waterfill.types import Array
+from waterfill.types import Array, WaterfillError
 
 __all__ = ["StateSource"]
 
@@ -32,6 +32,9 @@ class StateSource:
     @cached_property
     def tensors(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Tensor name -> (dtype, shape), in the order of the state."""
+        for name in self.state:
+            if not isinstance(name, str):
+                raise WaterfillError(f"{name!r}: the name of a tensor must be a string")
         return {n: (stored_dtype(n, t), tuple(t.shape)) for n, t in self.state.items()}
 
     def read(self, name: str) -> Array:
