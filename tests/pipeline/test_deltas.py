@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from itertools import pairwise
@@ -312,6 +313,35 @@ def test_an_artifact_is_neither_base_nor_result(steps: list[Path], tmp_path: Pat
         with pytest.raises(WaterfillError, match=r"by waterfill already; .* decompress it"):
             act()
     assert not (tmp_path / "q").exists() and not (tmp_path / "made").exists()
+
+
+def test_what_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Of each model one tensor, and what their coding takes."""
+    shape, count = (2048, 2048), 4
+    nbytes = 2 * shape[0] * shape[1]
+    infos = {f"t{n}": ("BF16", shape) for n in range(count)}
+    for step in range(2):
+        data = {}
+        for number, name in enumerate(infos):
+            bits = np.frombuffer(checkpoints.weights(shape), np.uint16) + 0
+            bits[number::20] ^= step
+            data[name] = bits.tobytes()
+        checkpoints.write_file(tmp_path / str(step) / "model.safetensors", infos, data)
+
+    def peak(act: Callable[..., Any], *words: Any, **options: Any) -> float:
+        tracemalloc.start()
+        act(*words, **options)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most / nbytes
+
+    fine = tmp_path / "0"
+    waterfill.diff({}, {})  # what is imported at first use counts as well
+    assert peak(diff_to, fine, tmp_path / "1", tmp_path / "p") < 2.5
+    assert peak(patch, fine, [tmp_path / "p"], tmp_path / "made") < 2.5
+    assert files(tmp_path / "made") == files(tmp_path / "1")
+    assert peak(waterfill.compress, fine, tmp_path / "out", lossless=True) < 2.9
+    assert peak(waterfill.decompress, tmp_path / "out", tmp_path / "back") < 2.5
 
 
 def test_files_of_no_model(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ class _Collector:
                 alike = base.tensors.get(name) == info
                 self._add(TensorInfo(name, info[1], info[0]), x if alike else None, y, digests)
             self.nbytes += y.nbytes
+            del x, y  # else they would be there still while the next two are read
             self._progress("comparing", done, len(new.tensors))
         self.about |= {"waterfill": __version__, "base": model_digest(before)}
         self.about |= {"result": model_digest(after), "removed": removed}
