@@ -287,6 +287,9 @@ def test_the_command_line(
         assert (status, out) == (1, "") and said in err and err.count("\n") == 1, (words, err)
     assert run("patch", "step0", "-o", "r")[0] == 2 and run("diff", "step0", "-o", "r")[0] == 2
     assert run("diff", "step0", "step1", "-o", "p", "--force")[0] == 0
+    before = files(steps[0])
+    status, _, err = run("diff", "step0", "step1", "-o", "step0/model.safetensors", "--force")
+    assert status == 1 and "is no patch" in err and files(steps[0]) == before
     shutil.rmtree("end")
 
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from waterfill import __version__
 from waterfill.coding import delta
+from waterfill.coding.lossless import words_of
 from waterfill.coding.native import return_freed_memory
-from waterfill.container import PATCH, chunks, describe, write
+from waterfill.container import PATCH, chunks, describe, is_patch, write
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.registry import find_codec
 from waterfill.runtime.artifact import explain
@@ -65,6 +66,8 @@ def diff_to(
         raise WaterfillError(f"{out} is a folder; a patch is one file")
     if out.exists() and not force:
         raise WaterfillError(f"{out} exists; choose another name or replace it with --force")
+    if out.exists() and not is_patch(out):
+        raise WaterfillError(f"{out} is no patch, and --force would delete it; choose another name")
     return_freed_memory()
     sources = open_tensors(base), open_tensors(new)
     try:
@@ -186,7 +189,7 @@ def encode_tensor(info: TensorInfo, x: Array | None, y: Array) -> tuple[Encoded,
 
 def _samples(x: Array, y: Array) -> Iterator[tuple[Array, Array]]:
     """Slices of both, evenly spread; all of a small tensor as one."""
-    a, b = (v.reshape(-1).view(f"<u{v.itemsize}") for v in (x, y))
+    a, b = words_of(x), words_of(y)
     length = SAMPLE_NBYTES // a.itemsize
     if a.size <= SAMPLES * length:
         yield a, b
@@ -204,8 +207,7 @@ def _delta(info: TensorInfo, x: Array, y: Array) -> Encoded:
 
 def _xor(info: TensorInfo, x: Array, y: Array) -> Encoded:
     words = as_integers(info)
-    a, b = (v.reshape(-1).view(f"<u{v.itemsize}") for v in (x, y))
-    inner = _plain(words, (a ^ b).reshape(info.shape))
+    inner = _plain(words, (words_of(x) ^ words_of(y)).reshape(info.shape))
     return Encoded(Spec("xor", {"of": inner.spec.to_json()}), info, inner.parts, inner.extra)
 
 
