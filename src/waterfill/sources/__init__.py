@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from waterfill.sources.base import Source, Tensors
 from waterfill.sources.folder import FolderSource
 from waterfill.sources.hub import resolve
 from waterfill.sources.module import ModuleSource
-from waterfill.sources.state import StateSource, open_tensors
+from waterfill.sources.state import StateSource
+from waterfill.types import WaterfillError
 
 __all__ = [
     "FolderSource",
@@ -33,4 +35,21 @@ def open_source(model: Any, trust_remote_code: bool = False, any_files: bool = F
     if hasattr(model, "state_dict"):
         return ModuleSource(model)
     source: Source = model
+    return source
+
+
+def open_tensors(model: Any) -> Tensors:
+    """A folder, a hub id, a torch module, a state dict, or a source, as named tensors."""
+    if isinstance(model, (str, Path)):
+        return resolve(str(model), any_files=True)
+    if isinstance(model, Mapping):
+        return StateSource(model)
+    if hasattr(model, "state_dict"):
+        return StateSource(model.state_dict())
+    if not hasattr(model, "tensors"):
+        raise WaterfillError(
+            f"{type(model).__name__} is no model: give a folder, a hub id, a torch module, or a "
+            "dict of name -> tensor"
+        )
+    source: Tensors = model
     return source

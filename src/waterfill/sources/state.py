@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from waterfill.sources.base import Tensors
-from waterfill.sources.hub import resolve
 from waterfill.sources.memory import bits_of, stored_dtype
 from waterfill.types import Array, WaterfillError
 
-__all__ = ["StateSource", "open_tensors"]
+__all__ = ["StateSource"]
 
 
 class StateSource:
@@ -64,20 +62,3 @@ def _place(tensor: Any) -> tuple[Any, ...]:
     if isinstance(tensor, np.ndarray):
         return (tensor.__array_interface__["data"][0], tensor.strides)
     return (tensor.data_ptr(), str(tensor.device), tensor.stride())
-
-
-def open_tensors(model: Any) -> Tensors:
-    """A folder, a hub id, a torch module, a state dict, or a source, as named tensors."""
-    if isinstance(model, (str, Path)):
-        return resolve(str(model), any_files=True)
-    if isinstance(model, Mapping):
-        return StateSource(model)
-    if hasattr(model, "state_dict"):
-        return StateSource(model.state_dict())
-    if not hasattr(model, "tensors"):
-        raise WaterfillError(
-            f"{type(model).__name__} is no model: give a folder, a hub id, a torch module, or a "
-            "dict of name -> tensor"
-        )
-    source: Tensors = model
-    return source
