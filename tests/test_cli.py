@@ -379,7 +379,7 @@ def test_examples_parse(verb: str, run: Shell) -> None:
         (["compress", "M", "-o", "x", "--lossless", "--no-propagate"], "leave it out"),
         (
             ["compress", "M", "-o", "x", "--lossless", "--keep", "a", "--codec", "b=raw"],
-            "--keep and --codec",
+            "--keep and --codec would do nothing: leave them out",
         ),
         (["compress", "M", "-o", "x", "--bits", "0"], "try 3.2"),
         (["compress", "M", "-o", "x", "--bits", "nan"], "try 3.2"),

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 import waterfill
 from waterfill import registry
+from waterfill.cli import VERBS
 from waterfill.coding import delta, gaussian, huffman
 from waterfill.coding.delta_numpy import Words
 from waterfill.coding.gaps import geometric
@@ -23,6 +25,7 @@ from waterfill.coding.scales import encode_grid
 from waterfill.coding.sections import join, split
 from waterfill.coding.trellis import CODES
 from waterfill.container import Reader, describe, write
+from waterfill.grammar import build_parser, misuse
 from waterfill.registry import codec_ids, find_codec, parse_spec
 from waterfill.runtime.files import original_files, original_texts
 from waterfill.testing import check_codec
@@ -265,6 +268,24 @@ def test_every_folder_of_the_tour_is_there() -> None:
     assert folders <= rooms
     for module, name in re.findall(r"`(waterfill[\w.]*)\.(\w+)`", tour):
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/lossless.md", "docs/delta.md"])
+def test_examples_name_what_there_is(page: str) -> None:
+    """Each command parses, each block of Python does, and what it asks of the package is there."""
+    text = (DOCS.parent / page).read_text()
+    commands = re.findall(r"^(?:\.venv/bin/)?waterfill .*$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        words = shlex.split(command, comments=True)[1:]
+        assert not misuse(build_parser(VERBS).parse_args(words)), command
+    examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert examples
+    for example in examples:
+        compile(example, page, "exec")
+        for module, name in re.findall(r"\b((?:waterfill\.)?lossless|waterfill)\.(\w+)", example):
+            home = waterfill if module == "waterfill" else waterfill.lossless
+            assert hasattr(home, name), f"{module}.{name}"
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -23,14 +23,19 @@ EXAMPLES = {
     "plan": """examples:
   waterfill plan out/stats --size 2MB -o plan.json
   waterfill plan out/stats --bits 2.5 --dry-run --json""",
-    "show": "examples:\n  waterfill show out/small\n  waterfill show out/small --json | jq '.ledger[0]'",
+    "show": """examples:
+  waterfill show out/small
+  waterfill show out/small --json | jq '.ledger[0]'
+  waterfill show step2.patch""",
     "eval": "examples:\n  waterfill eval out/small --against demo --text book.txt",
-    "decompress": "examples:\n  waterfill decompress out/small -o out/plain",
+    "decompress": """examples:
+  waterfill decompress out/small -o out/plain
+  waterfill decompress out/exact -o out/back""",
     "diff": "examples:\n  waterfill diff out/step1 out/step2 -o step2.patch",
     "patch": """examples:
   waterfill patch out/step1 step2.patch -o out/step2-again
   waterfill patch out/step1 step2.patch step3.patch -o out/step3""",
-    "verify": "examples:\n  waterfill verify out/small",
+    "verify": "examples:\n  waterfill verify out/small\n  waterfill verify step2.patch",
     "generate": "examples:\n  waterfill generate out/small --prompt 'Once upon a time' --tokens 60",
     "report": "examples:\n  waterfill report out/small\n  waterfill report out/small out/smaller -o both.html",
 }
@@ -105,7 +110,7 @@ def misuse(args: argparse.Namespace) -> str:
         return ""
     return (
         f"--lossless keeps every bit and reads no text, so {' and '.join(given)} would do nothing: "
-        "leave it out, or name a --size, --bits or --ratio instead of --lossless"
+        f"leave {'it' if len(given) == 1 else 'them'} out, or name a --size, --bits or --ratio instead of --lossless"
     )
 
 
@@ -234,7 +239,7 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
     )
 
     p = verb("show")
-    p.add_argument("artifact", type=_path, metavar="OUT")
+    p.add_argument("artifact", type=_path, metavar="OUT", help="what compress made, or a patch")
 
     p = verb("eval")
     p.add_argument("artifact", type=_path, metavar="OUT")
@@ -253,27 +258,29 @@ def build_parser(calls: Mapping[str, Verb]) -> argparse.ArgumentParser:
     code(p)
 
     p = verb("decompress")
-    p.add_argument("artifact", type=_path, metavar="OUT")
-    p.add_argument("-o", "--out", type=_path, required=True, metavar="DIR")
+    p.add_argument("artifact", type=_path, metavar="OUT", help="what compress made")
+    p.add_argument("-o", "--out", type=_path, required=True, metavar="DIR", help="folder to make")
     p.add_argument("--force", action="store_true", help="replace DIR if it exists")
 
     p = verb("diff")
-    p.add_argument("base", type=_named, metavar="BASE", help="folder, hub id, or demo")
+    p.add_argument(
+        "base", type=_named, metavar="BASE", help="folder of *.safetensors, hub id, or demo"
+    )
     p.add_argument("new", type=_named, metavar="NEW", help="what BASE became")
-    p.add_argument("-o", "--out", type=_path, required=True, metavar="PATCH")
+    p.add_argument("-o", "--out", type=_path, required=True, metavar="PATCH", help="file to make")
     p.add_argument("--force", action="store_true", help="replace PATCH if it exists")
 
     p = verb("patch")
     p.add_argument("base", type=_named, metavar="BASE", help="what the first patch was made from")
     p.add_argument("patches", type=_path, nargs="+", metavar="PATCH", help="one, or a chain")
-    p.add_argument("-o", "--out", type=_path, required=True, metavar="NEW")
+    p.add_argument("-o", "--out", type=_path, required=True, metavar="NEW", help="folder to make")
     p.add_argument("--force", action="store_true", help="replace NEW if it exists")
 
     p = verb("verify")
-    p.add_argument("artifact", type=_path, metavar="OUT")
+    p.add_argument("artifact", type=_path, metavar="OUT", help="what compress made, or a patch")
 
     p = verb("generate")
-    p.add_argument("artifact", type=_path, metavar="OUT")
+    p.add_argument("artifact", type=_path, metavar="OUT", help="what compress made")
     p.add_argument("--prompt", required=True)
     p.add_argument("--tokens", type=_count, default=60)
     p.add_argument("--seed", type=int, help="sample with this seed; default: greedy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from itertools import pairwise
@@ -286,6 +287,9 @@ def test_the_command_line(
         assert (status, out) == (1, "") and said in err and err.count("\n") == 1, (words, err)
     assert run("patch", "step0", "-o", "r")[0] == 2 and run("diff", "step0", "-o", "r")[0] == 2
     assert run("diff", "step0", "step1", "-o", "p", "--force")[0] == 0
+    before = files(steps[0])
+    status, _, err = run("diff", "step0", "step1", "-o", "step0/model.safetensors", "--force")
+    assert status == 1 and "is no patch" in err and files(steps[0]) == before
     shutil.rmtree("end")
 
 
@@ -297,6 +301,35 @@ def test_a_model_and_a_patch_are_told_apart(steps: list[Path], tmp_path: Path) -
     with pytest.raises(FormatError, match="a compressed model, not a patch"):
         waterfill.apply_({}, golden)
     assert safetensors.safe_open(tmp_path / "p", "np").keys()  # a valid file all the same
+
+
+def test_what_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Of each model one tensor, and what their coding takes."""
+    shape, count = (2048, 2048), 4
+    nbytes = 2 * shape[0] * shape[1]
+    infos = {f"t{n}": ("BF16", shape) for n in range(count)}
+    for step in range(2):
+        data = {}
+        for number, name in enumerate(infos):
+            bits = np.frombuffer(checkpoints.weights(shape), np.uint16) + 0
+            bits[number::20] ^= step
+            data[name] = bits.tobytes()
+        checkpoints.write_file(tmp_path / str(step) / "model.safetensors", infos, data)
+
+    def peak(act: Callable[..., Any], *words: Any, **options: Any) -> float:
+        tracemalloc.start()
+        act(*words, **options)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most / nbytes
+
+    fine = tmp_path / "0"
+    waterfill.diff({}, {})  # what is imported at first use counts as well
+    assert peak(diff_to, fine, tmp_path / "1", tmp_path / "p") < 2.5
+    assert peak(patch, fine, [tmp_path / "p"], tmp_path / "made") < 2.5
+    assert files(tmp_path / "made") == files(tmp_path / "1")
+    assert peak(waterfill.compress, fine, tmp_path / "out", lossless=True) < 2.9
+    assert peak(waterfill.decompress, tmp_path / "out", tmp_path / "back") < 2.5
 
 
 def test_files_of_no_model(tmp_path: Path) -> None:

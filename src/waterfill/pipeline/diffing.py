@@ -12,8 +12,9 @@ import numpy as np
 
 from waterfill import __version__
 from waterfill.coding import delta
+from waterfill.coding.lossless import words_of
 from waterfill.coding.native import return_freed_memory
-from waterfill.container import PATCH, chunks, describe, write
+from waterfill.container import PATCH, chunks, describe, format_of, write
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.registry import find_codec
 from waterfill.runtime.artifact import explain
@@ -69,6 +70,8 @@ def diff_to(
         raise WaterfillError(f"{out} is a folder; a patch is one file")
     if out.exists() and not force:
         raise WaterfillError(f"{out} exists; choose another name or replace it with --force")
+    if out.exists() and format_of(out) != PATCH:
+        raise WaterfillError(f"{out} is no patch, and --force would delete it; choose another name")
     return_freed_memory()
     with open_tensors(base) as before, open_tensors(new) as after:
         tensors = len(after.tensors)
@@ -119,6 +122,7 @@ class _Collector:
                 alike = base.tensors.get(name) == info
                 self._add(TensorInfo(name, info[1], info[0]), x if alike else None, y, digests)
             self.nbytes += y.nbytes
+            del x, y  # else they would be there still while the next two are read
             self._progress("comparing", done, len(new.tensors))
         self.about |= {"waterfill": __version__, "base": model_digest(before)}
         self.about |= {"result": model_digest(after), "removed": removed}
@@ -185,7 +189,7 @@ def encode_tensor(info: TensorInfo, x: Array | None, y: Array) -> tuple[Encoded,
 
 def _samples(x: Array, y: Array) -> Iterator[tuple[Array, Array]]:
     """Slices of both, evenly spread; all of a small tensor as one."""
-    a, b = (v.reshape(-1).view(f"<u{v.itemsize}") for v in (x, y))
+    a, b = words_of(x), words_of(y)
     length = SAMPLE_NBYTES // a.itemsize
     if a.size <= SAMPLES * length:
         yield a, b
@@ -203,8 +207,7 @@ def _delta(info: TensorInfo, x: Array, y: Array) -> Encoded:
 
 def _xor(info: TensorInfo, x: Array, y: Array) -> Encoded:
     words = as_integers(info)
-    a, b = (v.reshape(-1).view(f"<u{v.itemsize}") for v in (x, y))
-    inner = _plain(words, (a ^ b).reshape(info.shape))
+    inner = _plain(words, (words_of(x) ^ words_of(y)).reshape(info.shape))
     return Encoded(Spec("xor", {"of": inner.spec.to_json()}), info, inner.parts, inner.extra)
 
 

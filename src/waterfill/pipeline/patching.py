@@ -118,6 +118,7 @@ class _Chain:
                 for tensor in tensors:
                     bits = self._value(tensor, len(self.patches))
                     file.write(np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data)
+                    del bits  # else it would be there still while the next is made
                     written += 1
                     self.progress("patching", written, total)
             self._check_written(open_safetensors(folder / name))

@@ -100,13 +100,17 @@ def refuse_existing(out: Path, force: bool, inputs: Iterable[Path | None] = ()) 
 
 def _may_replace(folder: Path) -> bool:
     """Whether a folder is empty, a model's, or holds weights and what lies beside them alone."""
-    names = [path.name for path in folder.iterdir()]
-    weights = [name for name in names if name.endswith(".safetensors")]
+    found = list(folder.iterdir())
+    weights = [path for path in found if path.suffix == ".safetensors"]
     return (
-        not names
-        or any(mark in names for mark in MARKS)
-        or (weights != [] and all(n in weights or may_lie_beside(n) for n in names))
+        not found
+        or any((folder / mark).exists() for mark in MARKS)
+        or (bool(weights) and all(p.is_file() and _belongs(p.name) for p in found))
     )
+
+
+def _belongs(name: str) -> bool:
+    return name.endswith((".safetensors", ".index.json")) or may_lie_beside(name)
 
 
 def explain(error: OSError, path: Path) -> WaterfillError:

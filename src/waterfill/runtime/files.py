@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -84,10 +85,7 @@ def header_of(infos: Infos, metadata: Mapping[str, str]) -> bytes:
 
 def nbytes_of(info: tuple[str, tuple[int, ...]]) -> int:
     """Bytes of a tensor of this dtype and shape."""
-    n = DTYPES[info[0]].itemsize
-    for d in info[1]:
-        n *= d
-    return n
+    return math.prod(info[1]) * DTYPES[info[0]].itemsize
 
 
 def original_files(about: Mapping[str, Any], infos: Infos) -> list[OriginalFile]:
