@@ -115,6 +115,8 @@ def apply(data, state):
             continue
         if "same_as" in entry:
             new[name] = new[entry["same_as"]]
+            alike = new[name][0] == dtype and list(new[name][1].shape) == entry["shape"]
+            need(alike, "what a tensor repeats")
             continue
         (codec, version, options), count = entry["codec"], math.prod(entry["shape"])
         if codec in ("delta", "xor"):

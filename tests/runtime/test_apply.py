@@ -200,6 +200,12 @@ HOSTILE: dict[str, Callable[[dict[str, Any], list[list[bytes]]], object]] = {
     "repeats what is not there": lambda d, p: d["tensors"].append(
         {**item(d, "new"), "name": "n", "parts": {}, "same_as": "same"}
     ) or p.append([]),
+    "repeats what has another shape": lambda d, p: d["tensors"].append(
+        {**item(d, "new"), "name": "n", "shape": [27], "parts": {}, "same_as": "new"}
+    ) or p.append([]),
+    "repeats what has another dtype": lambda d, p: d["tensors"].append(
+        {**item(d, "new"), "name": "n", "dtype": "BF16", "parts": {}, "same_as": "new"}
+    ) or p.append([]),
     "an empty delta": lambda d, p: p.__setitem__(0, [b""]),
     "a delta of noise": lambda d, p: p.__setitem__(0, [bytes(range(200))]),
 }  # fmt: skip

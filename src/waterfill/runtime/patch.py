@@ -71,8 +71,10 @@ class Patch:
         self.entries = {n: e for n, e in self._reader.entries.items() if e.info.kind != "file"}
         for name, entry in self.entries.items():
             group = entry.info.group
-            if group and (group not in self.entries or self.entries[group].info.group):
-                raise FormatError(f"{self.path}: {name} repeats {group!r}, which is not in it")
+            if group and not _alike(entry, self.entries.get(group)):
+                raise FormatError(
+                    f"{self.path}: {name} repeats {group!r}, which is not in it or is another"
+                )
             if name in self.removed:
                 raise FormatError(f"{self.path}: {name} is both changed and removed")
 
@@ -158,7 +160,7 @@ class Patch:
         entry = self._reader.entries.get(FILE + name)
         if entry is None or entry.info.kind != "file":
             return None
-        (data,) = self._reader.read(FILE + name).parts.values() or (b"",)
+        data = b"".join(self._reader.read(FILE + name).parts.values())
         inflater = zlib.decompressobj()
         try:
             text = inflater.decompress(data, MAX_FILE_NBYTES + 1)
@@ -167,6 +169,15 @@ class Patch:
         if not inflater.eof or inflater.unused_data or len(text) != entry.info.nbytes:
             raise FormatError(f"{self.path}: {name} is not as long as it should be")
         return text
+
+
+def _alike(entry: Entry, first: Entry | None) -> bool:
+    """Whether an entry can repeat another: one that stands for itself, of the same shape and dtype."""
+    return (
+        first is not None
+        and not first.info.group
+        and (first.info.dtype, first.info.shape) == (entry.info.dtype, entry.info.shape)
+    )
 
 
 def most_nbytes(coded: int) -> int:
