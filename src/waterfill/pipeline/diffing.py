@@ -95,6 +95,7 @@ class _Collector:
         self._spool = spool
         self._progress = progress
         self._first: dict[tuple[Any, ...], TensorInfo] = {}
+        self._made = self._coded = 0  # bytes that the base does not have, bytes of the patch
 
     def collect(self, base: Tensors, new: Tensors) -> None:
         """Compare every tensor, then what lies beside them."""
@@ -126,19 +127,23 @@ class _Collector:
             yield [self._spool.read(length) for length, _ in item["parts"].values()]
 
     def _add(self, info: TensorInfo, x: Array | None, y: Array, digests: tuple[str, str]) -> None:
-        key = (info.dtype, info.shape, digests)
-        if key in self._first:
-            first = self._first[key]
+        first = self._first.setdefault((info.dtype, info.shape, digests), info)
+        share = None
+        if first is info:
+            encoded, share = encode_tensor(info, x, y)
+        else:
             spec = Spec("delta") if x is not None else Spec("raw")
             again = TensorInfo(info.name, info.shape, info.dtype, group=first.name)
-            self._put(Encoded(spec, again, {}), {})
-            return
-        self._first[key] = info
-        encoded, share = encode_tensor(info, x, y)
+            encoded = Encoded(spec, again, {})
+        if x is None:
+            self._made += info.nbytes
+            if self._made > most_nbytes(self._coded + encoded.nbytes):
+                encoded = _raw(info, y)  # or no reader would believe it
         self._put(encoded, {} if share is None else {"changed": round(share, 6)})
 
     def _put(self, encoded: Encoded, note: Mapping[str, Any]) -> None:
         self.described.append(describe(encoded, note))
+        self._coded += encoded.nbytes
         for part in encoded.parts.values():
             self._spool.write(part)
 
@@ -213,9 +218,13 @@ def _plain_of(info: TensorInfo, x: Array, y: Array) -> Encoded:
 
 def _plain(info: TensorInfo, y: Array) -> Encoded:
     """The whole tensor, coded or as it is."""
-    raw, lossless = (find_codec(name)() for name in ("raw", "lossless"))
+    lossless = find_codec("lossless")()
     parts, extra = lossless.encode(y, info, Weighting())
-    nbytes = sum(map(len, parts.values()))
-    if nbytes < info.nbytes and info.nbytes <= most_nbytes(nbytes):
+    if sum(map(len, parts.values())) < info.nbytes:
         return Encoded(lossless.spec, info, parts, extra)
+    return _raw(info, y)
+
+
+def _raw(info: TensorInfo, y: Array) -> Encoded:
+    raw = find_codec("raw")()
     return Encoded(raw.spec, info, *raw.encode(y, info, Weighting()))

@@ -19,6 +19,7 @@ __all__ = ["INDEX_NAME", "FolderSource", "may_lie_beside", "read_json"]
 INDEX_NAME = "model.safetensors.index.json"
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".sh", ".exe", ".bat", ".cmd")
 BESIDE = (
     ".json",
     ".txt",
@@ -150,6 +151,7 @@ def may_lie_beside(name: str, code: bool = False) -> bool:
             or name.upper().startswith(("LICENSE", "NOTICE"))
         )
         and not name.endswith((".index.json", ".safetensors", *PICKLES))
+        and (code or path.suffix not in CODE)
     )
 
 
