@@ -106,6 +106,14 @@ def apply(data, state):
     )
     index = json.loads(zlib.decompress(data[start + at : start + end]))
     new = {name: held for name, held in state.items() if name not in index["about"]["removed"]}
+    made = coded = 0
+    for entry in index["tensors"]:
+        name, dtype, parts = entry["name"], entry["dtype"], {}
+        held = state.get(name, ("", np.empty(0)))
+        if entry["kind"] != "file" and (dtype, entry["shape"]) != (held[0], list(held[1].shape)):
+            made += math.prod(entry["shape"]) * np.dtype(DTYPES[dtype]).itemsize
+        coded += sum(length for length, _ in entry["parts"].values())
+    need(made <= 2**30 + 4096 * coded, "a patch of so few bytes promises too much")
     for entry in index["tensors"]:
         name, dtype, parts = entry["name"], entry["dtype"], {}
         for part, (length, crc) in entry["parts"].items():
@@ -115,6 +123,8 @@ def apply(data, state):
             continue
         if "same_as" in entry:
             new[name] = new[entry["same_as"]]
+            alike = new[name][0] == dtype and list(new[name][1].shape) == entry["shape"]
+            need(alike, "what a tensor repeats")
             continue
         (codec, version, options), count = entry["codec"], math.prod(entry["shape"])
         if codec in ("delta", "xor"):

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from waterfill import container
 from waterfill.container import Reader, describe, file_nbytes, write
-from waterfill.types import Encoded, FormatError, Spec, TensorInfo
+from waterfill.types import Encoded, FormatError, Spec, TensorInfo, WaterfillError
 
 
 def make(path: Path, count: int = 5, seed: int = 0) -> dict[str, bytes]:
@@ -105,13 +105,22 @@ def test_appended_bytes_are_refused(tmp_path: Path) -> None:
         Reader(path)
 
 
-def test_a_future_version_says_upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", ["2", "9" * 5000])
+def test_a_future_version_says_upgrade(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "model.safetensors"
-    monkeypatch.setattr(container, "VERSION", 2)
+    monkeypatch.setattr(container, "VERSION", version)
     make(path)
     monkeypatch.undo()
     with pytest.raises(FormatError, match="upgrade waterfill"):
         Reader(path)
+
+
+@pytest.mark.parametrize("shape", [(0, 1 << 48), (0, *[1 << 30] * 3), (1,) * 33])
+def test_a_shape_that_no_reader_takes_is_not_written(shape: tuple[int, ...]) -> None:
+    with pytest.raises(WaterfillError, match="t: no file here can hold the shape"):
+        describe(Encoded(Spec("raw"), TensorInfo("t", shape, "U8"), {}), {})
 
 
 def test_other_files_are_refused_with_a_word(tmp_path: Path) -> None:

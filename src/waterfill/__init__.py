@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from waterfill.pipeline.compare import compare as compare
     from waterfill.pipeline.compress import compress as compress
     from waterfill.pipeline.diffing import diff as diff
+    from waterfill.pipeline.patching import patch as patch
     from waterfill.registry import Codec as Codec
     from waterfill.registry import codec as codec
     from waterfill.runtime.apply import apply_ as apply_
@@ -47,6 +48,7 @@ _HOMES = {
     "diff": "pipeline",
     "load": "runtime.arrays",
     "load_model": "runtime.torch_model",
+    "patch": "pipeline",
 }
 
 _MODULES = ("lossless",)

@@ -48,8 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def printable(text: str) -> str:
+    """Text from a file, with escapes in place of what would move a terminal's cursor or break a line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def _failed(message: str) -> int:
-    print(f"waterfill: {message}", file=sys.stderr)
+    print(f"waterfill: {printable(message)}", file=sys.stderr)
     return 1
 
 
@@ -337,7 +342,8 @@ def diff(args: argparse.Namespace) -> Any:
     if not args.json:
         times = result["model_nbytes"] / max(result["nbytes"], 1)
         print(f"{args.out}: {result['nbytes']:,} bytes, {times:.1f} times smaller than {args.new}")
-        print(f"  {result['changed']} of {result['tensors']} tensors changed")
+        more = "".join(f", {result[k]} {k}" for k in ("new", "removed") if result[k])
+        print(f"  {result['changed']} of {result['tensors']} tensors changed{more}")
         print(f"next: waterfill patch {shlex.quote(args.base)} {shlex.quote(str(args.out))} -o DIR")
     return result
 
@@ -415,7 +421,7 @@ def codecs(args: argparse.Namespace) -> Any:
 
 def _warn(warnings: Sequence[str]) -> None:
     for line in warnings:
-        print(f"waterfill: warning: {line}", file=sys.stderr)
+        print(f"waterfill: warning: {printable(line)}", file=sys.stderr)
 
 
 def _short(value: Any) -> str:
@@ -424,9 +430,10 @@ def _short(value: Any) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    table = [[printable(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     right = {i for i, h in enumerate(head) if h in ("bytes", "bits", "nats", "changed")}
-    for row in [head, *rows]:
+    for row in table:
         cells = [
             c.rjust(w) if i in right else c.ljust(w)
             for i, (c, w) in enumerate(zip(row, widths, strict=True))

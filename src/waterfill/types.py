@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ __all__ = [
     "TensorInfo",
     "WaterfillError",
     "Weighting",
+    "is_shape",
     "to_float32",
 ]
 
@@ -78,6 +80,13 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 ROWS = 1024  # of a matrix whose error is weighed at a time: a tall one is not copied
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+def is_shape(shape: Sequence[int]) -> bool:
+    """Whether an array may have this shape, as far as a file is concerned; few machines hold the largest."""
+    # Even an array of nothing must not have axes that no array has.
+    fits = len(shape) <= 32 and all(0 <= d < 2**48 for d in shape)
+    return fits and math.prod(d or 1 for d in shape) < 2**60
 
 
 def to_float32(bits: Array, dtype: str) -> Floats:

@@ -19,7 +19,7 @@ import waterfill
 from tests import checkpoints
 from waterfill.cli import main
 from waterfill.container import PATCH, Reader, write
-from waterfill.pipeline import diff_to, patch, patching
+from waterfill.pipeline import diff_to, diffing, patch, patching
 from waterfill.runtime import patch as patch_file
 from waterfill.sources import resolve
 from waterfill.types import FormatError, WaterfillError
@@ -129,6 +129,52 @@ def test_repeated_tensors_are_coded_once(tmp_path: Path) -> None:
     assert files(tmp_path / "end") == files(tmp_path / "1")
 
 
+def test_a_chain_in_which_tensors_repeat_each_other_by_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is asked for once at each step, however they refer to each other."""
+    states: list[dict[str, Any]] = []
+    for step in range(24):
+        w = np.arange(400, dtype=np.uint16) + np.uint16(step)
+        states.append({"a": w, "b": w.copy()} if step else {"a": w, "b": w + np.uint16(9)})
+    chain = [tmp_path / f"{i}.patch" for i in range(len(states) - 1)]
+    for number, (one, (x, y)) in enumerate(zip(chain, pairwise(states), strict=True)):
+        one.write_bytes(waterfill.diff(x, dict(sorted(y.items(), reverse=bool(number % 2)))))
+    base = tmp_path / "base"
+    base.mkdir()
+    safetensors.numpy.save_file(states[0], base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    restore, calls = patch_file.Patch.restore, [0]
+
+    def counted(*words: Any) -> Any:
+        calls[0] += 1
+        return restore(*words)
+
+    monkeypatch.setattr(patch_file.Patch, "restore", counted)
+    patch(base, chain, tmp_path / "end")
+    end = safetensors.numpy.load_file(tmp_path / "end" / "model.safetensors")
+    assert {n: t.tolist() for n, t in end.items()} == {n: t.tolist() for n, t in states[-1].items()}
+    assert calls[0] < 4 * len(chain)
+
+
+def test_what_is_new_is_bounded_by_the_patch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros over and over: what a small patch may not promise, a larger one holds as it is."""
+    monkeypatch.setattr(patch_file, "most_nbytes", lambda coded: 20000 + 4 * coded)
+    monkeypatch.setattr(diffing, "most_nbytes", patch_file.most_nbytes)
+    new = {f"n{i}": np.zeros(4000, np.uint8) for i in range(20)} | {"z": np.zeros(90000, np.uint8)}
+    data = waterfill.diff({"z": np.ones(90000, np.uint8)}, new)
+    with Reader(data, (PATCH,)) as reader:
+        kinds = [e.info.group or e.spec.id for n, e in reader.entries.items() if n != "z"]
+    assert kinds[0] == "lossless" and kinds[1:5] == ["n0"] * 4 and "raw" in kinds
+    state = waterfill.apply_({"z": np.ones(90000, np.uint8)}, data)
+    assert all(not t.any() for t in state.values()) and state.keys() == new.keys()
+    monkeypatch.setattr(patch_file, "most_nbytes", lambda coded: 20000 + 3 * coded)
+    with pytest.raises(FormatError, match="promises 80000 bytes"):
+        waterfill.apply_({"z": np.ones(90000, np.uint8)}, data)
+
+
 def test_a_patch_of_states_applies_to_folders_too(steps: list[Path], tmp_path: Path) -> None:
     old, new = (safetensors.numpy.load_file(s / "model.safetensors") for s in steps[:2])
     new["extra"] = np.ones((2, 2), np.int32)
@@ -202,14 +248,19 @@ def test_a_failure_leaves_nothing(
         diff_to(steps[0], steps[1], "q")
 
 
-def relabelled(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Rewrite a patch with another `about`."""
+def relabelled(
+    path: Path,
+    change: Callable[[dict[str, Any]], object],
+    change_tensors: Callable[[list[dict[str, Any]]], object] = lambda tensors: None,
+) -> None:
+    """Rewrite a patch with another `about` or other entries."""
     with Reader(path, (PATCH,)) as reader:
         about = json.loads(json.dumps(reader.about))
         payloads = [list(reader.read(name).parts.values()) for name in reader.entries]
         header = json.loads(path.read_bytes()[8 : reader._data_start])
         described = json.loads(zlib.decompress(reader._index_bytes(header)))["tensors"]
     change(about)
+    change_tensors(described)
     write(path, described, payloads, about, PATCH)
 
 
@@ -233,6 +284,9 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "code beside": lambda a: a["beside"].update({"modeling.py": [0, ""]}),
     "weights beside": lambda a: a["beside"].update({"x.safetensors": [0, ""]}),
     "a file beside of another kind": lambda a: a["beside"].update({"config.json": 3}),
+    "a weights file with a drive": lambda a: a["files"][0].update(name="C:model.safetensors"),
+    "a file beside that no system can name": lambda a: a["beside"].update({"\ud800.json": [0, ""]}),
+    "code beside that looks like a license": lambda a: a["beside"].update({"LICENSE.py": [0, ""]}),
     "a list beside": lambda a: a.update(beside=["config.json"]),
 }
 
@@ -245,6 +299,26 @@ def test_a_patch_that_lies_is_refused(what: str, steps: list[Path], tmp_path: Pa
     with pytest.raises((FormatError, WaterfillError)):
         patch(steps[0], [tmp_path / "p"], tmp_path / "made")
     assert {p.name for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("noted", ["much", [1], {}, None, True, 1e300, -1, float("nan")])
+def test_what_a_patch_notes_is_shown_only_where_it_can_be(
+    noted: Any, steps: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diff_to(steps[0], steps[1], tmp_path / "p")
+    name = "w\n\x1b[31m\ud800"
+    relabelled(
+        tmp_path / "p",
+        lambda about: about.update(removed=[name + " gone"]),
+        lambda tensors: tensors[0].update(note={"changed": noted}, name=name),
+    )
+    assert main(["show", str(tmp_path / "p")]) == 0
+    said = capsys.readouterr().out
+    first = said.splitlines()[1].split()
+    assert first[:2] == ["w\\n\\x1b[31m\\ud800", "delta"] and len(first) == 3
+    assert "\\ud800 gone" in said
+    assert main(["patch", str(steps[0]), str(tmp_path / "p"), "-o", str(tmp_path / "none")]) == 1
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_the_command_line(

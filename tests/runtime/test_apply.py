@@ -199,8 +199,23 @@ HOSTILE: dict[str, Callable[[dict[str, Any], list[list[bytes]]], object]] = {
     "a huge new tensor": lambda d, p: item(d, "new").update(
         shape=[1 << 40], codec=["lossless", 1, {}]
     ),
+    "a thousand new tensors, each of them not huge": lambda d, p: [
+        (d["tensors"].append({**item(d, "new"), "name": f"n{i}", "parts": {}, "same_as": "n"}), p.append([]))
+        for i in range(1000)
+    ] and (
+        d["tensors"].append({**item(d, "new"), "name": "n", "dtype": "U8", "shape": [1 << 28],
+                             "codec": ["lossless", 2, {"coder": "auto"}], "parts": {"stream": 0}}),
+        p.append([b"\1\0"]),
+        [i.update(dtype="U8", shape=[1 << 28]) for i in d["tensors"] if i.get("same_as") == "n"],
+    ),
     "repeats what is not there": lambda d, p: d["tensors"].append(
         {**item(d, "new"), "name": "n", "parts": {}, "same_as": "same"}
+    ) or p.append([]),
+    "repeats what has another shape": lambda d, p: d["tensors"].append(
+        {**item(d, "new"), "name": "n", "shape": [27], "parts": {}, "same_as": "new"}
+    ) or p.append([]),
+    "repeats what has another dtype": lambda d, p: d["tensors"].append(
+        {**item(d, "new"), "name": "n", "dtype": "BF16", "parts": {}, "same_as": "new"}
     ) or p.append([]),
     "an empty delta": lambda d, p: p.__setitem__(0, [b""]),
     "a delta of noise": lambda d, p: p.__setitem__(0, [bytes(range(200))]),

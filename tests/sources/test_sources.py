@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from waterfill.runtime.artifact import read_config
 from waterfill.sources import FolderSource, ModuleSource, Source, open_source
 from waterfill.sources.safetensors_file import open_safetensors
 from waterfill.types import FormatError, WaterfillError
@@ -73,6 +74,22 @@ BAD_HEADERS: dict[str, tuple[Any, bytes, int | None, str]] = {
         None,
         "'x' appears twice",
     ),
+    # Found at once, however many names there are before it.
+    "twice among many": (
+        ("{" + "".join(f'"{i}":0,' for i in range(300_000)) + '"299999":0}').encode(),
+        b"",
+        None,
+        "'299999' appears twice",
+    ),
+    "a number without end": (b'{"x":' + b"9" * 5000 + b"}", b"", None, "not JSON"),
+    "an axis that no array has": ({"x": entry(0, 0, shape=[0, 1 << 48])}, b"", None, "no array"),
+    "axes that no array has": (
+        {"x": entry(0, 0, shape=[0, *[1 << 30] * 3])},
+        b"",
+        None,
+        "no array",
+    ),
+    "more axes than an array has": ({"x": entry(0, 4, shape=[1] * 33)}, bytes(4), None, "no array"),
     "metadata": ({"__metadata__": {"a": 1}}, b"", None, "__metadata__"),
 }
 
@@ -197,6 +214,16 @@ def test_configuration(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(WaterfillError, match=r"no config\.json"):
         FolderSource(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' + "9" * 5000 + "}", "{,}"])
+def test_a_configuration_that_cannot_be_read(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(FormatError, match=r"config.json is not JSON"):
+        FolderSource(folder)
+    assert FolderSource(folder, any_files=True).config == {}
+    with pytest.raises(WaterfillError, match=r"config.json is not JSON"):
+        read_config(folder)
 
 
 def test_files_beside(folder: Path) -> None:

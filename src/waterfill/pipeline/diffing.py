@@ -74,7 +74,7 @@ def diff_to(
         raise WaterfillError(f"{out} is no patch, and --force would delete it; choose another name")
     return_freed_memory()
     with open_tensors(base) as before, open_tensors(new) as after:
-        tensors = len(after.tensors)
+        names = before.tensors.keys(), after.tensors.keys()
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(prefix=f"{out.name}.", dir=out.parent) as spool:
@@ -87,8 +87,10 @@ def diff_to(
         "path": str(out),
         "nbytes": nbytes,
         "model_nbytes": made.nbytes,
-        "tensors": tensors,
-        "changed": sum(e["kind"] != "file" for e in made.described),
+        "tensors": len(names[1]),
+        "changed": sum(e["name"] in names[0] for e in made.described),
+        "new": len(names[1] - names[0]),
+        "removed": len(names[0] - names[1]),
         "base": made.about["base"],
         "result": made.about["result"],
     }
@@ -104,6 +106,7 @@ class _Collector:
         self._spool = spool
         self._progress = progress
         self._first: dict[tuple[Any, ...], TensorInfo] = {}
+        self._made = self._coded = 0  # bytes that the base does not have, bytes of the patch
 
     def collect(self, base: Tensors, new: Tensors) -> None:
         """Compare every tensor, then what lies beside them."""
@@ -136,19 +139,23 @@ class _Collector:
             yield [self._spool.read(length) for length, _ in item["parts"].values()]
 
     def _add(self, info: TensorInfo, x: Array | None, y: Array, digests: tuple[str, str]) -> None:
-        key = (info.dtype, info.shape, digests)
-        if key in self._first:
-            first = self._first[key]
+        first = self._first.setdefault((info.dtype, info.shape, digests), info)
+        share = None
+        if first is info:
+            encoded, share = encode_tensor(info, x, y)
+        else:
             spec = Spec("delta") if x is not None else Spec("raw")
             again = TensorInfo(info.name, info.shape, info.dtype, group=first.name)
-            self._put(Encoded(spec, again, {}), {})
-            return
-        self._first[key] = info
-        encoded, share = encode_tensor(info, x, y)
+            encoded = Encoded(spec, again, {})
+        if x is None:
+            self._made += info.nbytes
+            if self._made > most_nbytes(self._coded + encoded.nbytes):
+                encoded = _raw(info, y)  # or no reader would believe it
         self._put(encoded, {} if share is None else {"changed": round(share, 6)})
 
     def _put(self, encoded: Encoded, note: Mapping[str, Any]) -> None:
         self.described.append(describe(encoded, note))
+        self._coded += encoded.nbytes
         for part in encoded.parts.values():
             self._spool.write(part)
 
@@ -217,9 +224,13 @@ def _plain_of(info: TensorInfo, x: Array, y: Array) -> Encoded:
 
 def _plain(info: TensorInfo, y: Array) -> Encoded:
     """The whole tensor, coded or as it is."""
-    raw, lossless = (find_codec(name)() for name in ("raw", "lossless"))
+    lossless = find_codec("lossless")()
     parts, extra = lossless.encode(y, info, Weighting())
-    nbytes = sum(map(len, parts.values()))
-    if nbytes < info.nbytes and info.nbytes <= most_nbytes(nbytes):
+    if sum(map(len, parts.values())) < info.nbytes:
         return Encoded(lossless.spec, info, parts, extra)
+    return _raw(info, y)
+
+
+def _raw(info: TensorInfo, y: Array) -> Encoded:
+    raw = find_codec("raw")()
     return Encoded(raw.spec, info, *raw.encode(y, info, Weighting()))

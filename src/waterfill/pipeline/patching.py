@@ -18,7 +18,7 @@ from waterfill.runtime.artifact import new_folder, refuse_existing
 from waterfill.runtime.checkpoints import open_checkpoint
 from waterfill.runtime.digests import digest, model_digest
 from waterfill.runtime.files import check_name, header_of
-from waterfill.runtime.patch import Info, Patch
+from waterfill.runtime.patch import CHANGES, Info, Patch
 from waterfill.sources import Checkpoint
 from waterfill.sources.folder import INDEX_NAME, may_lie_beside
 from waterfill.sources.safetensors_file import SafetensorsFile, open_safetensors
@@ -122,31 +122,46 @@ class _Chain:
                     written += 1
                     self.progress("patching", written, total)
             self._check_written(open_safetensors(folder / name))
+        self._complete()
         for stage, patch in enumerate(self.patches, 1):
-            for name in self.infos[stage].keys() - self.digests[stage].keys():
-                self._value(name, stage)  # gone again later, but part of what is verified
             patch.require_result(self._model_digest(stage))
         self._write_beside(folder)
         return sum((folder / name).stat().st_size for name, *_ in layout)
 
     def _value(self, name: str, last: int) -> Array | None:
         """A tensor as it is after so many patches; its digests on the way are noted."""
-        value = self.base.read(name) if name in self.infos[0] else None
-        for stage in range(1, last + 1):
-            before, here = self.infos[stage - 1], self.infos[stage]
-            patch = self.patches[stage - 1]
-            if name not in here:
-                value = None
-            elif name not in patch.entries:
-                self.digests[stage][name] = self.digests[stage - 1][name]
+        way, stage = [], last
+        while stage and name in self.infos[stage]:
+            way.append((name, stage))
+            entry = self.patches[stage - 1].entries.get(name)
+            if entry is not None and entry.info.group:
+                name = entry.info.group
+            elif entry is None or entry.spec.id in CHANGES:
+                stage -= 1
             else:
-                group = patch.entries[name].info.group
-                if group:
-                    value = self._value(group, stage)
-                else:
-                    value = patch.restore(name, value, before.get(name))
-                self.digests[stage][name] = digest(np.asarray(value))
+                break
+        value = self.base.read(name) if not stage and name in self.infos[0] else None
+        for name, stage in reversed(way):
+            digests, patch = self.digests[stage], self.patches[stage - 1]
+            if name not in patch.entries:
+                digests[name] = self.digests[stage - 1][name]
+            elif patch.entries[name].info.group:
+                digests[name] = digests[patch.entries[name].info.group]
+            else:
+                value = patch.restore(name, value, self.infos[stage - 1].get(name))
+                digests[name] = digest(value)
         return value
+
+    def _complete(self) -> None:
+        """Note the digests of what is gone again later, or made anew: part of what is verified."""
+        for stage in range(len(self.patches), 0, -1):
+            known, entries = self.digests[stage], self.patches[stage - 1].entries
+            for name in self.infos[stage].keys() - known.keys():
+                group = entries[name].info.group if name in entries else ""
+                if group in known:
+                    known[name] = known[group]
+                else:
+                    self._value(name, stage)
 
     def _model_digest(self, stage: int) -> str:
         digests = self.digests[stage]
@@ -166,6 +181,7 @@ class _Chain:
         for name, known in beside.items():
             if not may_lie_beside(name) and name != INDEX_NAME:
                 raise FormatError(f"{self.patches[-1].path}: {name!r} may not lie beside weights")
+            check_name(name, ("",))
             data = self._file(name)
             if data is None or known != [len(data), digest(np.frombuffer(data, np.uint8))]:
                 raise WaterfillError(

@@ -14,12 +14,14 @@ from waterfill.coding import native
 from waterfill.runtime.digests import digest, model_digest
 from waterfill.runtime.patch import Patch
 from waterfill.runtime.torch_model import to_torch
-from waterfill.sources.state import StateSource
+from waterfill.sources.aliases import conflict
+from waterfill.sources.state import StateSource, span_of
 from waterfill.types import Array, WaterfillError
 
 __all__ = ["apply_"]
 
 Bytes = NDArray[np.uint8]
+PIECE = 1 << 16
 
 
 def apply_(model: Any, patch: str | Path | bytes | bytearray | memoryview) -> Any:
@@ -58,6 +60,8 @@ def apply_(model: Any, patch: str | Path | bytes | bytearray | memoryview) -> An
     with Patch(patch) as opened:
         step = _stage(source, opened)
     _check(source, step, state is not model)
+    if state is not model:
+        _require_own(source, step, model.state_dict())
     _commit(state, source, step)
     return model
 
@@ -110,11 +114,15 @@ def _stage(source: StateSource, patch: Patch) -> _Step:
     patch.require_result(model_digest(after.values()))
     for name, first in source.shared.items():
         if name in after and first in after and after[name][1:] != after[first][1:]:
-            raise WaterfillError(
-                f"{name} and {first} share their memory in this model and differ in the new one; "
-                "untie them first"
-            )
+            raise _tied(name, first)
     return _Step(staged, patch.removed, followers)
+
+
+def _tied(name: str, other: str) -> WaterfillError:
+    which = f"{name} and {other} share" if name != other else f"elements of {name} share"
+    return WaterfillError(
+        f"{which} their memory in this model and differ in the new one; untie them first"
+    )
 
 
 def _digests(source: StateSource) -> dict[str, Row]:
@@ -139,12 +147,33 @@ def _check(source: StateSource, step: _Step, module: bool) -> None:
     for name in step.staged.keys() - exchanged:
         if not _writable(source.state[name]):
             raise WaterfillError(f"{name} cannot be written to")
+    stay = [n for n in source.tensors if n not in exchanged | step.removed | source.shared.keys()]
+    found = conflict(
+        ((name, span_of(source.state[name])) for name in stay),
+        changed=lambda name: name in step.staged,
+        wanted=lambda name: step.staged[name][1] if name in step.staged else source.read(name),
+    )
+    if found:
+        raise _tied(*found)
+
+
+def _require_own(source: StateSource, step: _Step, again: Mapping[str, Any]) -> None:
+    """WaterfillError where a module gave copies of its tensors: writing to them would change nothing."""
+    for name in step.staged:
+        if name not in again or span_of(again[name]) != span_of(source.state[name]):
+            raise WaterfillError(
+                f"{name}: this module's state_dict gives a copy, which leads nowhere; "
+                "give a dict of the tensors themselves"
+            )
 
 
 def _writable(tensor: Any) -> bool:
     if isinstance(tensor, np.ndarray):
         return bool(tensor.flags.writeable)
-    return not tensor.is_inference()
+    repeats = any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+    return not tensor.is_inference() and not repeats
 
 
 def _commit(state: Any, source: StateSource, step: _Step) -> None:
@@ -152,7 +181,7 @@ def _commit(state: Any, source: StateSource, step: _Step) -> None:
     entries = dict(state) if exchanged or step.removed else None
     direct: list[tuple[Bytes, Bytes]] = []
     written: list[tuple[Any, Array, str]] = []
-    core = native.core()
+    core, copying = native.core(), False
     try:
         for name, (dtype, bits) in step.staged.items():
             if name in exchanged:
@@ -166,12 +195,11 @@ def _commit(state: Any, source: StateSource, step: _Step) -> None:
             written.append((state[name], own.copy(), dtype))
             write_bits(state[name], bits, dtype)
         _follow(state, step, exchanged)
+        copying = True
         if core is not None:
             core.copy_all(direct, native.threads())
     except BaseException:
-        # An interrupt may have come just after all was done.
-        if not (direct and np.array_equal(*direct[0])):
-            _undo(state, entries, written)
+        _undo(state, entries, written, direct if copying else None)
         raise
 
 
@@ -190,19 +218,32 @@ def _follow(state: Any, step: _Step, exchanged: set[str]) -> None:
 
 
 def _undo(
-    state: Any, entries: dict[str, Any] | None, written: list[tuple[Any, Array, str]]
+    state: Any,
+    entries: dict[str, Any] | None,
+    written: list[tuple[Any, Array, str]],
+    copied: list[tuple[Bytes, Bytes]] | None,
 ) -> None:
-    while written or entries is not None:
+    """Back to where all began, unless all is done: an interrupt may have come just after it."""
+    while True:
         try:
+            if copied is not None and all(_equal(*pair) for pair in copied):
+                return
             while written:
                 write_bits(*written[-1])
                 written.pop()
             if entries is not None:
                 state.clear()
                 state.update(entries)
-                entries = None
+            return
         except KeyboardInterrupt:
             continue  # the first one is raised again, once all is as it was
+
+
+def _equal(a: Bytes, b: Bytes) -> bool:
+    # In pieces: where memory ran out there is none for a comparison of all at once.
+    return all(
+        np.array_equal(a[at : at + PIECE], b[at : at + PIECE]) for at in range(0, a.size, PIECE)
+    )
 
 
 def _exchange(state: Any, name: str, bits: Array, dtype: str) -> None:
@@ -220,5 +261,8 @@ def write_bits(tensor: Any, bits: Array, dtype: str) -> None:
         return
     import torch
 
+    new = to_torch(bits, dtype)
     with torch.no_grad():
-        tensor.copy_(to_torch(bits, dtype))
+        if dtype == "BOOL":  # a copy of bools makes a 1 of every other byte
+            tensor, new = tensor.view(torch.uint8), new.view(torch.uint8)
+        tensor.copy_(new)

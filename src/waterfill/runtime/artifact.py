@@ -151,7 +151,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         config = None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WaterfillError(f"{path} is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise WaterfillError(
@@ -262,7 +262,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WaterfillError(f"{path} is not JSON; remove it or compress again") from error
     if not isinstance(record, dict):
         raise WaterfillError(f"{path} is not a record; remove it or compress again")

@@ -61,6 +61,7 @@ def remember(source: FolderSource) -> dict[str, Any]:
 
 def _describe(file: SafetensorsFile) -> dict[str, Any]:
     infos = {name: (span.dtype, span.shape) for name, span in file.tensors.items()}
+    check_name(file.path.name, (".safetensors",))
     described: dict[str, Any] = {"name": file.path.name, "tensors": len(infos)}
     if header_of(infos, file.metadata) != file.header:
         return described | {"header": file.header.decode("utf-8")}
@@ -158,6 +159,6 @@ def check_name(name: str, suffixes: Iterable[str]) -> None:
         plain = len(os.fsencode(name)) <= LONGEST_NAME_NBYTES
     except UnicodeEncodeError:
         plain = False
-    plain = plain and not set(name) & set("/\\\0") and not name.startswith(".")
+    plain = plain and not set(name) & set("/\\:\0") and not name.startswith(".")
     if not plain or not name.endswith(tuple(suffixes)):
         raise FormatError(f"{name!r} is no name that an original file may have")

@@ -16,11 +16,12 @@ from waterfill.container import PATCH, Entry, Reader
 from waterfill.runtime.arrays import unpack
 from waterfill.types import DTYPES, Array, Encoded, FormatError, Spec, TensorInfo, WaterfillError
 
-__all__ = ["FILE", "MAX_FILE_NBYTES", "Patch", "as_integers", "most_nbytes"]
+__all__ = ["CHANGES", "FILE", "MAX_FILE_NBYTES", "Patch", "as_integers", "most_nbytes"]
 
 FILE = "waterfill//file/"  # begins the name of an entry that is a file beside the weights
 MAX_FILE_NBYTES = 64 << 20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+CHANGES = ("delta", "xor")  # codecs that need the old tensor
 _MODES = {"deflate": "file", "lossless": "whole, lossless", "raw": "whole, raw"}
 
 Info = tuple[str, tuple[int, ...]]
@@ -71,8 +72,10 @@ class Patch:
         self.entries = {n: e for n, e in self._reader.entries.items() if e.info.kind != "file"}
         for name, entry in self.entries.items():
             group = entry.info.group
-            if group and (group not in self.entries or self.entries[group].info.group):
-                raise FormatError(f"{self.path}: {name} repeats {group!r}, which is not in it")
+            if group and not _alike(entry, self.entries.get(group)):
+                raise FormatError(
+                    f"{self.path}: {name} repeats {group!r}, which is not in it or is another"
+                )
             if name in self.removed:
                 raise FormatError(f"{self.path}: {name} is both changed and removed")
 
@@ -92,7 +95,7 @@ class Patch:
                     "mode": f"same as {info.group}" if info.group else _MODES.get(mode, mode),
                     "shape": list(info.shape),
                     "nbytes": entry.nbytes,
-                    "changed": entry.note.get("changed"),
+                    "changed": _share(entry.note.get("changed")),
                 }
             )
         for name in sorted(self.removed):
@@ -123,16 +126,21 @@ class Patch:
         """(dtype, shape) of each tensor once the patch is applied to tensors like these."""
         if not self.removed <= before.keys():
             raise FormatError(f"{self.path}: removes {sorted(self.removed - before.keys())[0]!r}")
-        after = {name: info for name, info in before.items() if name not in self.removed}
-        return after | {n: (e.info.dtype, e.info.shape) for n, e in self.entries.items()}
+        after = {n: (e.info.dtype, e.info.shape) for n, e in self.entries.items()}
+        made = sum(
+            self.entries[n].info.nbytes for n, info in after.items() if before.get(n) != info
+        )
+        coded = self.nbytes - self._reader.overhead_nbytes
+        if made > most_nbytes(coded):
+            raise FormatError(f"{self.path}: promises {made} bytes that are new, in {coded}")
+        return {n: i for n, i in before.items() if n not in self.removed} | after
 
     def restore(self, name: str, old: Array | None, before: Info | None) -> Array:
         """The new bits of a tensor, given the old (None for one that is new)."""
         entry = self.entries[name]
         encoded = self._reader.read(name)
         mode = entry.spec.id
-        if mode not in ("delta", "xor"):
-            self._check_room(entry)
+        if mode not in CHANGES:
             return unpack(encoded)
         if entry.spec.version != 1:
             raise FormatError(f"{name}: {mode} version {entry.spec.version} is not known")
@@ -147,18 +155,12 @@ class Patch:
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
 
-    def _check_room(self, entry: Entry) -> None:
-        if entry.info.nbytes > most_nbytes(entry.nbytes):
-            raise FormatError(
-                f"{entry.info.name}: promises {entry.info.nbytes} bytes in {entry.nbytes}"
-            )
-
     def file(self, name: str) -> bytes | None:
         """A file beside the weights, or None if the patch does not carry it."""
         entry = self._reader.entries.get(FILE + name)
         if entry is None or entry.info.kind != "file":
             return None
-        (data,) = self._reader.read(FILE + name).parts.values() or (b"",)
+        data = b"".join(self._reader.read(FILE + name).parts.values())
         inflater = zlib.decompressobj()
         try:
             text = inflater.decompress(data, MAX_FILE_NBYTES + 1)
@@ -169,8 +171,21 @@ class Patch:
         return text
 
 
+def _alike(entry: Entry, first: Entry | None) -> bool:
+    """Whether an entry can repeat another: one that stands for itself, of the same shape and dtype."""
+    return (
+        first is not None
+        and not first.info.group
+        and (first.info.dtype, first.info.shape) == (entry.info.dtype, entry.info.shape)
+    )
+
+
+def _share(noted: Any) -> float | None:
+    return noted if type(noted) in (int, float) and 0 <= noted <= 1 else None
+
+
 def most_nbytes(coded: int) -> int:
-    """What so many coded bytes may promise: a constant could promise any size at all."""
+    """What a patch of so many coded bytes may add to its base: constants could promise any size."""
     return (1 << 30) + (coded << 12)
 
 

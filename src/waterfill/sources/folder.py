@@ -20,6 +20,7 @@ __all__ = ["INDEX_NAME", "FolderSource", "may_lie_beside", "read_json"]
 INDEX_NAME = "model.safetensors.index.json"
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".sh", ".exe", ".bat", ".cmd")
 BESIDE = (
     ".json",
     ".txt",
@@ -168,6 +169,7 @@ def may_lie_beside(name: str, code: bool = False) -> bool:
             or name.upper().startswith(("LICENSE", "NOTICE"))
         )
         and not name.endswith((".index.json", ".safetensors", *PICKLES))
+        and (code or path.suffix not in CODE)
     )
 
 
@@ -177,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise WaterfillError(f"cannot read {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds no JSON object")

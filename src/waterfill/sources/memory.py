@@ -10,7 +10,7 @@ import numpy as np
 
 from waterfill.types import DTYPES, Array, WaterfillError
 
-__all__ = ["OWN_NAMES", "bits_of", "require_array", "stored_dtype"]
+__all__ = ["OWN_NAMES", "bits_of", "require_array", "require_dense", "stored_dtype"]
 
 # Names that numpy (with ml_dtypes) and torch have for dtypes which travel as unsigned integers.
 OWN_NAMES: Mapping[str, str] = {
@@ -45,6 +45,17 @@ def require_array(x: Any, name: str) -> None:
         raise WaterfillError(f"{name} must be a numpy array or a torch tensor, not {kind}")
 
 
+def require_dense(tensor: Any, name: str) -> None:
+    """WaterfillError for a torch tensor whose words do not lie in any memory."""
+    if isinstance(tensor, np.ndarray):
+        return
+    import torch
+
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        what = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+        raise WaterfillError(f"{name} is {what}: it has no words in memory that could be read")
+
+
 def bits_of(tensor: Any, dtype: str) -> Array:
     """A tensor in the storage form of `DTYPES`: a view where it lies in one piece on the CPU."""
     shape = tuple(tensor.shape)
@@ -54,5 +65,8 @@ def bits_of(tensor: Any, dtype: str) -> Array:
         return np.ascontiguousarray(tensor).reshape(-1).view(DTYPES[dtype]).reshape(shape)
     import torch
 
+    require_dense(tensor, "the tensor")
+    if dtype == "BOOL":  # a copy of bools makes a 1 of every other byte
+        tensor = tensor.view(torch.uint8)
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return np.asarray(flat.view(DTYPES[dtype]).reshape(shape))

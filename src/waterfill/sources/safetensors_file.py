@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from waterfill.types import DTYPES, Array, FormatError, WaterfillError
+from waterfill.types import DTYPES, Array, FormatError, WaterfillError, is_shape
 
 __all__ = ["SafetensorsFile", "TensorSpan", "open_safetensors", "parse_header"]
 
@@ -137,14 +138,13 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise FormatError(f"{path}: {twice!r} appears twice in the header")
         return table
 
     try:
         table = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: the header is not JSON ({error})") from error
     if not isinstance(table, dict):
         raise FormatError(f"{path}: the header is not a JSON object")
@@ -154,13 +154,15 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
 def _span(path: Path, name: str, entry: Any, base: int) -> TensorSpan:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]} if (
-            all(type(d) is int and d >= 0 for d in shape)
+            all(type(d) is int for d in shape)
         ):
             pass
         case _:
             raise FormatError(f"{path}: tensor {name} has no proper dtype, shape and data_offsets")
     if dtype not in DTYPES:
         raise FormatError(f"{path}: tensor {name} has dtype {dtype}, which waterfill does not know")
+    if not is_shape(shape):
+        raise FormatError(f"{path}: tensor {name} has a shape that no array has")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if start < 0 or end - start != nbytes:
         raise FormatError(

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from waterfill.sources.memory import bits_of, stored_dtype
+from waterfill.sources.aliases import Span
+from waterfill.sources.memory import bits_of, require_array, require_dense, stored_dtype
 from waterfill.types import Array, WaterfillError
 
-__all__ = ["StateSource"]
+__all__ = ["StateSource", "span_of"]
 
 
 class StateSource:
@@ -32,10 +33,15 @@ class StateSource:
     @cached_property
     def tensors(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Tensor name -> (dtype, shape), in the order of the state."""
-        for name in self.state:
+        found = {}
+        for name, tensor in self.state.items():
             if not isinstance(name, str):
                 raise WaterfillError(f"{name!r}: the name of a tensor must be a string")
-        return {n: (stored_dtype(n, t), tuple(t.shape)) for n, t in self.state.items()}
+            dtype = stored_dtype(name, tensor)
+            require_array(tensor, name)
+            require_dense(tensor, name)
+            found[name] = dtype, tuple(tensor.shape)
+        return found
 
     def read(self, name: str) -> Array:
         """The bits of a tensor in the storage form of `DTYPES`: a view where that is possible."""
@@ -43,7 +49,7 @@ class StateSource:
 
     def lies_in(self, name: str, bits: Array) -> bool:
         """Whether bits that were read are the tensor's own memory."""
-        own = _place(self.state[name])[0]
+        own = span_of(self.state[name]).at
         return bool(own == bits.__array_interface__["data"][0] and bits.flags.writeable)
 
     @cached_property
@@ -52,13 +58,17 @@ class StateSource:
         first: dict[tuple[Any, ...], str] = {}
         found = {}
         for name, (dtype, shape) in self.tensors.items():
-            earlier = first.setdefault((*_place(self.state[name]), dtype, shape), name)
+            earlier = first.setdefault((span_of(self.state[name]), dtype), name)
             if earlier != name and 0 not in shape:
                 found[name] = earlier
         return found
 
 
-def _place(tensor: Any) -> tuple[Any, ...]:
+def span_of(tensor: Any) -> Span:
+    """Where a torch tensor or numpy array lies."""
     if isinstance(tensor, np.ndarray):
-        return (tensor.__array_interface__["data"][0], tensor.strides)
-    return (tensor.data_ptr(), str(tensor.device), tensor.stride())
+        at = tensor.__array_interface__["data"][0]
+        return Span("cpu", at, tensor.strides, tensor.shape, tensor.itemsize)
+    itemsize = tensor.element_size()
+    strides = tuple(itemsize * step for step in tensor.stride())
+    return Span(str(tensor.device), tensor.data_ptr(), strides, tuple(tensor.shape), itemsize)
