@@ -135,7 +135,7 @@ def test_what_is_no_state_of_tensors_is_said() -> None:
         with pytest.raises(WaterfillError, match="a torch module or a dict"):
             waterfill.apply_(model, waterfill.diff(one, one))
     for state, said in (
-        ({0: np.zeros(3, F)}, "0 is no name"),
+        ({0: np.zeros(3, F)}, "0: the name of a tensor"),
         ({"a": F(1)}, "a must be a numpy array"),
         ({"a": torch.zeros(3, device="meta")}, "meta device"),
         ({"a": torch.eye(3).to_sparse()}, "layout torch.sparse_coo"),
