@@ -13,7 +13,7 @@ import numpy as np
 from waterfill import __version__
 from waterfill.coding import delta
 from waterfill.coding.native import return_freed_memory
-from waterfill.container import PATCH, chunks, describe, write
+from waterfill.container import PATCH, chunks, describe, is_patch, write
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.registry import find_codec
 from waterfill.runtime.artifact import explain
@@ -57,13 +57,17 @@ def diff_to(
     Raises
     ------
     WaterfillError
-        If `out` exists and `force` is not set, or a model cannot be read; nothing is left at `out`.
+        If `out` exists and `force` is not set or it is no patch, or a model cannot be read; nothing is left at `out`.
     """
     out = Path(out)
     if out.is_dir():
         raise WaterfillError(f"{out} is a folder; a patch is one file")
     if out.exists() and not force:
         raise WaterfillError(f"{out} exists; choose another name or replace it with --force")
+    if out.exists() and not is_patch(out) and not _is_empty(out):
+        raise WaterfillError(
+            f"{out} is not a patch, which --force would delete; choose another name"
+        )
     return_freed_memory()
     sources = open_tensors(base), open_tensors(new)
     try:
@@ -83,6 +87,10 @@ def diff_to(
         "base": collected.about["base"],
         "result": collected.about["result"],
     }
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
 
 
 class _Collector:
@@ -119,6 +127,9 @@ class _Collector:
         self.about |= {"result": model_digest(after), "removed": removed}
         if isinstance(new, FolderSource):
             self._add_files(base.path, new)
+        for source in (base, new):
+            if isinstance(source, FolderSource):
+                source.require_unchanged()
 
     def payloads(self) -> Iterator[list[bytes]]:
         """The parts of each entry, in order."""

@@ -49,7 +49,7 @@ def compress_exact(
     Raises
     ------
     WaterfillError
-        If `out` exists or cannot be written, or a file is damaged; nothing is left at `out`.
+        If `out` exists or cannot be written, or a file is damaged or changes meanwhile; nothing is left at `out`.
     """
     artifact.refuse_existing(out, force, [source.path])
     _refuse_own(source)
@@ -58,6 +58,7 @@ def compress_exact(
         exact = _Exact(source, Pieces(work / "pieces", f"{source.fingerprint()} {__version__}"))
         with artifact.new_folder(out, force) as folder:
             exact.encode(progress)
+            _require_unchanged(source, work)
             exact.write(folder / FILE_NAME)
             record = _record(exact, folder / FILE_NAME, out.name, command)
             artifact.furnish(folder, source, record)
@@ -73,6 +74,17 @@ def _refuse_own(source: Source) -> None:
         raise WaterfillError(
             f"{source.name} was compressed by waterfill already; decompress it, or copy it as it is"
         )
+
+
+def _require_unchanged(source: Source, work: Path) -> None:
+    if isinstance(source, FolderSource):
+        try:
+            source.require_unchanged()
+        except WaterfillError:
+            shutil.rmtree(
+                work, ignore_errors=True
+            )  # its pieces may be of another content than said
+            raise
 
 
 class _Exact:
