@@ -248,6 +248,30 @@ def test_a_failure_leaves_nothing(
         diff_to(steps[0], steps[1], "q")
 
 
+def test_a_file_that_changes_meanwhile(steps: list[Path], tmp_path: Path) -> None:
+    for changing in steps[:2]:
+
+        def change(*_: object, file: Path = changing / "model.safetensors") -> None:
+            file.write_bytes(file.read_bytes()[:-2] + b"\1\2")
+
+        with pytest.raises(WaterfillError, match="changed while it was being read"):
+            diff_to(steps[0], steps[1], tmp_path / "p", progress=change)
+        assert not (tmp_path / "p").exists()
+
+
+def test_only_a_patch_is_replaced(steps: list[Path], tmp_path: Path) -> None:
+    for used in (steps[1] / "model.safetensors", steps[0] / "config.json"):
+        before = used.read_bytes()
+        with pytest.raises(WaterfillError, match="is not a patch"):
+            diff_to(steps[0], steps[1], used, force=True)
+        assert used.read_bytes() == before
+    (tmp_path / "p").touch()
+    for _ in range(2):
+        with pytest.raises(WaterfillError, match="exists"):
+            diff_to(steps[0], steps[1], tmp_path / "p")
+        diff_to(steps[0], steps[1], tmp_path / "p", force=True)
+
+
 def relabelled(
     path: Path,
     change: Callable[[dict[str, Any]], object],
@@ -363,7 +387,7 @@ def test_the_command_line(
     assert run("diff", "step0", "step1", "-o", "p", "--force")[0] == 0
     before = files(steps[0])
     status, _, err = run("diff", "step0", "step1", "-o", "step0/model.safetensors", "--force")
-    assert status == 1 and "is no patch" in err and files(steps[0]) == before
+    assert status == 1 and "is not a patch" in err and files(steps[0]) == before
     shutil.rmtree("end")
 
 

@@ -260,6 +260,19 @@ def test_what_is_left_behind_is_said(model: Path, tmp_path: Path) -> None:
     assert warning.startswith("code.py and 1 more of ")
 
 
+def test_a_file_that_changes_meanwhile(model: Path, tmp_path: Path) -> None:
+    file = next(model.glob("*.safetensors"))
+    before = file.read_bytes()
+
+    def change(*_: object) -> None:
+        file.write_bytes(before[:-2] + b"\1\2")
+
+    with pytest.raises(WaterfillError, match="changed while it was being read"):
+        lossless(model, tmp_path / "out", progress=change)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    lossless(model, tmp_path / "out")
+
+
 def test_existing_out(model: Path, tmp_path: Path) -> None:
     lossless(model, tmp_path / "out")
     with pytest.raises(WaterfillError, match="--force"):

@@ -11,8 +11,8 @@ import pytest
 import waterfill
 from tests import checkpoints
 from waterfill.container import FILE_NAME, Reader
-from waterfill.runtime.arrays import read_tensors
-from waterfill.types import FormatError
+from waterfill.runtime.arrays import read_tensors, unpack
+from waterfill.types import Encoded, FormatError, Spec, TensorInfo
 
 INFOS = {f"w{i}": ("BF16" if i % 2 else "I16", (40, 30 + i)) for i in range(9)}
 
@@ -64,3 +64,10 @@ def test_damage_in_one_of_several_threads(out: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="w4"):
         waterfill.load(tmp_path, threads=3)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("stream", [b"", b"\5", b"\0abcd", b"\2\0\0"])
+def test_what_is_wrong_with_a_tensor_is_said_with_its_name(stream: bytes) -> None:
+    spec, info = Spec("lossless", {}, 2), TensorInfo("layer.t", (3,), "U8")
+    with pytest.raises(FormatError, match=r"^layer\.t: "):
+        unpack(Encoded(spec, info, {"stream": stream}))

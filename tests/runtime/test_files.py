@@ -65,6 +65,7 @@ LIES: dict[str, Callable[[Any], None]] = {
     "fewer tensors": _file(tensors=1),
     "more tensors": _file(tensors=3),
     "many tensors": _file(1, tensors=10**30),
+    "a count that is a truth": _file(1, tensors=True),
     "negative": _file(tensors=-1),
     "not a count": _file(tensors="2"),
     "metadata is a list": _file(metadata=["pt"]),
@@ -113,6 +114,17 @@ def test_a_file_that_says_nothing_becomes_a_plain_folder(
     folder = rewritten(out, tmp_path / "in", about)
     waterfill.decompress(folder, tmp_path / "plain")
     assert [p.name for p in (tmp_path / "plain").iterdir()] == [FILE_NAME]
+
+
+def test_the_longest_name(out: Path, tmp_path: Path) -> None:
+    with Reader(out) as reader:
+        about: Any = copy.deepcopy(dict(reader.about))
+    name = about["files"][0]["name"] = "x" * 243 + ".safetensors"
+    waterfill.decompress(rewritten(out, tmp_path / "in", about), tmp_path / "plain")
+    assert (tmp_path / "plain" / name).is_file()
+    about["files"][0]["name"] = "C:x.safetensors"
+    with pytest.raises(FormatError, match="no name"):
+        waterfill.decompress(rewritten(out, tmp_path / "drive", about), tmp_path / "none")
 
 
 def test_what_was_put_beside_an_artifact_does_not_replace_a_file(out: Path, tmp_path: Path) -> None:

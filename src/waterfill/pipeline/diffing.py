@@ -21,7 +21,7 @@ from waterfill.runtime.artifact import explain
 from waterfill.runtime.checkpoints import open_tensors
 from waterfill.runtime.digests import digest, model_digest
 from waterfill.runtime.patch import FILE, as_integers, most_nbytes
-from waterfill.sources import Checkpoint, Tensors
+from waterfill.sources import Checkpoint, FolderSource, Tensors
 from waterfill.types import Array, Encoded, Spec, TensorInfo, WaterfillError, Weighting
 
 __all__ = ["diff", "diff_to"]
@@ -63,15 +63,17 @@ def diff_to(
     Raises
     ------
     WaterfillError
-        If `out` exists and `force` is not set, or a model cannot be read; nothing is left at `out`.
+        If `out` exists and `force` is not set or it is no patch, or a model cannot be read; nothing is left at `out`.
     """
     out = Path(out)
     if out.is_dir():
         raise WaterfillError(f"{out} is a folder; a patch is one file")
     if out.exists() and not force:
         raise WaterfillError(f"{out} exists; choose another name or replace it with --force")
-    if out.exists() and format_of(out) != PATCH:
-        raise WaterfillError(f"{out} is no patch, and --force would delete it; choose another name")
+    if out.exists() and format_of(out) != PATCH and not _is_empty(out):
+        raise WaterfillError(
+            f"{out} is not a patch, which --force would delete; choose another name"
+        )
     return_freed_memory()
     with open_tensors(base) as before, open_tensors(new) as after:
         names = before.tensors.keys(), after.tensors.keys()
@@ -94,6 +96,10 @@ def diff_to(
         "base": made.about["base"],
         "result": made.about["result"],
     }
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
 
 
 class _Collector:
@@ -131,6 +137,9 @@ class _Collector:
         self.about |= {"result": model_digest(after), "removed": removed}
         if isinstance(new, Checkpoint):
             self._add_files(base if isinstance(base, Checkpoint) else None, new)
+        for source in (base, new):
+            if isinstance(source, FolderSource):
+                source.require_unchanged()
 
     def payloads(self) -> Iterator[list[bytes]]:
         """The parts of each entry, in order."""

@@ -49,7 +49,7 @@ def compress_exact(
     Raises
     ------
     WaterfillError
-        If `out` exists or cannot be written, or a file is damaged; nothing is left at `out`.
+        If `out` exists or cannot be written, or a file is damaged or changes meanwhile; nothing is left at `out`.
     """
     artifact.refuse_existing(out, force, [source.path])
     work = out.with_name(out.name + ".work")
@@ -57,6 +57,7 @@ def compress_exact(
         exact = _Exact(source, Pieces(work / "pieces", f"{source.fingerprint()} {__version__}"))
         with artifact.new_folder(out, force) as folder:
             exact.encode(progress)
+            _require_unchanged(source, work)
             exact.write(folder / FILE_NAME)
             record = _record(exact, folder / FILE_NAME, out.name, command)
             artifact.furnish(folder, source, record)
@@ -64,6 +65,16 @@ def compress_exact(
         raise artifact.explain(error, out) from error
     shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def _require_unchanged(source: Source, work: Path) -> None:
+    if isinstance(source, FolderSource):
+        try:
+            source.require_unchanged()
+        except WaterfillError:
+            # Its pieces may be of another content than said.
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 class _Exact:

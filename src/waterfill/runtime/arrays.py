@@ -59,7 +59,7 @@ def unpack(encoded: Encoded, out: Array | None = None) -> Array:
         bits = chosen.decode(encoded.parts, encoded.extra, encoded.info)
     except KeyError as error:
         raise FormatError(f"{name}: the part {error} is missing") from error
-    except SpecError as error:
+    except (FormatError, SpecError) as error:
         raise FormatError(f"{name}: {error}") from error
     except (MemoryError, OverflowError, ValueError) as error:
         raise FormatError(f"{name}: the file promises what cannot be decoded ({error})") from error

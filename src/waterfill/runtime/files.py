@@ -112,7 +112,10 @@ def original_files(about: Mapping[str, Any], infos: Infos) -> list[OriginalFile]
 def _file(item: Any, rest: Iterator[tuple[str, tuple[str, tuple[int, ...]]]]) -> OriginalFile:
     match item:
         case {"name": str(name), "tensors": int(count), **other} if (
-            0 <= count < 2**48 and other.keys() <= {"header", "metadata"} and len(other) < 2
+            type(count) is int
+            and 0 <= count < 2**48
+            and other.keys() <= {"header", "metadata"}
+            and len(other) < 2
         ):
             check_name(name, (".safetensors",))
         case _:

@@ -146,10 +146,10 @@ class Patch:
             raise FormatError(f"{name}: {mode} version {entry.spec.version} is not known")
         if old is None or before != (entry.info.dtype, entry.info.shape):
             raise FormatError(f"{name}: changes a tensor that the base does not have")
-        try:
-            if mode == "delta":
-                return delta.decode(encoded.parts["delta"], old, entry.info.dtype)
+        if mode == "xor":
             return _xor(encoded, old)
+        try:
+            return delta.decode(encoded.parts["delta"], old, entry.info.dtype)
         except KeyError as error:
             raise FormatError(f"{name}: the part {error} is missing") from error
         except FormatError as error:
@@ -195,7 +195,10 @@ def as_integers(info: TensorInfo) -> TensorInfo:
 
 
 def _xor(encoded: Encoded, old: Array) -> Array:
-    spec = Spec.from_json(encoded.spec.config.get("of"))
+    try:
+        spec = Spec.from_json(encoded.spec.config.get("of"))
+    except FormatError as error:
+        raise FormatError(f"{encoded.info.name}: {error}") from error
     info = as_integers(encoded.info)
     change = unpack(replace(encoded, spec=spec, info=info))
     return np.asarray(change ^ old.view(change.dtype)).view(old.dtype)

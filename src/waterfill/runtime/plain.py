@@ -7,9 +7,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from waterfill.container import FILE_NAME
+from waterfill.runtime.arrays import empty
 from waterfill.runtime.artifact import (
     folder_of,
     new_folder,
@@ -121,16 +120,12 @@ def _shard(infos: Infos) -> Shards:
 def _write_file(path: Path, file: OriginalFile, artifact: Artifact) -> Iterator[tuple[str, int]]:
     """Write a file, yielding each tensor's name and bytes once it is there."""
     # One buffer for all: the system need not hand out, and clear, fresh pages for each tensor.
-    buffer = np.empty(max(map(nbytes_of, file.tensors.values()), default=0), np.uint8)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(len(file.header).to_bytes(8, "little") + file.header)
-            for name, info in file.tensors.items():
-                octets = buffer[: nbytes_of(info)]
-                artifact.read(name, octets.view(DTYPES[info[0]]).reshape(info[1]))
-                stream.write(memoryview(octets))  # type: ignore[arg-type]
-                yield name, len(octets)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    nbytes, largest = max(((nbytes_of(i), n) for n, i in file.tensors.items()), default=(0, ""))
+    buffer = empty(largest, "U8", (nbytes,))
+    with path.open("wb") as stream:
+        stream.write(len(file.header).to_bytes(8, "little") + file.header)
+        for name, info in file.tensors.items():
+            octets = buffer[: nbytes_of(info)]
+            artifact.read(name, octets.view(DTYPES[info[0]]).reshape(info[1]))
+            stream.write(memoryview(octets))  # type: ignore[arg-type]
+            yield name, len(octets)

@@ -65,7 +65,9 @@ class FolderSource:
             raise WaterfillError(f"{self.path} is not a folder")
         self.name = name or self.path.resolve().name
         self.config = _any_config(self.path) if any_files else _config(self.path)
-        self.files = [open_safetensors(f) for f in _weight_files(self.path, any_files)]
+        paths = _weight_files(self.path, any_files)
+        self._stamps = {path: _stamp(path) for path in paths}
+        self.files = [open_safetensors(path) for path in paths]
         _refuse_own(self.path, self.files)
         self._home: dict[str, SafetensorsFile] = {}
         for file in self.files:
@@ -116,6 +118,14 @@ class FolderSource:
         """Entry `index` of a tensor along its first axis."""
         return self._file(name).read_slice(name, index)
 
+    def require_unchanged(self) -> None:
+        """WaterfillError if a weights file is another than when this was opened."""
+        for path, stamp in self._stamps.items():
+            if _stamp(path) != stamp:
+                raise WaterfillError(
+                    f"{path} changed while it was being read; run again once nothing writes to it"
+                )
+
     def fingerprint(self) -> str:
         """SHA-256 of the files' names, sizes and headers, and of their content.
 
@@ -154,6 +164,14 @@ class FolderSource:
             return self._home[name]
         except KeyError:
             raise WaterfillError(f"{self.path} has no tensor {name}") from None
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0, 0
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def may_lie_beside(name: str, code: bool = False) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from waterfill.types import DTYPES, Array, WaterfillError
 
-__all__ = ["OWN_NAMES", "bits_of", "require_array", "require_dense", "stored_dtype"]
+__all__ = ["OWN_NAMES", "bits_of", "require_array", "stored_dtype"]
 
 # Names that numpy (with ml_dtypes) and torch have for dtypes which travel as unsigned integers.
 OWN_NAMES: Mapping[str, str] = {
@@ -31,28 +31,20 @@ def stored_dtype(name: str, tensor: Any) -> str:
     if known not in STORED:
         what = type(tensor).__name__ if dtype is None else f"tensors of {known}"
         raise WaterfillError(f"{name}: {what} cannot be stored")
-    if getattr(tensor, "is_meta", False):
-        raise WaterfillError(f"{name} is on the meta device and has no values")
-    if str(getattr(tensor, "layout", "torch.strided")) != "torch.strided":
-        raise WaterfillError(f"{name} is sparse; make it dense first")
     return STORED[known]
 
 
 def require_array(x: Any, name: str) -> None:
-    """WaterfillError unless this is a numpy array, a torch tensor, or something that passes for one."""
-    if not isinstance(x, np.ndarray) and not hasattr(x, "data_ptr"):
+    """WaterfillError unless this is a numpy array, or a torch tensor whose words lie in memory."""
+    if isinstance(x, np.ndarray):
+        return
+    if not hasattr(x, "data_ptr"):
         kind = type(x).__name__
         raise WaterfillError(f"{name} must be a numpy array or a torch tensor, not {kind}")
-
-
-def require_dense(tensor: Any, name: str) -> None:
-    """WaterfillError for a torch tensor whose words do not lie in any memory."""
-    if isinstance(tensor, np.ndarray):
-        return
     import torch
 
-    if tensor.is_meta or tensor.layout is not torch.strided:
-        what = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+    if x.is_meta or x.layout is not torch.strided:
+        what = "on the meta device" if x.is_meta else f"of layout {x.layout}"
         raise WaterfillError(f"{name} is {what}: it has no words in memory that could be read")
 
 
@@ -63,9 +55,9 @@ def bits_of(tensor: Any, dtype: str) -> Array:
         if tensor.dtype.byteorder == (">" if sys.byteorder == "little" else "="):
             tensor = tensor.astype(tensor.dtype.newbyteorder("<"))
         return np.ascontiguousarray(tensor).reshape(-1).view(DTYPES[dtype]).reshape(shape)
+    require_array(tensor, "the tensor")
     import torch
 
-    require_dense(tensor, "the tensor")
     if dtype == "BOOL":  # a copy of bools makes a 1 of every other byte
         tensor = tensor.view(torch.uint8)
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

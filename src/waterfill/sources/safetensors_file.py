@@ -154,7 +154,7 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
 def _span(path: Path, name: str, entry: Any, base: int) -> TensorSpan:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]} if (
-            all(type(d) is int for d in shape)
+            all(type(number) is int for number in (*shape, start, end))
         ):
             pass
         case _:

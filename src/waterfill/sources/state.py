@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from waterfill.sources.aliases import Span
-from waterfill.sources.memory import bits_of, require_array, require_dense, stored_dtype
+from waterfill.sources.memory import bits_of, require_array, stored_dtype
 from waterfill.types import Array, WaterfillError
 
 __all__ = ["StateSource", "span_of"]
@@ -39,7 +39,6 @@ class StateSource:
                 raise WaterfillError(f"{name!r}: the name of a tensor must be a string")
             dtype = stored_dtype(name, tensor)
             require_array(tensor, name)
-            require_dense(tensor, name)
             found[name] = dtype, tuple(tensor.shape)
         return found
 
