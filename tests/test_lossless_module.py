@@ -134,7 +134,7 @@ def read_only() -> Any:
         (torch.zeros(5, 6, dtype=torch.bfloat16), "out is bfloat16"),
         (torch.zeros(6, 5), r"out is float32\[6, 5\]"),
         (torch.zeros(6, 5).T, "contiguous tensor"),
-        (torch.zeros(5, 6, device="meta"), "on the CPU"),
+        (torch.zeros(5, 6, device="meta"), "on the meta device"),
         (bytearray(120), "not bytearray"),
         ([[0.0] * 6] * 5, "not list"),
     ],
