@@ -146,21 +146,23 @@ def checkpoints() -> Iterator[tuple[str, str, list[Array]]]:
 
 
 def casts() -> Iterator[tuple[str, str, list[Array]]]:
-    """Real bf16 weights, scaled into range, and Gaussian ones, as narrower and wider floats."""
+    """Real bf16 weights and fresh Gaussian ones as other floats; fp8 scaled into its range."""
     import torch
 
     source = open_source(str(shared_data() / "models" / "english-7m"))
-    real = [torch.from_numpy(source.read(t).view(np.int16)).view(torch.bfloat16) for t in source.tensors]  # fmt: skip
-    chance = [torch.from_numpy(gaussian(1 << 22).view(np.int16)).view(torch.bfloat16)]
+    words = [source.read(name).view(np.int16) for name in source.tensors]
+    real = [torch.from_numpy(w).view(torch.bfloat16).float() for w in words]
+    chance = [
+        torch.from_numpy(np.random.default_rng(1).normal(0, 0.02, 1 << 22).astype(np.float32))
+    ]
     for name, tensors in (("english-7m", real), ("Gaussian", chance)):
         for dtype, kind in CAST.items():
             scale = 64 if dtype.startswith("F8") else 1
-            some = [(t.float() * scale).to(getattr(torch, kind)) for t in tensors]
+            some = [(t * scale).to(getattr(torch, kind)) for t in tensors]
             bits = [t.contiguous().view(-1).view(torch.uint8).numpy() for t in some]
             width = some[0].element_size()
             yield f"{name} as {dtype}", dtype, [b.view(f"<u{width}") for b in bits]
-        wide = [t.float().numpy() for t in tensors]
-        yield f"{name} held in F32", "F32", wide
+        yield f"{name} as F32", "F32", [t.numpy() for t in tensors]
 
 
 def run(quick: bool) -> Iterator[Row]:
