@@ -16,10 +16,10 @@ from tests.coding import arrays
 from tests.coding.test_rans import PATHS
 from waterfill.coding import gamma, huffman, lossless, rans, split
 from waterfill.coding.entropy import encode_bytes
+from waterfill.coding.layout import Layout
 from waterfill.coding.lossless import decode, encode, words_of
 from waterfill.coding.models import fit
 from waterfill.coding.split import EXPONENT_BITS
-from waterfill.coding.words import Layout
 from waterfill.types import DTYPES, FormatError
 
 # More with WATERFILL_EXAMPLES=10000 in the environment: some twenty minutes.

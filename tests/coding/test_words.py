@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tests.coding.test_rans import PATHS, bits_of
 from waterfill.coding import rans, words, words_numpy
+from waterfill.coding.layout import Field, Layout
 from waterfill.coding.models import quantise
-from waterfill.coding.words import Encoded, Field, Layout
+from waterfill.coding.words import Encoded
 from waterfill.types import FormatError
 
 TILE = 8192

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from waterfill.coding import gamma, huffman, rans, words
 from waterfill.coding.alphabets import RARE
 from waterfill.coding.entropy import decode_bytes, encode_bytes
+from waterfill.coding.layout import Field, Layout
 from waterfill.coding.models import fit, read_models
-from waterfill.coding.words import Field, Layout
 from waterfill.types import FormatError
 
 __all__ = ["CODERS", "EXPONENT_BITS", "decode", "encode", "probe"]

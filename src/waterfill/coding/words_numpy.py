@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding import huffman_numpy, packing, rans_numpy
+from waterfill.coding.layout import Field, Layout, Planes
 from waterfill.types import FormatError
-
-if TYPE_CHECKING:
-    from waterfill.coding.words import Field, Layout, Planes
 
 Words = NDArray[Any]
 Bytes = NDArray[np.uint8]
