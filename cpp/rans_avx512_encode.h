@@ -162,10 +162,12 @@ template <int G> void push_panel(uint32_t* states, uint16_t*& at, const EncodePa
 }
 
 bool encode_in_registers(uint32_t* states, uint16_t*& at, const EncodePanel& panel, const EncodeTables& encode, bool& unknown) {
-    if (panel.width % 32 || panel.width == 96) return false;
-    const SlotPieces pieces(encode.symbols, encode.slots);
+    constexpr size_t kFewRows = 32;  // whose tables take longer to make than they save
+    if (panel.width % 32 || panel.width == 96 || panel.rows < kFewRows) return false;
+    const EncodeSymbol* symbols = encode.symbols + size_t(panel.uniform) * 256;
+    const SlotPieces pieces(symbols, encode.slots + size_t(panel.uniform) * kTotal);
     if (!pieces.usable) return false;
-    const SymbolTables tables(encode.symbols, pieces);
+    const SymbolTables tables(symbols, pieces);
     if (panel.width == 128) push_panel<8>(states, at, panel, tables, pieces, unknown);
     else if (panel.width == 64) push_panel<4>(states, at, panel, tables, pieces, unknown);
     else push_panel<2>(states, at, panel, tables, pieces, unknown);

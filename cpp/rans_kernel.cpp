@@ -37,7 +37,8 @@ struct EncodePanel {
     size_t stride;
     size_t rows;
     unsigned width;
-    const uint8_t* classes;  // of its columns, or null
+    const uint8_t* classes;  // of its columns; null where all are of class `uniform`
+    unsigned uniform;
 };
 
 inline unsigned class_of(const Panel& panel, unsigned lane) {
@@ -100,6 +101,12 @@ size_t decode_rows(uint32_t* x, Cursor& cursor, const Panel& panel, const Decode
 #include "rans_avx512_encode.h"
 #endif
 
+// Whether `count` columns from `col` on are of one class, and whether it is that of the one before.
+inline bool alike_on(const uint8_t* classes, size_t col, size_t count) {
+    return !classes || std::memcmp(classes + col - 1, classes + col, count) == 0;
+}
+inline bool alike(const uint8_t* classes, size_t col, size_t count) { return alike_on(classes, col + 1, count - 1); }
+
 template <class Rows> Status decode_to_sink(const DecodeBlock& block, BlockReader& reader, Rows rows) {
     alignas(64) uint8_t tile[kTile];
     for (size_t col = 0; col < block.cols;) {
@@ -121,24 +128,20 @@ Status decode_block(const DecodeBlock& block) {
         return decode_rows(x, cursor, panel, *block.tables);
     };
     if (block.sink) return decode_to_sink(block, reader, rows);
-    size_t col = 0;
-    if (block.rows == 1 && !block.classes) {
-        // One-row panels of one class follow each other as the rows of a matrix do.
-        const size_t whole = block.cols / block.lanes;
-        if (!reader.decode(Panel{block.out, block.lanes, whole, block.lanes, nullptr, 0}, rows)) return Status::words_short;
-        col = whole * block.lanes;
-    }
-    for (; col < block.cols; col += block.lanes) {
+    for (size_t col = 0; col < block.cols;) {
         const size_t left = block.cols - col;
         const unsigned width = left < block.lanes ? unsigned(left) : block.lanes;
-        Panel panel{block.out + col, block.stride, block.rows, width, nullptr, 0};
-        if (block.classes) {
-            const uint8_t* classes = block.classes + col;
-            panel.uniform = classes[0];
-            for (unsigned i = 1; i < width; ++i)
-                if (classes[i] != classes[0]) panel.classes = classes;
+        Panel panel{block.out + col, block.stride, block.rows, width, nullptr, block.classes ? block.classes[col] : 0u};
+        if (!alike(block.classes, col, width)) panel.classes = block.classes + col;
+        size_t cols = width;
+        if (block.rows == 1 && width == block.lanes && !panel.classes) {
+            // One-row panels of one class follow each other as the rows of a matrix do.
+            while (left - cols >= width && alike_on(block.classes, col + cols, width)) cols += width;
+            panel.stride = width;
+            panel.rows = cols / width;
         }
         if (!reader.decode(panel, rows)) return Status::words_short;
+        col += cols;
     }
     return reader.end();
 }
@@ -159,7 +162,7 @@ void encode_rows(uint32_t* x, uint16_t*& at, const EncodePanel& panel, const Enc
     const EncodeSymbol* symbols[kMaxLanes];
     const uint16_t* slots[kMaxLanes];
     for (unsigned i = 0; i < panel.width; ++i) {
-        const size_t id = panel.classes ? panel.classes[i] : 0;
+        const size_t id = panel.classes ? panel.classes[i] : panel.uniform;
         symbols[i] = tables.symbols + id * 256;
         slots[i] = tables.slots + id * kTotal;
     }
@@ -180,19 +183,22 @@ size_t encode_block(const EncodeBlock& block) {
 #endif
         encode_rows(x, at, panel, *block.tables, unknown);
     };
-    const size_t lanes = block.lanes, rest = block.cols % lanes;
-    const auto panel = [&](size_t col, size_t rows, unsigned width) {
-        encode({block.in + col, block.rows == 1 ? lanes : block.stride, rows, width, block.classes ? block.classes + col : nullptr});
-    };
-    size_t col = block.cols - rest;
-    if (rest) panel(col, block.rows, unsigned(rest));
-    if (block.rows == 1 && !block.classes) {
-        // One-row panels of one class follow each other as the rows of a matrix do.
-        if (col) panel(0, col / lanes, unsigned(lanes));
-    } else {
-        while (col) panel(col -= lanes, block.rows, unsigned(lanes));
+    for (size_t end = block.cols; end > 0;) {
+        const unsigned rest = unsigned(end % block.lanes), width = rest ? rest : block.lanes;
+        size_t col = end - width;
+        EncodePanel panel{block.in + col, block.stride, block.rows, width, nullptr, block.classes ? block.classes[col] : 0u};
+        if (!alike(block.classes, col, width)) panel.classes = block.classes + col;
+        if (block.rows == 1 && width == block.lanes && !panel.classes) {
+            // One-row panels of one class follow each other as the rows of a matrix do.
+            while (col && alike_on(block.classes, col - width + 1, width)) col -= width;
+            panel.in = block.in + col;
+            panel.stride = width;
+            panel.rows = (end - col) / width;
+        }
+        encode(panel);
+        end = col;
     }
-    std::memcpy(block.states, x, 4 * lanes);
+    std::memcpy(block.states, x, 4 * size_t(block.lanes));
     return unknown ? SIZE_MAX : size_t(block.words_end - at);
 }
 
