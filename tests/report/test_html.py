@@ -188,3 +188,10 @@ def test_write_leaves_no_pieces(tmp_path: Path) -> None:
 )
 def test_numbers_as_people_read_them(made: str, text: str) -> None:
     assert made == text
+
+
+def test_what_kept_every_bit_has_no_harm_to_show() -> None:
+    exact = Record("exact", 1000, 10.5, about={"lossless": True, "model": "m"})
+    page = render([exact])
+    assert "Every bit is kept" in page and "exact: every bit was compared" in page
+    assert "<h2>Predicted against" not in page and "<h2>Harm against size" not in page

@@ -10,7 +10,7 @@ from typing import Any
 from waterfill.report.words import DASH, TIMES, big, count, error, figure, is_number, nats, size
 from waterfill.types import Record
 
-__all__ = ["Figure", "headline", "lead", "prediction"]
+__all__ = ["Figure", "headline", "is_exact", "lead", "prediction"]
 
 UNMEASURED = "not measured"
 
@@ -33,7 +33,12 @@ def lead(record: Record, total: Mapping[str, Any]) -> str:
     text = f"{start} {size(record.nbytes)}: {figure(record.bits_per_weight, 3)} bits per weight"
     if before and record.nbytes:
         text += f", {figure(before / record.nbytes, 3)} times smaller than the original"
-    return text + "."
+    return text + (". Every bit is kept." if is_exact(record) else ".")
+
+
+def is_exact(record: Record) -> bool:
+    """Whether nothing was changed: then there is no harm to show."""
+    return record.about.get("lossless") is True
 
 
 def headline(record: Record, total: Mapping[str, Any]) -> list[Figure]:
@@ -116,6 +121,8 @@ def _divergence(record: Record) -> Figure:
         else []
     )
     beside += [f"predicted {nats(predicted)}"] if is_number(predicted) else []
+    if is_exact(record) and not is_number(measured):
+        return Figure("KL divergence", "0", "exact: every bit was compared", explain)
     value = f"{nats(measured)} nats" if is_number(measured) else UNMEASURED
     return Figure("KL divergence", value, ", ".join(beside), explain, not is_number(measured))
 

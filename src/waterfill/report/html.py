@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from waterfill.report import words
-from waterfill.report.headline import headline, lead, prediction
+from waterfill.report.headline import headline, is_exact, lead, prediction
 from waterfill.types import Record, WaterfillError
 
 __all__ = ["render", "write"]
@@ -140,6 +140,7 @@ def _chapter(record: Record, number: int) -> dict[str, Any]:
         "prediction": prediction(record, layers),
         "has_layers": bool(drawn),
         "has_curve": bool(record.curve),
+        "is_exact": is_exact(record) and not record.metrics,
         "rows": rows,
         "shared": shared,
         "total": total,
