@@ -68,7 +68,23 @@ void unpack(const uint8_t* packed, size_t nbytes, unsigned bits, size_t first, s
 void pack(const uint8_t* values, unsigned bits, size_t first, size_t count, uint8_t* packed) {
     uint8_t* at = packed + first / 8 * bits;
     uint8_t* const end = at + (count * bits + 7) / 8;  // behind which another thread may be at work
-    for (size_t i = 0; i < count; i += 8, at += bits) {
+    size_t i = 0;
+#if defined(WATERFILL_ISA_avx512)
+    // Eight neighbours become one number in three sums of pairs, whose lower bytes then close ranks.
+    alignas(64) uint8_t bytes[64] = {};
+    for (unsigned k = 0; k < 8 * bits; ++k) bytes[k] = uint8_t(k / bits * 8 + k % bits);
+    const __m512i close = _mm512_load_si512(bytes);
+    const __m512i twos = _mm512_set1_epi16(short(1 | 1 << (8 + bits))), fours = _mm512_set1_epi32(1 | 1 << (16 + 2 * bits));
+    const __mmask64 used = (uint64_t(1) << (8 * bits)) - 1;  // bits < 8
+    for (; i + 64 <= count; i += 64, at += 8 * bits) {
+        const __m512i pairs = _mm512_maddubs_epi16(twos, _mm512_loadu_si512(values + i));
+        const __m512i quads = _mm512_madd_epi16(pairs, fours);
+        const __m512i high = _mm512_sll_epi64(_mm512_srli_epi64(quads, 32), _mm_cvtsi32_si128(int(4 * bits)));
+        const __m512i eights = _mm512_or_si512(_mm512_and_si512(quads, _mm512_set1_epi64(0xFFFFFFFF)), high);
+        _mm512_mask_storeu_epi8(at, used, _mm512_permutexvar_epi8(close, eights));
+    }
+#endif
+    for (; i < count; i += 8, at += bits) {
         uint64_t eight = 0;
         if (i + 8 <= count) std::memcpy(&eight, values + i, 8);
         else std::memcpy(&eight, values + i, count - i);
@@ -162,10 +178,16 @@ template <class W> void plane_of(const Split& job, unsigned shift, const uint8_t
         return;
     }
     const unsigned top = 8 * sizeof(W) - 1, below = job.layout.rest_bits() - 1;
-    const W mask = W((W(1) << below) - 1);
-    for (size_t i = 0; i < count; ++i) {
-        const W word = word_at<W>(words, i);
-        plane[i] = uint8_t(W(W(word & mask) | W(W(word >> top) << below)) >> shift);
+    const W bit = W(W(1) << below), mask = W(bit - 1);
+    const auto rest = [=](W word) {
+        const W sign = W(word >> top);
+        if constexpr (sizeof(W) < 4) return W(W(word & mask) | W(sign * uint32_t(bit)));  // as in join_words
+        else return W(W(word & mask) | W(sign << below));
+    };
+    if (shift == 0) {
+        for (size_t i = 0; i < count; ++i) plane[i] = uint8_t(rest(word_at<W>(words, i)));
+    } else {
+        for (size_t i = 0; i < count; ++i) plane[i] = uint8_t(rest(word_at<W>(words, i)) >> shift);
     }
 }
 

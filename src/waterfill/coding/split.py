@@ -35,7 +35,7 @@ EXPONENT_BITS: Mapping[str, int] = {
 MANTISSA_BITS = 3  # of a field at most: further ones are as good as random
 # A field of up to 32 symbols decodes several times faster: worth so much of all bits.
 TOLERANCE = 1.0025
-SAMPLE = 1 << 22  # words whose fields are counted, of a larger tensor
+SAMPLE = 1 << 20  # words whose fields are counted, of a larger tensor
 PROBE = 1 << 16  # words looked at to decide what is worth a try
 PLANE_GAIN = 0.005  # of a word's bits that coding a plane must save to be worth its time
 
