@@ -42,7 +42,7 @@ def encode(x: Any, *, coder: str = "auto", threads: int | None = None) -> bytes:
     ----------
     x : numpy array (with ml_dtypes also bfloat16 and fp8) or torch tensor, of any shape
         Taken to the CPU and copied only where it is elsewhere, or not contiguous.
-    coder : "auto", "rans", or "huffman": a per cent larger, faster to decode without AVX-512
+    coder : "auto", "rans", or "huffman": 0.4 % larger for bf16, faster to decode without AVX-512
     threads : threads to use; default one for each core, or ``WATERFILL_THREADS``
 
     Returns

@@ -25,11 +25,6 @@ COMMON = settings(
 )
 
 
-@pytest.fixture
-def simd(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda name: monkeypatch.setenv("WATERFILL_SIMD", name)
-
-
 def weights(n: int, dtype: str, start: int = 0) -> Any:
     """Words whose exponents differ as weights' do, the same in every version of numpy."""
     width = DTYPES[dtype].itemsize

@@ -27,11 +27,6 @@ COMMON = settings(
 )
 
 
-@pytest.fixture
-def simd(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda name: monkeypatch.setenv("WATERFILL_SIMD", name)
-
-
 def sample(n: int, weights: list[int], first: int = 0, gap: int = 1) -> Any:
     """Symbols first, first + gap, ..., about as often as their weights say; at least two occur."""
     edges = np.cumsum(weights, dtype=np.uint64)

@@ -47,11 +47,6 @@ CODER = st.sampled_from(lossless.CODERS)
 KIND = st.sampled_from(sorted(arrays.KINDS))
 
 
-@pytest.fixture
-def simd(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda name: monkeypatch.setenv("WATERFILL_SIMD", name)
-
-
 def check(simd: Any, source: Any, dtype: str, coder: str, threads: int = 1) -> bytes:
     """Encode and decode in every way there is; what all of them wrote."""
     before, streams = source.tobytes(), set()

@@ -24,11 +24,6 @@ COMMON = settings(
 )
 
 
-@pytest.fixture
-def simd(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda name: monkeypatch.setenv("WATERFILL_SIMD", name)
-
-
 def bits_of(n: int, start: int = 0) -> np.ndarray:
     """Numbers that look random and are the same in every version of numpy."""
     i = np.arange(start, start + n, dtype=np.uint64)

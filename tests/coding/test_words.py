@@ -30,11 +30,6 @@ COUNTS = st.one_of(
 )
 
 
-@pytest.fixture
-def simd(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda name: monkeypatch.setenv("WATERFILL_SIMD", name)
-
-
 def sample(n: int, layout: Layout, spread: int = 256, seed: int = 0) -> Any:
     """Words whose rest looks random, and whose fields are near each other but for a few."""
     kind = np.dtype(f"<u{layout.width}")

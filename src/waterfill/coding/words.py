@@ -27,7 +27,6 @@ Words = NDArray[Any]
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 Values = NDArray[np.uint32]
-RUN = 4096
 
 
 def count(words: Words, bits: int, step: int = 1) -> Ints:
