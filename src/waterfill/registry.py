@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
-from waterfill.types import Array, FormatError, Spec, SpecError, TensorInfo, Weighting
+from waterfill.types import Array, FormatError, Integers, Spec, SpecError, TensorInfo, Weighting
 
 __all__ = [
     "Codec",
@@ -76,6 +76,19 @@ class Codec:
                 f"{info.name}: decoded to {bits.dtype}{bits.shape}, not {out.dtype}{out.shape}"
             )
         out[...] = bits
+
+    def integers(
+        self,
+        parts: Mapping[str, bytes],
+        extra: Mapping[str, Any],
+        info: TensorInfo,
+        outline: bool = False,
+    ) -> Integers | None:
+        """What was encoded as integers times scales; None where values are nothing of the kind.
+
+        An `outline` leaves the levels out and costs next to nothing.
+        """
+        return None
 
     def __str__(self) -> str:
         """For people: the id and the options that differ from their defaults."""

@@ -27,6 +27,7 @@ __all__ = [
     "BudgetError",
     "Encoded",
     "FormatError",
+    "Integers",
     "Plan",
     "Point",
     "Record",
@@ -275,6 +276,53 @@ class Encoded:
     def nbytes(self) -> int:
         """Bytes of all parts; the container adds its index entry on top."""
         return sum(len(p) for p in self.parts.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Integers:
+    """A matrix (m, n) as integers times scales, for kernels that compute with the integers.
+
+    Element (i, j) is ``(levels[i, j] * columns[j]) * rows[i, j // group]``, both products in float32, then
+    rounded to the dtype of the tensor: bit for bit what the codec decodes to.
+
+    Attributes
+    ----------
+    levels : int8, int16 or int32 (m, n), or None
+        None in an outline, which is read without decoding.
+    columns : float32 (n,)
+    rows : float32 (m, ceil(n / group))
+    group : int
+        Columns that share a row's scale.
+    states : int
+        Levels are those of a trellis path of so many states (1: any integer); see
+        `waterfill.coding.trellis`.
+    spread : float32 (n,)
+        Standard deviation that the coder expects of each column's levels.
+    bits : int
+        Every level fits in so many, as a signed number; 0 where there is no such bound.
+    """
+
+    levels: Array | None
+    columns: Floats
+    rows: Floats
+    group: int
+    states: int
+    spread: Floats
+    bits: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs m, inputs n)."""
+        return len(self.rows), len(self.columns)
+
+    def values(self, first: int = 0, last: int | None = None) -> Floats:
+        """Float32 (last - first, n) of some rows, not yet rounded to the tensor's dtype."""
+        if self.levels is None:
+            raise ValueError("an outline has no levels")
+        rows = np.repeat(self.rows[first:last], self.group, axis=1)[:, : len(self.columns)]
+        with np.errstate(over="ignore", under="ignore"):
+            values: Floats = self.levels[first:last].astype(np.float32) * self.columns * rows
+        return values
 
 
 @dataclass(frozen=True)

@@ -153,3 +153,29 @@ def test_golden_bytes_still_decode(path: Path) -> None:
     parts = {k: bytes.fromhex(v) for k, v in stored["parts"].items()}
     decoded = chosen.decode(parts, stored["extra"], info)
     assert decoded.tobytes().hex() == stored["decoded"]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize(
+    "text",
+    ["integer:bits=3,group=32", "integer:bits=8", "trellis:step=0.3", "trellis:step=0.02,states=1"],
+)
+def test_integers_are_what_a_codec_decodes_to(text: str, dtype: str) -> None:
+    codec = parse_spec(text)
+    random = np.random.default_rng(5)
+    values = (random.standard_t(4, (96, 80)) * 0.03).astype(np.float32)
+    info = TensorInfo("w", values.shape, dtype, "linear")
+    bits = info.unmatrix(values)
+    weighting = Weighting(None, random.uniform(0.1, 4, 96).astype(np.float32))
+    parts, extra = codec.encode(bits, info, weighting)
+    found = codec.integers(parts, extra, info)
+    assert found is not None and found.levels is not None
+    assert np.array_equal(info.unmatrix(found.values()), codec.decode(parts, extra, info))
+    outline = codec.integers(parts, extra, info, outline=True)
+    assert outline is not None and outline.levels is None and outline.shape == values.shape
+    measured = float(np.sqrt(np.mean(np.square(found.levels, dtype=np.float64))))
+    expected = float(np.sqrt(np.mean(np.square(outline.spread, dtype=np.float64))))
+    if text.startswith("trellis"):
+        assert 0.8 < measured / expected < 1.25
+    else:
+        assert np.abs(found.levels).max() <= 2 ** (found.bits - 1)

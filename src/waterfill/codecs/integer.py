@@ -17,6 +17,7 @@ from waterfill.types import (
     Array,
     Floats,
     FormatError,
+    Integers,
     SpecError,
     TensorInfo,
     Weighting,
@@ -110,27 +111,55 @@ class Integer(Codec):
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
     ) -> Array:
         """Inverse of `encode`, the same bits on every machine."""
+        n = info.matrix_shape[1]
+        scales, exponent = self._scales(parts["scales"], extra, info)
+        values = self._integers(self._levels(parts["codes"], info), scales, n).values()
+        with np.errstate(over="ignore", under="ignore"):
+            return info.unmatrix(np.ldexp(values, -exponent))
+
+    def integers(
+        self,
+        parts: Mapping[str, bytes],
+        extra: Mapping[str, Any],
+        info: TensorInfo,
+        outline: bool = False,
+    ) -> Integers | None:
+        """Codes and scales as they are, where the scales can take the exponent."""
+        scales, exponent = self._scales(parts["scales"], extra, info)
+        with np.errstate(over="ignore", under="ignore"):
+            whole = np.ldexp(scales, -exponent)
+            if not np.array_equal(np.ldexp(whole, exponent), scales):
+                return None
+        levels = None if outline else self._levels(parts["codes"], info)
+        return self._integers(levels, whole, info.matrix_shape[1])
+
+    def _integers(self, levels: Array | None, scales: Floats, n: int) -> Integers:
+        spread = np.full(n, 2.0**self.bits / 4, np.float32)
+        return Integers(levels, np.ones(n, np.float32), scales, self.group, 1, spread, self.bits)
+
+    def _scales(
+        self, data: bytes, extra: Mapping[str, Any], info: TensorInfo
+    ) -> tuple[Floats, int]:
         m, n = info.matrix_shape
         groups = -(-n // self.group)
-        if len(parts["scales"]) != 2 * m * groups:
-            raise FormatError(
-                f"{info.name}: {len(parts['scales'])} bytes of scales, not {2 * m * groups}"
-            )
-        scales = np.frombuffer(parts["scales"], "<f2").reshape(m, groups).astype(np.float32)
+        if len(data) != 2 * m * groups:
+            raise FormatError(f"{info.name}: {len(data)} bytes of scales, not {2 * m * groups}")
+        scales = np.frombuffer(data, "<f2").reshape(m, groups).astype(np.float32)
         exponent = extra.get("exponent", 0)
         if type(exponent) is not int or abs(exponent) > 300 or not np.isfinite(scales).all():
             raise FormatError(f"{info.name}: the scales or their exponent are not finite")
+        return scales, exponent
+
+    def _levels(self, data: bytes, info: TensorInfo) -> Array:
+        m, n = info.matrix_shape
+        top = 1 << (self.bits - 1)
         if self.pack == "coded":
-            codes = decode_ints(parts["codes"], m, n)
-            top = 1 << (self.bits - 1)
+            codes = decode_ints(data, m, n)
             if codes.size and not -top <= codes.min() <= codes.max() < top:
                 raise FormatError(f"{info.name}: an integer of more than {self.bits} bits")
-        else:
-            codes = unpack(parts["codes"], m * n, self.bits).reshape(m, n).astype(np.int32)
-            codes -= 1 << (self.bits - 1)
-        matrix = (codes * np.repeat(scales, self.group, axis=1)[:, :n]).astype(np.float32)
-        with np.errstate(over="ignore", under="ignore"):
-            return info.unmatrix(np.ldexp(matrix, -exponent))
+            return codes.astype(np.int8)
+        # Wraps around for 8 bits, which is what a signed byte wants.
+        return (unpack(data, m * n, self.bits) - np.uint8(top)).view(np.int8).reshape(m, n)
 
     def _lower(self, n: int, weighting: Weighting) -> Floats:
         moment = weighting.second_moment

@@ -21,6 +21,7 @@ from waterfill.types import (
     Array,
     Floats,
     FormatError,
+    Integers,
     SpecError,
     TensorInfo,
     WaterfillError,
@@ -131,12 +132,38 @@ class Trellis(Codec):
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
     ) -> Array:
         """Inverse of `encode`, the same bits on every machine."""
-        m, n = info.matrix_shape
-        columns, rows, gains, codes = split(parts["codes"], 4)
         if not info.size:
-            if columns or rows or gains or codes:
+            if any(split(parts["codes"], 4)):
                 raise FormatError(f"{info.name}: bytes where there are no weights")
             return np.zeros(info.shape, DTYPES[info.dtype])
+        codes, step, scale, octaves = self._read(parts["codes"], info)
+        if info.dtype == "BF16":
+            return info.arrange(paths.decode(codes, self.states, step, scale, octaves, bf16=True))
+        return info.unmatrix(paths.decode(codes, self.states, step, scale, octaves))
+
+    def integers(
+        self,
+        parts: Mapping[str, bytes],
+        extra: Mapping[str, Any],
+        info: TensorInfo,
+        outline: bool = False,
+    ) -> Integers | None:
+        """Levels of the path on the step of their column and the scale of their row."""
+        if not info.size:
+            return None
+        codes, step, scale, octaves = self._read(parts["codes"], info)
+        levels = None if outline else paths.levels(codes, self.states, info.matrix_shape, octaves)
+        if levels is None and not outline:
+            return None
+        spread = paths.spread(codes, self.states, info.matrix_shape, octaves)
+        return Integers(levels, step, scale[:, None], len(step), self.states, spread)
+
+    def _read(
+        self, data: bytes, info: TensorInfo
+    ) -> tuple[bytes, Floats, Floats, tuple[Array, Array]]:
+        """Path, steps of the columns, scales of the rows, and hints for the path."""
+        m, n = info.matrix_shape
+        columns, rows, gains, codes = split(data, 4)
         paths.require_plausible(codes, m * n)  # before anything of that size is made
         per_octave = _column_grid(m)
         column_grid = decode_grid(columns, n, LIMIT * per_octave)
@@ -149,11 +176,7 @@ class Trellis(Codec):
             if not np.isfinite(step).all():
                 raise FormatError(f"{info.name}: a gain is not finite")
         row_grid = decode_grid(rows, m, LIMIT * ROW_GRID)
-        scale = from_grid(-row_grid, ROW_GRID)
-        octaves = _octaves(column_grid, row_grid)
-        if info.dtype == "BF16":
-            return info.arrange(paths.decode(codes, self.states, step, scale, octaves, bf16=True))
-        return info.unmatrix(paths.decode(codes, self.states, step, scale, octaves))
+        return codes, step, from_grid(-row_grid, ROW_GRID), _octaves(column_grid, row_grid)
 
     def _row_exponents(self, m: int, weighting: Weighting) -> Array:
         weights = weighting.row_weights

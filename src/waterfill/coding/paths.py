@@ -17,7 +17,7 @@ from waterfill.coding.sections import join, split
 from waterfill.coding.trellis import SEGMENT
 from waterfill.types import Array, Floats, FormatError, WaterfillError
 
-__all__ = ["decode", "encode", "require_plausible"]
+__all__ = ["decode", "encode", "levels", "require_plausible", "spread"]
 
 Indices = NDArray[np.int32]
 Ints = NDArray[np.int64]
@@ -146,6 +146,47 @@ def decode(
         values = levels * unit[places % n] * scale[places // n]
     flat[places] = to_bf16(values) if bf16 else values.view(np.uint32)
     return out
+
+
+def levels(
+    data: bytes, states: int, shape: tuple[int, int], octaves: tuple[Array, Array]
+) -> Array | None:
+    """Integers that `decode` multiplies by step and scale, (m, n) in the narrowest signed type.
+
+    Where there is one state they are the indices, else points of two grids: twice as fine. None where
+    one is too large for a float32 to tell it from its neighbour.
+
+    Raises
+    ------
+    FormatError
+        As `decode`.
+    """
+    m, n = shape
+    ones = np.ones(n, np.float32), np.ones(m, np.float32)
+    values = decode(data, states, *ones, octaves)
+    extreme = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+    if extreme >= 1 << 24:
+        return None
+    return values.astype(np.int8 if extreme < 128 else np.int16 if extreme < 32768 else np.int32)
+
+
+def spread(
+    data: bytes, states: int, shape: tuple[int, int], octaves: tuple[Array, Array]
+) -> Floats:
+    """Standard deviation of each column's `levels` by the coder's model, float32 (n,); decodes nothing."""
+    m, n = shape
+    require_plausible(data, m * n)
+    packed_columns, packed_rows, rest = split(data, 3)
+    source = np.frombuffer(rest, np.uint8)
+    if source.size < 3:
+        raise FormatError("a path is cut short")
+    envelope = _read_envelope(source, (packed_columns, packed_rows), octaves)
+    p = envelope.precision
+    down = np.exp2(envelope.columns.astype(np.float64) / p)
+    across = np.sqrt(np.mean(np.exp2(2 * envelope.rows.astype(np.float64) / p)))
+    unit = (1 if states == 1 else 2) * 2.0 ** (envelope.first / p + gaussian.LOWEST)
+    scaled: Floats = (unit * across * down).astype(np.float32)
+    return scaled
 
 
 def require_plausible(data: bytes, count: int) -> None:
