@@ -8,6 +8,7 @@
 namespace nb = nanobind;
 
 void bind_delta(nb::module_& m);
+void bind_hadamard(nb::module_& m);
 void bind_huffman(nb::module_& m);
 void bind_rans(nb::module_& m);
 void bind_paths(nb::module_& m);
@@ -24,6 +25,7 @@ NB_MODULE(_core, m) {
         return names;
     }, "The instruction sets this machine can be forced to by WATERFILL_SIMD.");
     bind_delta(m);
+    bind_hadamard(m);
     bind_huffman(m);
     bind_rans(m);
     bind_paths(m);
