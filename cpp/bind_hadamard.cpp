@@ -10,7 +10,7 @@
 
 #include "dispatch.h"
 #include "hadamard.h"
-#include "rans_stream.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -18,7 +18,7 @@ using namespace waterfill;
 
 namespace {
 
-constexpr size_t kTogether = size_t(1) << 17;  // numbers worth a thread
+constexpr size_t kTogether = size_t(1) << 15;  // numbers worth a thread
 
 template <class T> using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Signs = nb::ndarray<const int8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -52,7 +52,7 @@ void transform(const Matrix<const float>& in, const Matrix<float>& out, size_t b
     const auto run = kernels().transform;
     const size_t together = std::max(kTogether, block);
     nb::gil_scoped_release release;
-    rans::in_parallel((count + together - 1) / together, threads, [&](size_t part) {
+    pool::run((count + together - 1) / together, threads, [&](size_t part) {
         run(job, part * together, std::min(together, count - part * together));
     });
 }

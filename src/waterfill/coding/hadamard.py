@@ -57,7 +57,7 @@ def hadamard(
         signs other than 1 and -1.
     """
     _check("x", x, np.float32, 2)
-    rows, n = x.shape
+    n = x.shape[1]
     block = _block(n, block)
     if out is None:
         out = np.empty_like(x)
@@ -88,10 +88,10 @@ def _block(n: int, block: int | None) -> int:
     size = n if block is None else block
     if not 2 <= size <= MAX_BLOCK or size & (size - 1) or n % size:
         best = min(n & -n, MAX_BLOCK)
-        hint = f"; the largest that fits is {best}" if best > 1 else "; n is odd, so none fits"
+        hint = f"the largest that fits is {best}" if best > 1 else "none fits"
         raise ValueError(
-            f"block {size} of rows of {n}: must be a power of two from 2 to {MAX_BLOCK} that "
-            f"divides {n}{hint}"
+            f"a block must be a power of two from 2 to {MAX_BLOCK} that divides the row; "
+            f"of {size}, in rows of {n}, it is not: {hint}"
         )
     return size
 
@@ -101,11 +101,12 @@ def _twin(x: Floats, block: int, signs: Signs | None, inverse: bool, out: Floats
     if signs is not None and not inverse:
         scaled *= signs
     distance = 1
-    while distance < block:
-        pairs = scaled.reshape(-1, 2, distance)
-        a, b = pairs[:, 0], pairs[:, 1]
-        scaled = np.stack([a + b, a - b], axis=1)
-        distance *= 2
+    with np.errstate(all="ignore"):
+        while distance < block:
+            pairs = scaled.reshape(-1, 2, distance)
+            a, b = pairs[:, 0], pairs[:, 1]
+            scaled = np.stack([a + b, a - b], axis=1)
+            distance *= 2
     out[:] = scaled.reshape(x.shape)
     if signs is not None and inverse:
         out *= signs
