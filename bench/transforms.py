@@ -1,8 +1,8 @@
-"""Walsh-Hadamard and codebook kernels against copy, torch and memory. ``python -m bench.transforms [--json FILE] [--quick]``"""
+"""Walsh-Hadamard and codebook kernels against copy and torch. ``python -m bench.transforms [--json FILE] [--quick]``"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -10,12 +10,23 @@ import numpy as np
 from bench.entropy import forced, interleaved
 from bench.harness import Row, main
 from waterfill.coding import native
+from waterfill.coding.codebook import CodebookMatrix, integers
 from waterfill.coding.hadamard import hadamard
+from waterfill.types import Array
 
 PROTOCOL = (
     "one thread unless said; medians of interleaved rounds, ratios of speeds in one run. Rows of 4096 "
-    "float32, 256 MB (64 MB with --quick); copy is numpy.copyto of the same rows; GB/s of rows, read or written"
+    "float32, 256 MB (64 MB with --quick); copy is numpy.copyto of the same rows; GB/s of rows, read or written. "
+    "Codebook: NF4, 4096 x 11008, float16 scales of 128 columns, float32 activations, nine copies in turn"
 )
+COPIES = 9  # 210 MB together
+NF4 = np.array(
+    [
+        -1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
+        0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
 
 
 def isas() -> list[str]:
@@ -67,8 +78,63 @@ def walsh_hadamard(quick: bool) -> Iterator[Row]:
     yield Row("Walsh-Hadamard: two threads against one", gb / took["two"] / best, "times")
 
 
+def codebook_matvec(quick: bool) -> Iterator[Row]:
+    """4096 x 11008, a scale for 128 columns: copies in turn, so that none is left in a cache."""
+    import torch
+
+    m, n, group = 4096, 11008, 128
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 16, (m, n), np.uint8)
+    scales = random.random((m, n // group), np.float32).astype(np.float16)
+    first = CodebookMatrix.build(integers(codes, NF4, scales, group), "BF16")
+    assert first is not None
+    ours = [CodebookMatrix.from_arrays(copied(first.arrays)) for _ in range(COPIES)]
+    plain = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+        torch.from_numpy(codes.astype(np.int32)), 1
+    )
+    theirs = [plain.clone() for _ in range(COPIES)]
+    both = torch.ones(n // group, m, 2, dtype=torch.bfloat16)
+    x = random.standard_normal((1, n), np.float32)
+    y, theirs_x = np.empty((1, m), np.float32), torch.from_numpy(x).to(torch.bfloat16)
+
+    def multiply(threads: int) -> None:
+        for matrix in ours:
+            matrix.matmul(x.ctypes.data, "F32", y.ctypes.data, 1, threads)
+
+    def torch_int4() -> None:
+        for packed in theirs:
+            torch.ops.aten._weight_int4pack_mm_for_cpu(theirs_x, packed, group, both)
+
+    def read() -> None:
+        for matrix in ours:
+            native._core.packed_read(matrix.arrays["codes"])  # type: ignore[union-attr]
+
+    calls: dict[str, Callable[[], object]] = {"read": read, "torch": torch_int4}
+    calls["two"] = partial(multiply, 2)
+    for isa in isas():
+        calls[isa] = forced(isa, partial(multiply, 1))
+    took = interleaved(calls, 5 if quick else 15)
+    nbytes = first.nbytes * COPIES
+    bandwidth = first.arrays["codes"].nbytes * COPIES / took["read"]
+    for isa in isas():
+        share = nbytes / took[isa] / bandwidth
+        note = f"{took[isa] / COPIES * 1e3:.2f} ms; reading alone {bandwidth / 1e9:.1f} GB/s"
+        bar = 0.62 if isa == "avx512" else None
+        yield Row(f"codebook matvec, {isa}: of read bandwidth", share, "ratio", bar, ">=", note)
+    note = f"torch {took['torch'] / COPIES * 1e3:.2f} ms"
+    ratio = took["torch"] / took[isas()[-1]]
+    yield Row("codebook matvec: against torch int4, bf16 input", ratio, "times", 1.2, ">=", note)
+    ratio = took[isas()[-1]] / took["two"]
+    yield Row("codebook matvec: two threads against one", ratio, "times")
+
+
+def copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: array.copy() for name, array in arrays.items()}
+
+
 def run(quick: bool) -> Iterator[Row]:
     yield from walsh_hadamard(quick)
+    yield from codebook_matvec(quick)
 
 
 if __name__ == "__main__":

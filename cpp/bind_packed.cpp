@@ -31,10 +31,10 @@ template <class T> size_t size_of(const Maybe<T>& array) { return array ? array-
 class Packed {
 public:
     Packed(Vector<const int64_t> layout, Vector<const uint8_t> codes, Vector<const uint8_t> scales, bool half, Maybe<int32_t> order, Maybe<float> steps, Maybe<int64_t> starts,
-           Maybe<uint32_t> corrections)
-        : codes_(codes), scales_(scales), order_(order), steps_(steps), starts_(starts), corrections_(corrections) {
+           Maybe<uint32_t> corrections, Maybe<int8_t> table)
+        : codes_(codes), scales_(scales), order_(order), steps_(steps), starts_(starts), corrections_(corrections), table_(table) {
         matrix_ = packed::matrix_of({layout.data(), layout.shape(0), codes.data(), codes.shape(0), scales.data(), scales.shape(0), half, data_of(order_), size_of(order_),
-                                     data_of(steps_), size_of(steps_), data_of(starts_), size_of(starts_), data_of(corrections_), size_of(corrections_)});
+                                     data_of(steps_), size_of(steps_), data_of(starts_), size_of(starts_), data_of(corrections_), size_of(corrections_), data_of(table_), size_of(table_)});
     }
 
     void matmul(uintptr_t x, const char* type, uintptr_t y, size_t batch, unsigned planes, unsigned threads) const {
@@ -75,6 +75,7 @@ private:
     Maybe<float> steps_;
     Maybe<int64_t> starts_;
     Maybe<uint32_t> corrections_;
+    Maybe<int8_t> table_;
 };
 
 template <class T> Owned<T> owned(std::vector<T> values) {
@@ -115,9 +116,9 @@ uint64_t read_all(const Vector<const uint8_t>& bytes) {
 
 void bind_packed(nb::module_& m) {
     nb::class_<Packed>(m, "Packed")
-        .def(nb::init<Vector<const int64_t>, Vector<const uint8_t>, Vector<const uint8_t>, bool, Maybe<int32_t>, Maybe<float>, Maybe<int64_t>, Maybe<uint32_t>>(),
+        .def(nb::init<Vector<const int64_t>, Vector<const uint8_t>, Vector<const uint8_t>, bool, Maybe<int32_t>, Maybe<float>, Maybe<int64_t>, Maybe<uint32_t>, Maybe<int8_t>>(),
              "layout"_a.noconvert(), "codes"_a.noconvert(), "scales"_a.noconvert(), "half"_a, "order"_a.noconvert().none(), "steps"_a.noconvert().none(),
-             "starts"_a.noconvert().none(), "corrections"_a.noconvert().none())
+             "starts"_a.noconvert().none(), "corrections"_a.noconvert().none(), "table"_a.noconvert().none())
         .def("matmul", &Packed::matmul, "x"_a, "dtype"_a, "y"_a, "batch"_a, "planes"_a, "threads"_a, "y (batch, m) = x (batch, n) times the matrix, at these addresses.")
         .def("rows", &Packed::rows, "first"_a, "last"_a, "out"_a.noconvert(), "bf16"_a, "threads"_a, "Weights of some rows.")
         .def("gather", &Packed::gather, "indices"_a.noconvert(), "out"_a.noconvert(), "bf16"_a, "threads"_a, "Weights of rows at indices.");

@@ -10,6 +10,7 @@ constexpr size_t kRows = 16;     // rows side by side in a block
 constexpr size_t kColumns = 32;  // columns of a tile
 constexpr size_t kVector = 64;   // bytes: a dword for each row of the block
 constexpr size_t kChunkTiles = 4;  // at most, of a chunk
+constexpr size_t kEntries = 16;  // of a table
 constexpr size_t kMaxBatch = 16;
 constexpr size_t kMaxSegments = 8;
 
@@ -43,6 +44,7 @@ struct Matrix {
     Segment segments[kMaxSegments];
     size_t block_nbytes;
     const uint8_t* codes;      // (blocks, block_nbytes): level + 2^(bits - 1)
+    const int8_t* table;       // (16) levels that 4-bit codes of the only segment stand for instead; or null
     const void* scales;        // (blocks, groups, 16)
     Float scale_type;          // f32 or f16
     const int32_t* order;      // (n) column of each place; null where they are the same

@@ -35,5 +35,46 @@ template <unsigned Bits> void unpack(const uint8_t* codes, size_t tiles, uint8_t
 using Unpack = void (*)(const uint8_t*, size_t, uint8_t*);
 constexpr Unpack kUnpack[9] = {nullptr, nullptr, unpack<2>, unpack<3>, unpack<4>, unpack<5>, unpack<6>, unpack<7>, unpack<8>};
 
+// Sixteen levels that codes of 4 bits stand for, as codes of 8 bits.
+struct Table {
+#if defined(WATERFILL_ISA_avx512)
+    __m512i v;
+    Codes operator[](Codes codes) const { return {_mm512_shuffle_epi8(v, codes.v)}; }
+#elif defined(WATERFILL_ISA_avx2)
+    __m256i v;
+    Codes operator[](Codes codes) const { return {{_mm256_shuffle_epi8(v, codes.v[0]), _mm256_shuffle_epi8(v, codes.v[1])}}; }
+#else
+    uint8_t v[packed::kEntries];
+    Codes operator[](Codes codes) const {
+        for (uint16_t& pair : codes.v) pair = uint16_t(v[pair & 15] | v[pair >> 8 & 15] << 8);
+        return codes;
+    }
+#endif
+
+    static Table of(const int8_t* levels) {
+        alignas(16) uint8_t codes[packed::kEntries];
+        for (size_t i = 0; i < packed::kEntries; ++i) codes[i] = uint8_t(levels[i] + 128);
+        Table out;
+#if defined(WATERFILL_ISA_avx512)
+        out.v = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(codes)));
+#elif defined(WATERFILL_ISA_avx2)
+        out.v = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(codes)));
+#else
+        std::memcpy(out.v, codes, sizeof codes);
+#endif
+        return out;
+    }
+};
+
+// Bits of a level, once its code is looked up.
+inline unsigned level_bits(const packed::Matrix& matrix, unsigned bits) { return matrix.table ? 8 : bits; }
+
+inline void unpack_levels(const packed::Matrix& matrix, unsigned bits, const uint8_t* codes, size_t tiles, uint8_t* out) {
+    kUnpack[bits](codes, tiles, out);
+    if (!matrix.table) return;
+    const Table table = Table::of(matrix.table);
+    for (size_t v = 0; v < 8 * tiles; ++v) table[Codes::load(out + v * kVector)].store(out + v * kVector);
+}
+
 }  // namespace
 }  // namespace waterfill::WATERFILL_ISA

@@ -51,10 +51,12 @@ inline void end_group(const Place& place, size_t tokens, Lanes* group, Lanes* to
 }
 
 // A segment for so few planes that codes are used as they come.
-template <unsigned Bits, size_t T> void few(const Segment& segment, Place place, const Pass& pass, unsigned planes, Outputs& out) {
-    constexpr unsigned kPeriod = flush_period(Bits);
+template <unsigned Bits, bool Tabled, size_t T> void few(const Segment& segment, Place place, const Pass& pass, unsigned planes, Outputs& out) {
+    constexpr unsigned kLevelBits = Tabled ? 8 : Bits, kPeriod = flush_period(kLevelBits);
     const Matrix& matrix = place.matrix;
     const size_t tokens = T / planes;
+    Table table;
+    if constexpr (Tabled) table = Table::of(matrix.table);
     const uint8_t* codes = matrix.codes + place.block * matrix.block_nbytes + segment.offset;
     const int8_t* x = pass.levels + segment.first * 32 * T;
     Lanes group[T], total[T];
@@ -63,12 +65,13 @@ template <unsigned Bits, size_t T> void few(const Segment& segment, Place place,
     for (place.tile = segment.first; place.tile < last; ++place.chunk) {
         const size_t tiles = std::min(matrix.chunk_tiles, last - place.tile);
         Sum<kPeriod> sums[kChains * T];
-        for (size_t t = 0; t < kChains * T; ++t) sums[t] = t < T ? Sum<kPeriod>::start(Bits, pass.sums[place.chunk * T + t]) : Sum<kPeriod>::zero();
+        for (size_t t = 0; t < kChains * T; ++t) sums[t] = t < T ? Sum<kPeriod>::start(kLevelBits, pass.sums[place.chunk * T + t]) : Sum<kPeriod>::zero();
         for (size_t i = 0; i < tiles; ++i, codes += Bits * kVector, x += 32 * T) {
             for (unsigned v = 0; v < Bits; ++v) __builtin_prefetch(codes + kAhead + v * kVector);
             each_dword([&](auto d) {
                 constexpr unsigned D = decltype(d)::value;
-                const Codes four = codes_of<Bits, D>(codes);
+                Codes four = codes_of<Bits, D>(codes);
+                if constexpr (Tabled) four = table[four];
                 for (size_t t = 0; t < T; ++t) sums[D % kChains * T + t].template add<D>(four, x + 4 * (D * T + t));
             });
         }
@@ -95,8 +98,9 @@ template <unsigned Period, size_t T> void many(const uint8_t* codes, size_t tile
 }
 
 using Few = void (*)(const Segment&, Place, const Pass&, unsigned, Outputs&);
-template <unsigned Bits> constexpr Few few_of(size_t planes) { return planes == 1 ? few<Bits, 1> : few<Bits, 2>; }
-Few few_for(unsigned bits, size_t planes) {
+template <unsigned Bits, bool Tabled = false> constexpr Few few_of(size_t planes) { return planes == 1 ? few<Bits, Tabled, 1> : few<Bits, Tabled, 2>; }
+Few few_for(const Matrix& matrix, unsigned bits, size_t planes) {
+    if (matrix.table) return few_of<4, true>(planes);
     switch (bits) {
         case 2: return few_of<2>(planes);
         case 3: return few_of<3>(planes);
@@ -128,13 +132,14 @@ void segment_many(const Segment& segment, Place place, const Activations& x, siz
     alignas(64) uint8_t unpacked[kChunkTiles * 8 * kVector];
     const uint8_t* codes = matrix.codes + place.block * matrix.block_nbytes + segment.offset;
     const size_t last = segment.first + segment.tiles;
+    const unsigned bits = level_bits(matrix, segment.bits);
     for (place.tile = segment.first; place.tile < last; ++place.chunk) {
         const size_t tiles = std::min(matrix.chunk_tiles, last - place.tile);
-        kUnpack[segment.bits](codes, tiles, unpacked);
+        unpack_levels(matrix, segment.bits, codes, tiles, unpacked);
         for (size_t p = 0; p < passes; ++p) {
             const Pass pass = pass_of(matrix, x, passes, p);
             const size_t planes = pass.tokens * x.planes;
-            many_for(segment.bits, planes)(unpacked, tiles, segment.bits, pass.levels + place.tile * 32 * planes, pass.sums + place.chunk * planes,
+            many_for(bits, planes)(unpacked, tiles, bits, pass.levels + place.tile * 32 * planes, pass.sums + place.chunk * planes,
                                            pass.scales + place.chunk * pass.tokens, x.planes, out.group + pass.first);
         }
         if (place.ends_group(tiles)) end_group(place, x.batch, out.group, out.total);
@@ -177,7 +182,7 @@ void multiply(const Matrix& matrix, const Activations& x, size_t first, size_t l
         Place place{matrix, block, 0, 0};
         for (size_t s = 0; s < matrix.n_segments; ++s) {
             const Segment& segment = matrix.segments[s];
-            if (planes <= 2) few_for(segment.bits, planes)(segment, place, only, x.planes, out);
+            if (planes <= 2) few_for(matrix, segment.bits, planes)(segment, place, only, x.planes, out);
             else segment_many(segment, place, x, passes, out);
             place.chunk += (segment.tiles + matrix.chunk_tiles - 1) / matrix.chunk_tiles;
         }

@@ -42,6 +42,8 @@ struct Arrays {
     size_t n_starts;
     const uint32_t* corrections;
     size_t n_corrections;
+    const int8_t* table;
+    size_t n_table;
 };
 
 // Shape, segments and strides; the arrays are not looked at.
@@ -95,6 +97,10 @@ inline Matrix matrix_of(const Arrays& a) {
         for (size_t b = 0; b < out.blocks; ++b) require(a.starts[b] <= a.starts[b + 1], "packed: corrections in disorder");
         for (size_t i = 0; i < a.n_corrections; ++i) require(a.corrections[i] >> kColumnShift < out.n, "packed: a correction beyond the last column");
         out.starts = a.starts, out.corrections = a.corrections;
+    }
+    if (a.n_table) {
+        require(a.n_table == kEntries && out.n_segments == 1 && out.segments[0].bits == 4 && !out.starts, "packed: a table has 16 levels, for codes of 4 bits without corrections");
+        out.table = a.table;
     }
     return out;
 }

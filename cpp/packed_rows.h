@@ -13,7 +13,7 @@ using packed::kRows;
 inline int32_t difference_of(uint32_t word) { return int32_t(word & ((1u << packed::kDifferenceBits) - 1)) - packed::kDifferenceZero; }
 inline size_t row_of(uint32_t word) { return word >> packed::kDifferenceBits & (kRows - 1); }
 
-// Codes of a block, a line of bytes for each row, `pitch` bytes apart.
+// Levels of a block as codes, a line of bytes for each row, `pitch` bytes apart.
 inline void lines_of(const packed::Matrix& matrix, size_t block, const uint8_t* rows, size_t count, uint8_t* lines) {
     const size_t pitch = matrix.tiles * kColumns;
     alignas(64) uint8_t unpacked[packed::kChunkTiles * 8 * kVector];
@@ -22,7 +22,7 @@ inline void lines_of(const packed::Matrix& matrix, size_t block, const uint8_t* 
         const uint8_t* codes = matrix.codes + block * matrix.block_nbytes + segment.offset;
         for (size_t tile = 0; tile < segment.tiles; tile += packed::kChunkTiles) {
             const size_t tiles = std::min(packed::kChunkTiles, segment.tiles - tile);
-            kUnpack[segment.bits](codes, tiles, unpacked);
+            unpack_levels(matrix, segment.bits, codes, tiles, unpacked);
             codes += tiles * segment.bits * kVector;
             for (size_t i = 0; i < count; ++i) {
                 uint8_t* line = lines + i * pitch + (segment.first + tile) * kColumns;
@@ -41,7 +41,7 @@ inline float scale_of(const packed::Matrix& matrix, size_t block, size_t group, 
 template <packed::Float Type> void weights_of(const packed::Matrix& matrix, size_t block, size_t row, const uint8_t* line, typename Stored<Type>::type* __restrict out) {
     for (size_t s = 0; s < matrix.n_segments; ++s) {
         const packed::Segment& segment = matrix.segments[s];
-        const int32_t zero = 1 << (segment.bits - 1);
+        const int32_t zero = 1 << (level_bits(matrix, segment.bits) - 1);
         const size_t end = std::min(matrix.n, (segment.first + segment.tiles) * kColumns);
         for (size_t at = segment.first * kColumns; at < end;) {
             const size_t group = at / kColumns / matrix.group_tiles, stop = std::min(end, (group + 1) * matrix.group_tiles * kColumns);

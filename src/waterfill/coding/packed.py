@@ -44,7 +44,8 @@ class PackedMatrix:
     arrays : name -> array
         All it holds: ``layout`` int64 (m, n, group, then bits and columns of each segment); ``codes``
         uint8; ``scales`` float16 or float32 (blocks, groups, 16); and where they are needed ``order``
-        int32 (n,), ``steps`` float32 (n,), ``starts`` int64 (blocks + 1,), ``corrections`` uint32.
+        int32 (n,), ``steps`` float32 (n,), ``starts`` int64 (blocks + 1,), ``corrections`` uint32; ``table``
+        int8 (16,), levels that codes of 4 bits stand for (see `waterfill.coding.codebook`).
     activations : str
         int8: fast; a relative error of about 0.7 % for Gaussian activations, independent of the
         weights. int16: 15 bits, 0.003 %, where bf16 itself has 0.17 %.
@@ -135,7 +136,8 @@ class PackedMatrix:
         arrays = self.arrays
         scales = arrays["scales"]
         half = scales.dtype == np.float16
-        optional = (arrays.get(name) for name in ("order", "steps", "starts", "corrections"))
+        names = ("order", "steps", "starts", "corrections", "table")
+        optional = (arrays.get(name) for name in names)
         codes = arrays["codes"].reshape(-1)
         return native._core.Packed(
             arrays["layout"], codes, scales.reshape(-1).view(np.uint8), half, *optional
@@ -212,7 +214,9 @@ class _Plan:
         m, n = integers.shape
         if dtype not in FLOATS or not m or not 0 < n <= MAX_COLUMNS:
             return None
-        if not all(np.isfinite(a).all() for a in (integers.columns, integers.rows, integers.spread)):
+        if not all(
+            np.isfinite(a).all() for a in (integers.columns, integers.rows, integers.spread)
+        ):
             return None
         order, segments = segments_of(integers.spread, integers.bits)
         groups = integers.rows.shape[1]

@@ -26,6 +26,7 @@ KINDS = {
     "steps": (np.float32,),
     "starts": (np.int64,),
     "corrections": (np.uint32,),
+    "table": (np.int8,),
 }
 
 
@@ -43,7 +44,7 @@ def require_valid(arrays: Mapping[str, Array]) -> Geometry:
     segments = geometry.segments
     blocks, groups, n = geometry.blocks, geometry.groups, geometry.n
     starts, corrections = arrays.get("starts"), arrays.get("corrections")
-    order, steps = arrays.get("order"), arrays.get("steps")
+    order, steps, table = arrays.get("order"), arrays.get("steps"), arrays.get("table")
     fits = (
         len(segments) <= 8
         and all(2 <= s.bits <= 8 for s in segments)
@@ -55,6 +56,10 @@ def require_valid(arrays: Mapping[str, Array]) -> Geometry:
         and (order is None or (order.shape == (n,) and groups == 1))
         and (steps is None or steps.shape == (n,))
         and (starts is None) == (corrections is None)
+        and (
+            table is None
+            or (table.shape == (16,) and starts is None and [s.bits for s in segments] == [4])
+        )
     )
     if fits and order is not None:
         fits = bool(np.array_equal(np.sort(order), np.arange(n)))
@@ -152,8 +157,11 @@ def levels(geometry: Geometry, arrays: Mapping[str, Array], blocks: Ints) -> Int
             dwords |= field << below
             vector += width
         values = dwords.reshape(len(blocks), tiles, 8, ROWS, 4).transpose(0, 3, 1, 2, 4)
+        values = values.reshape(len(blocks), ROWS, tiles * COLUMNS)
         zero = 1 << segment.bits - 1
-        parts.append(values.reshape(len(blocks), ROWS, tiles * COLUMNS) - zero)
+        parts.append(
+            arrays["table"][values].astype(np.int64) if "table" in arrays else values - zero
+        )
     return np.concatenate(parts, axis=2)
 
 
@@ -210,9 +218,7 @@ def quantise(values: Floats, planes: int) -> tuple[Ints, Floats]:
     return rounded.astype(np.int64), scale.astype(np.float32)
 
 
-def matmul(
-    geometry: Geometry, arrays: Mapping[str, Array], x: Floats, planes: int = 1
-) -> Floats:
+def matmul(geometry: Geometry, arrays: Mapping[str, Array], x: Floats, planes: int = 1) -> Floats:
     """``x W^T``: float32 (batch, n) -> float32 (batch, m)."""
     m, n = geometry.m, geometry.n
     values = np.zeros((len(x), -(-n // COLUMNS) * COLUMNS), np.float32)
@@ -260,7 +266,10 @@ def matmul_at(
     planes: int,
 ) -> None:
     """`matmul` at addresses, of activations in `dtype`."""
-    x, y = _array_at(x_ptr, (batch, geometry.n), dtype), _array_at(y_ptr, (batch, geometry.m), dtype)
+    x, y = (
+        _array_at(x_ptr, (batch, geometry.n), dtype),
+        _array_at(y_ptr, (batch, geometry.m), dtype),
+    )
     y[:] = from_float32(matmul(geometry, arrays, to_float32(x, dtype), planes), dtype)
 
 
