@@ -25,12 +25,13 @@ pytest.importorskip("transformers")
 import safetensors.numpy  # noqa: E402
 
 from tests import checkpoints  # noqa: E402
+from tests.commands import Shell, refused, shell, usage  # noqa: E402
 from tests.pipeline import small  # noqa: E402
 from waterfill import container  # noqa: E402
-from waterfill.cli import VERBS, main  # noqa: E402
+from waterfill.cli import VERBS, build_parser  # noqa: E402
 from waterfill.container import FILE_NAME, Reader  # noqa: E402
-from waterfill.grammar import build_parser  # noqa: E402
 
+NAMES = [verb.name for verb in VERBS]
 QUICK = ["--tokens", str(small.TOKENS), "--codec", "*=integer", "--codec", f"{small.BIG}=trellis"]
 
 
@@ -38,68 +39,6 @@ QUICK = ["--tokens", str(small.TOKENS), "--codec", "*=integer", "--codec", f"{sm
 def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-
-
-class Run:
-    """One command: its status and what it wrote."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-    @property
-    def json(self) -> Any:
-        def no_constants(name: str) -> Any:
-            raise AssertionError(f"{name} is not JSON")
-
-        return json.loads(self.out, parse_constant=no_constants)
-
-
-Shell = Callable[..., Run]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Shell:
-    """Run a command in this process."""
-
-    def call(*words: str | Path) -> Run:
-        capsys.readouterr()
-        try:
-            status = main([str(w) for w in words])
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return Run(status, out, err)
-
-    return call
-
-
-def shell(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    return subprocess.run(
-        [sys.executable, "-m", "waterfill", *map(str, words)],
-        capture_output=True, text=True, timeout=100, env=environment, check=False, **options,
-    )  # fmt: skip
-
-
-def refused(done: Run | subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit 1 and one clear line with these words in it."""
-    status = done.status if isinstance(done, Run) else done.returncode
-    out, err = (done.out, done.err) if isinstance(done, Run) else (done.stdout, done.stderr)
-    assert status == 1, err
-    assert out == ""
-    assert err.startswith("waterfill: ") and err.count("\n") == 1 and len(err) < 900, err
-    assert "unexpected" not in err and "Error" not in err and "Traceback" not in err, err
-    for word in words:
-        assert word in err, err
-
-
-def usage(done: Run, *words: str) -> None:
-    """Exit 2, the usage, and one line with these words in it."""
-    assert done.status == 2 and done.out == ""
-    assert done.err.startswith("usage: waterfill")
-    last = done.err.strip().splitlines()[-1]
-    assert "error: " in last and all(word in last for word in words), last
 
 
 # What each verb does when all is well
@@ -333,7 +272,7 @@ def test_the_unforeseen_is_one_line_too(run: Shell, monkeypatch: pytest.MonkeyPa
 # Help and usage
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", NAMES)
 def test_help(verb: str, run: Shell) -> None:
     done = run(verb, "--help")
     assert done.status == 0 and done.err == ""
@@ -344,11 +283,11 @@ def test_help(verb: str, run: Shell) -> None:
 
 def test_every_verb_is_in_the_overview(run: Shell) -> None:
     done = run("--help")
-    assert done.status == 0 and all(f"    {verb}" in done.out for verb in VERBS)
+    assert done.status == 0 and all(f"    {verb}" in done.out for verb in NAMES)
     assert run("--version").out.startswith("waterfill ")
 
 
-@pytest.mark.parametrize("verb", [v for v in VERBS if v != "codecs"])
+@pytest.mark.parametrize("verb", [v for v in NAMES if v != "codecs"])
 def test_examples_parse(verb: str, run: Shell) -> None:
     import shlex
 

@@ -17,7 +17,7 @@ import pytest
 
 import waterfill
 from waterfill import registry
-from waterfill.cli import VERBS
+from waterfill.cli import VERBS, build_parser
 from waterfill.coding import delta, gaussian, huffman
 from waterfill.coding.delta_numpy import Words
 from waterfill.coding.gaps import geometric
@@ -25,7 +25,6 @@ from waterfill.coding.scales import encode_grid
 from waterfill.coding.sections import join, split
 from waterfill.coding.trellis import CODES
 from waterfill.container import Reader, describe, write
-from waterfill.grammar import build_parser, misuse
 from waterfill.registry import codec_ids, find_codec, parse_spec
 from waterfill.runtime.files import original_files, original_texts
 from waterfill.testing import check_codec
@@ -277,8 +276,8 @@ def test_examples_name_what_there_is(page: str) -> None:
     commands = re.findall(r"^(?:\.venv/bin/)?waterfill .*$", text, re.MULTILINE)
     assert commands
     for command in commands:
-        words = shlex.split(command, comments=True)[1:]
-        assert not misuse(build_parser(VERBS).parse_args(words)), command
+        args = build_parser(VERBS).parse_args(shlex.split(command, comments=True)[1:])
+        assert not args.verb.misuse(args), command
     examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert examples
     for example in examples:

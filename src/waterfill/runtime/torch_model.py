@@ -12,7 +12,6 @@ import numpy as np
 from waterfill.container import Reader
 from waterfill.runtime.arrays import read_tensors
 from waterfill.runtime.artifact import folder_of, original_config, read_config
-from waterfill.sources.text import load_tokenizer
 from waterfill.types import Array, WaterfillError
 
 if TYPE_CHECKING:
@@ -146,40 +145,3 @@ def load_original(path: Path, trust_remote_code: bool) -> Any:
         cls = model_class(config)
         model = cls.from_pretrained(path, dtype="float32", trust_remote_code=trust_remote_code)
     return model.eval()
-
-
-def generate(path: Path, prompt: str, tokens: int, seed: int | None) -> tuple[str, float]:
-    """Continue a prompt; greedy unless a seed is given. Returns the text and tokens per second."""
-    import time
-
-    import torch
-
-    path = folder_of(path)
-    with quiet_transformers():
-        tokenizer = load_tokenizer(path)
-        model = load_model(path)
-        if not model.can_generate():
-            raise WaterfillError(f"{type(model).__name__} cannot continue a text")
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        given = inputs["input_ids"].shape[1]
-        if given == 0:
-            raise WaterfillError("the prompt is empty")
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if longest and given + tokens > longest:
-            raise WaterfillError(
-                f"this model takes {longest} tokens at once; the prompt has {given} and {tokens} more "
-                f"were asked for"
-            )
-        options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": seed is not None}
-        if seed is not None:
-            torch.manual_seed(seed)
-            options |= {"temperature": 0.8, "top_p": 0.95}
-        if model.generation_config.pad_token_id is None:
-            options["pad_token_id"] = model.generation_config.eos_token_id
-        start = time.perf_counter()
-        with torch.no_grad():
-            out = model.generate(**inputs, **options)[0]
-        seconds = time.perf_counter() - start
-    # An encoder-decoder returns the continuation alone, after its start token.
-    written = len(out) - (1 if model.config.is_encoder_decoder else given)
-    return str(tokenizer.decode(out, skip_special_tokens=True)), written / seconds

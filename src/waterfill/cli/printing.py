@@ -1,0 +1,38 @@
+"""Lines and tables for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def printable(text: str) -> str:
+    """Text from a file, with escapes in place of what would move a terminal's cursor or break a line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def warn(warnings: Sequence[str]) -> None:
+    """Warnings, on stderr."""
+    for line in warnings:
+        print(f"waterfill: warning: {printable(line)}", file=sys.stderr)
+
+
+def short(value: Any) -> str:
+    """A value as text that fits a line or two."""
+    text = json.dumps(value) if isinstance(value, (dict, list, tuple)) else str(value)
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Columns as wide as their widest cell, those of numbers flush right."""
+    cells = [[printable(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    right = {i for i, h in enumerate(head) if h in ("bytes", "bits", "nats", "changed")}
+    for row in cells:
+        padded = [
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(padded).rstrip())
