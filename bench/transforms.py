@@ -37,7 +37,6 @@ def walsh_hadamard(quick: bool) -> Iterator[Row]:
     """Rows of 4096 points, one block each."""
     import torch
 
-    torch.set_num_threads(1)
     random = np.random.default_rng(0)
     x = random.standard_normal(((4096 if quick else 16384), 4096), np.float32)
     signs = (1 - 2 * random.integers(0, 2, 4096)).astype(np.int8)
@@ -139,6 +138,9 @@ def copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def run(quick: bool) -> Iterator[Row]:
+    import torch
+
+    torch.set_num_threads(1)
     yield from walsh_hadamard(quick)
     yield from codebook_matvec(quick)
 
