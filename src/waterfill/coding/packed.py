@@ -212,7 +212,9 @@ class _Plan:
         m, n = integers.shape
         if dtype not in FLOATS or not m or not 0 < n <= MAX_COLUMNS:
             return None
-        if not all(np.isfinite(a).all() for a in (integers.columns, integers.rows, integers.spread)):
+        if not all(
+            np.isfinite(a).all() for a in (integers.columns, integers.rows, integers.spread)
+        ):
             return None
         order, segments = segments_of(integers.spread, integers.bits)
         groups = integers.rows.shape[1]

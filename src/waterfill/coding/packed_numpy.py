@@ -210,9 +210,7 @@ def quantise(values: Floats, planes: int) -> tuple[Ints, Floats]:
     return rounded.astype(np.int64), scale.astype(np.float32)
 
 
-def matmul(
-    geometry: Geometry, arrays: Mapping[str, Array], x: Floats, planes: int = 1
-) -> Floats:
+def matmul(geometry: Geometry, arrays: Mapping[str, Array], x: Floats, planes: int = 1) -> Floats:
     """``x W^T``: float32 (batch, n) -> float32 (batch, m)."""
     m, n = geometry.m, geometry.n
     values = np.zeros((len(x), -(-n // COLUMNS) * COLUMNS), np.float32)
@@ -260,7 +258,10 @@ def matmul_at(
     planes: int,
 ) -> None:
     """`matmul` at addresses, of activations in `dtype`."""
-    x, y = _array_at(x_ptr, (batch, geometry.n), dtype), _array_at(y_ptr, (batch, geometry.m), dtype)
+    x, y = (
+        _array_at(x_ptr, (batch, geometry.n), dtype),
+        _array_at(y_ptr, (batch, geometry.m), dtype),
+    )
     y[:] = from_float32(matmul(geometry, arrays, to_float32(x, dtype), planes), dtype)
 
 

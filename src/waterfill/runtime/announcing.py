@@ -52,7 +52,7 @@ class _Watch:
             return None
         from importlib.util import find_spec
 
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
             spec.loader = _Then(spec.loader)  # type: ignore[assignment]

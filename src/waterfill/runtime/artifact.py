@@ -24,7 +24,7 @@ ORIGINAL = "original"  # where our entry in config.json keeps the one that it re
 # transformers takes a method that it does not know for none and would fill a model with random
 # numbers. This key names a weights file; what is no such name it refuses, and quotes.
 WEIGHTS_KEY = "transformers_weights"
-WEIGHTS_WORDS = "these weights are coded by waterfill; pip install waterfill, and import waterfill before from_pretrained"
+WEIGHTS_WORDS = "weights coded by waterfill: pip install waterfill, then import waterfill before from_pretrained"
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # By one of these a folder is known as a model's or its statistics: only such a one is replaced.
 MARKS = ("config.json", FILE_NAME, f"{FILE_NAME}.index.json", RECORD_FILE, "statistics.json")

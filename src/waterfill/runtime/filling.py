@@ -74,12 +74,13 @@ class Filling:
             found = [model.get_submodule(name) for name in names]
             transposed = not isinstance(found[0], (nn.Linear, nn.Embedding))
             weight = self._weight(root, transposed, scratch)
-            dense = None if weight else self._dense(root, like)
-            for module in found:
-                if weight is not None:
+            if weight is not None:
+                for module in found:
                     modules.give(module, weight, like)
-                else:
-                    modules.restore(module, dense)
+                continue
+            dense = self._dense(root, like)
+            for module in found:
+                modules.restore(module, dense)
 
     def _weight(self, root: str, transposed: bool, scratch: Scratch) -> Weight | None:
         integers = integers_of(self.reader, root)

@@ -30,7 +30,8 @@ class _Holding(_Base):
     """Common to modules with a `Weight`; buffers show its memory, and never leave the CPU."""
 
     held: Weight
-    plain: type[nn.Module]
+    plain: Any  # the class that it had, with a dense weight
+    weight: Any
     transposed = False
 
     def hold(self, weight: Weight, like: torch.Tensor) -> None:
@@ -42,7 +43,7 @@ class _Holding(_Base):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         kept = {n: self._buffers.pop(n) for n in list(self._buffers) if n.startswith(_PREFIX)}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(kept)
         like = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device))
         self.weight = LazyWeight(self.held, self.transposed, like.dtype, like.device)
@@ -56,11 +57,11 @@ class _Holding(_Base):
 
     def __setstate__(self, state: Any) -> None:
         attributes, like = state
-        super().__setstate__(attributes)
+        super().__setstate__(attributes)  # type: ignore[no-untyped-call]
         self.hold(self.held, like)
 
 
-def _blank(plain: type[nn.Module]) -> nn.Module:
+def _blank(plain: Any) -> nn.Module:
     module: nn.Module = object.__new__(_class_for(plain))
     return module
 
@@ -69,9 +70,9 @@ class _Matmul(_Holding):
     """Rows of the matrix are outputs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        held = self.held
+        # Runs a hundred times a token: each look-up that torch makes slow is made once, or around it.
+        held, bias, shape = self.held, self._parameters["bias"], x.shape
         m, n = held.shape
-        shape = x.shape
         code = KERNEL_DTYPES.get(x.dtype)
         trained = x.requires_grad and torch.is_grad_enabled()
         if code is None or not shape or shape[-1] != n or trained:
@@ -80,13 +81,11 @@ class _Matmul(_Holding):
         if 0 < batch <= held.max_batch and x.is_cpu:
             if not x.is_contiguous():
                 x = x.contiguous()
-            y = torch.empty((*shape[:-1], m), dtype=x.dtype)
+            y = x.new_empty((*shape[:-1], m))
             held.matmul(x.data_ptr(), code, y.data_ptr(), batch, held.threads)
         else:
             y = _tiled(held, x.reshape(batch, n)).view(*shape[:-1], m)
-        if self.bias is not None:
-            y += self.bias
-        return y
+        return y if bias is None else y.add_(bias)
 
     def _refused(self, x: torch.Tensor) -> WaterfillError:
         m, n = self.held.shape
@@ -143,7 +142,7 @@ def _bases() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 @functools.cache
-def _class_for(plain: type[nn.Module]) -> Any:
+def _class_for(plain: Any) -> Any:
     """A subclass of `plain` that holds a `Weight`."""
     base, ours = next((b, c) for b, c in _bases().items() if issubclass(plain, b))
     if plain is base:
@@ -167,12 +166,13 @@ def hollow(module: nn.Module) -> None:
     assert weight is not None
     stand_in = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
     stand_in._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark: has its values
-    module.weight = stand_in  # type: ignore[assignment]
+    module.weight = stand_in
 
 
 def give(module: nn.Module, weight: Weight, like: torch.Tensor) -> None:
     """Let a `hollow` module hold a weight; a dense one would be of the kind of `like`."""
-    module.__class__ = _class_for(type(module))
+    kind: Any = type(module)
+    module.__class__ = _class_for(kind)
     module.hold(weight, like)  # type: ignore[operator]
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 # Rows of `waterfill.runtime.residency` -> tensor -> form; what it is bound to goes into config.json.
-Choose = functools.partial[Mapping[str, str]]
+Choose = functools.partial[dict[str, str]]
 
 
 def load_model(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from waterfill.coding.native import threads
+from waterfill.coding.packed import MAX_BATCH
 from waterfill.runtime.residency import TILE_NBYTES
 from waterfill.runtime.streaming import StreamMatrix
 from waterfill.runtime.tensors import to_torch
@@ -33,8 +34,9 @@ KERNEL_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F
 class Matrix(Protocol):
     """The face of `waterfill.coding.packed.PackedMatrix` and `waterfill.coding.coded.CodedMatrix`."""
 
-    MAX_BATCH: int
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs m, inputs n)."""
 
     @property
     def arrays(self) -> Mapping[str, Array]:
@@ -119,9 +121,11 @@ class Weight(ABC):
 class MatrixWeight(Weight):
     """A packed or coded matrix."""
 
+    max_batch = MAX_BATCH
+
     def __init__(self, matrix: Matrix, scratch: Scratch) -> None:
         super().__init__(matrix.shape, matrix.arrays, scratch)
-        self.matrix, self.max_batch = matrix, matrix.MAX_BATCH
+        self.matrix = matrix
         self.matmul = matrix.matmul  # type: ignore[method-assign]
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -150,7 +154,8 @@ class StreamWeight(Weight):
     """A weight that is decoded for each use; the last one used is found decoded."""
 
     def __init__(self, matrix: StreamMatrix, scratch: Scratch) -> None:
-        super().__init__(matrix.shape, matrix.arrays, scratch)
+        m, n = matrix.shape
+        super().__init__((m, n), matrix.arrays, scratch)
         self.matrix = matrix
 
     def _bits(self) -> torch.Tensor:
@@ -227,7 +232,7 @@ class LazyWeight(torch.Tensor):
         return (dense.T if self._transposed else dense).to(self.device)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         from torch.utils._pytree import tree_map_only
@@ -235,5 +240,5 @@ class LazyWeight(torch.Tensor):
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.decoded, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight({list(self.shape)}, {self.dtype})"
