@@ -11,7 +11,7 @@ setup: .venv/.ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -U pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt --group test --group lint --group bench -e ".[hf,cli]"
+	$(BIN)/python -m pip install -q -c constraints.txt --group test --group lint --group bench -e ".[hf,cli,serve]"
 	touch $@
 
 demo: setup

@@ -155,7 +155,8 @@ def test_lossless(run: Shell, tmp_path: Path) -> None:
     done = run("eval", "out", "--against", model, *window, "--json")
     assert done.json["kl_nats"] == 0 and done.json["top1_agreement"] == 1
     done = run("generate", "out", "--prompt", "The river", "--tokens", "4")
-    assert (done.status, done.err) == (0, "") and done.out.startswith("The river")
+    assert done.status == 0 and done.out.startswith("The river")
+    assert done.err.count("\n") == 1 and "tokens/s" in done.err
     assert run("report", "out").status == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
 

@@ -67,6 +67,30 @@ def test_sampling_options(run: Shell) -> None:
     assert hot != text("--temperature", "3", "--seed", "4")
 
 
+def test_residencies(run: Shell) -> None:
+    """Each writes, in less memory than dense tensors, and within what `show` and --memory say."""
+    held = {}
+    for residency in ("dense", "packed", "coded"):
+        words = [*PROMPT, "--tokens", "4", "--residency", residency, "--json"]
+        done = run("generate", small.artifact(), *words)
+        assert (done.status, done.err) == (0, "") and done.json["tokens"] == 4
+        held[residency] = done.json["weights_nbytes"]
+    assert max(held["packed"], held["coded"]) < held["dense"]
+    shown = run("show", small.artifact(), "--json").json["memory_nbytes"]
+    assert shown.keys() == held.keys()
+    # Buffers that are no weights, such as frequencies of positions, are in the one alone.
+    assert all(held[r] <= 1.05 * shown[r] + 1000 for r in held)
+    lines = run("show", small.artifact()).out.splitlines()[-3:]
+    assert [line.split()[3] for line in lines] == ["dense:", "packed:", "coded:"]
+    words = [*PROMPT, "--tokens", "4", "--memory", str(min(shown.values()) + 100), "--json"]
+    done = run("generate", small.artifact(), *words)
+    assert done.status == 0 and done.json["weights_nbytes"] < held["dense"]
+    for options in (["--memory", "1kB"], ["--size", "1kB"]):
+        refused(run("generate", small.artifact(), *PROMPT, *options), "bytes")
+        refused(run("chat", small.artifact(), *options), "bytes")
+        refused(run("serve", small.artifact(), "--port", "0", *options), "bytes")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -269,7 +269,9 @@ def test_every_folder_of_the_tour_is_there() -> None:
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/lossless.md", "docs/delta.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/lossless.md", "docs/delta.md", "docs/serving.md"]
+)
 def test_examples_name_what_there_is(page: str) -> None:
     """Each command parses, each block of Python does, and what it asks of the package is there."""
     text = (DOCS.parent / page).read_text()
@@ -282,6 +284,9 @@ def test_examples_name_what_there_is(page: str) -> None:
     assert examples
     for example in examples:
         compile(example, page, "exec")
+        for line in re.findall(r"^from (waterfill\S*) import (.*)$", example, re.MULTILINE):
+            home = importlib.import_module(line[0])
+            assert all(hasattr(home, name.strip()) for name in line[1].split(",")), line
         for module, name in re.findall(r"\b((?:waterfill\.)?lossless|waterfill)\.(\w+)", example):
             home = waterfill if module == "waterfill" else waterfill.lossless
             assert hasattr(home, name), f"{module}.{name}"

@@ -13,10 +13,13 @@ def show(args: argparse.Namespace) -> Any:
     """Print the ledger: every tensor, codec, byte, and why."""
     from waterfill.container import PATCH, format_of
     from waterfill.pipeline import show
+    from waterfill.runtime.residency import RESIDENCIES, estimate
 
     if format_of(args.artifact) == PATCH:
         return _show_patch(args)
     result = show(args.artifact)
+    memory = estimate(args.artifact)
+    result["memory_nbytes"] = {name: memory.nbytes(name) for name in RESIDENCIES}
     if not args.json:
         rows = [
             (r["name"], r["codec"], f"{r['nbytes']:,}", f"{r['bits_per_weight']:.3f}", r["why"])
@@ -26,6 +29,8 @@ def show(args: argparse.Namespace) -> Any:
         print(
             f"{result['nbytes']:,} bytes, {result['bits_per_weight']:.3f} bits per weight; the rows sum to the file"
         )
+        for name, nbytes in result["memory_nbytes"].items():
+            print(f"in memory, --residency {name}: about {nbytes:,} bytes of weights")
     return result
 
 

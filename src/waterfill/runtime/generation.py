@@ -9,10 +9,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,14 @@ class Sampling:
         generation_config.json says
     top_p : only among the likeliest tokens that together have this probability
     seed : of the draws; None: another one each time
+    stop : texts that end the answer, and are not part of it
     """
 
     tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    stop: tuple[str, ...] = ()
 
     def options(self) -> dict[str, Any]:
         """Arguments of transformers' `generate`."""
@@ -198,6 +201,7 @@ class Continuation:
     finish: str = ""
     _listener: _Listener = field(init=False, repr=False)
     _start: float = field(init=False, default=0.0, repr=False)
+    _ended: bool = field(init=False, default=False, repr=False)  # by the model, not by a stop text
 
     def __post_init__(self) -> None:
         self._listener = _Listener(self.writer.tokenizer)
@@ -216,6 +220,11 @@ class Continuation:
         return Timings(given, len(at) - 1, first - at[0], last - first)
 
     def __iter__(self) -> Generator[str, None, None]:
+        with contextlib.closing(self._pieces()) as pieces:
+            yield from until(pieces, self.sampling.stop)
+        self.finish = "length" if self._cut_off() else "stop"
+
+    def _pieces(self) -> Generator[str, None, None]:
         pieces = self._listener.pieces
         thread = threading.Thread(target=self._generate, daemon=True)
         with quiet_transformers():
@@ -225,7 +234,7 @@ class Continuation:
                     if isinstance(piece, BaseException):
                         raise piece
                     yield piece
-                self.finish = "length" if self._cut_off() else "stop"
+                self._ended = True
             finally:
                 self._listener.closed = True
                 thread.join()
@@ -233,7 +242,7 @@ class Continuation:
     def _cut_off(self) -> bool:
         ends = self.writer.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        return len(self.ids) >= self.tokens and self.ids[-1] not in ends
+        return self._ended and len(self.ids) >= self.tokens and self.ids[-1] not in ends
 
     def _generate(self) -> None:
         import torch
@@ -256,6 +265,25 @@ class Continuation:
             listener.pieces.put(error)
         finally:
             listener.pieces.put(None)
+
+
+def until(pieces: Iterable[str], stops: tuple[str, ...]) -> Generator[str, None, None]:
+    """Pieces of text up to the first of some texts; what may be the beginning of one waits."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if found := [at for stop in stops if (at := held.find(stop)) >= 0]:
+            if min(found):
+                yield held[: min(found)]
+            return
+        longest = max((len(stop) for stop in stops), default=1) - 1
+        begun = [k for k in range(1, longest + 1) if any(s.startswith(held[-k:]) for s in stops)]
+        clear = len(held) - min(max(begun, default=0), len(held))
+        if clear:
+            yield held[:clear]
+        held = held[clear:]
+    if held:
+        yield held
 
 
 class _Closed(Exception):
