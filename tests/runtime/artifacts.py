@@ -57,6 +57,7 @@ def make(model: Path, out: Path, pick: Pick = mixed) -> Path:
     repeated = source.duplicates()
     for number, (name, (dtype, shape)) in enumerate(source.tensors.items()):
         kind = "embedding" if "emb" in name or "wte" in name else "linear"
+        kind = "expert" if ".experts." in name else kind
         info = TensorInfo(
             name, shape, dtype, kind if len(shape) == 2 else "other",
             group=repeated.get(name, ""), transposed=bool(_CONV1D.search(name)) and "gpt2" in str(model),
