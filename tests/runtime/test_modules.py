@@ -34,7 +34,7 @@ def encoded(m: int, n: int, form: str, dtype: str = "F32", transposed: bool = Fa
     info = TensorInfo("w", shape, dtype, "linear", transposed=transposed)
     codec: Any = Lossless()
     if form != "stream":
-        codec = Trellis(step=0.2, states=8) if m % 2 else Integer(group=32, solver="nearest")
+        codec = Trellis(step=0.2, states=8) if m % 2 else Integer(group=128, solver="nearest")
     bits = from_float32(rng.standard_normal(shape, dtype=np.float32), dtype)
     parts, extra = codec.encode(bits, info, Weighting())
     return Encoded(codec.spec, info, parts, extra)
@@ -196,7 +196,7 @@ def test_what_is_refused() -> None:
 
 
 def test_a_large_batch_goes_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "TILE_NBYTES", 4 * 32 * 5)
+    monkeypatch.setattr(weights, "TILE_ROWS", 5)
     for form in FORMS:
         for dtype in (torch.float32, torch.bfloat16):
             dense, held = pair(torch.nn.Linear, 64, 32, form)
