@@ -33,14 +33,19 @@ def mixed(info: TensorInfo, number: int) -> Codec:
     """Matrices by turns as integers, along a trellis and lossless; all else lossless."""
     if len(info.shape) != 2 or min(info.shape) < 8:
         return Lossless()
-    turns = (Integer(bits=4, group=32, solver="nearest"), Trellis(step=0.1, states=8), Lossless())
+    turns = (Integer(bits=4, group=128, solver="nearest"), Trellis(step=0.1, states=8), Lossless())
     return turns[number % 3]
 
 
 def integers(info: TensorInfo, number: int) -> Codec:
     """Matrices as integers."""
     matrix = len(info.shape) == 2 and min(info.shape) >= 8
-    return Integer(bits=4, group=32, solver="nearest") if matrix else Lossless()
+    return Integer(bits=4, group=128, solver="nearest") if matrix else Lossless()
+
+
+def paths(info: TensorInfo, number: int) -> Codec:
+    """Matrices along a trellis."""
+    return Trellis(step=0.25, states=8) if len(info.shape) == 2 else Lossless()
 
 
 def lossless(info: TensorInfo, number: int) -> Codec:
@@ -57,6 +62,7 @@ def make(model: Path, out: Path, pick: Pick = mixed) -> Path:
     repeated = source.duplicates()
     for number, (name, (dtype, shape)) in enumerate(source.tensors.items()):
         kind = "embedding" if "emb" in name or "wte" in name else "linear"
+        kind = "expert" if ".experts." in name else kind
         info = TensorInfo(
             name, shape, dtype, kind if len(shape) == 2 else "other",
             group=repeated.get(name, ""), transposed=bool(_CONV1D.search(name)) and "gpt2" in str(model),

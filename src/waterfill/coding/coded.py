@@ -68,7 +68,10 @@ class CodedMatrix:
         extreme = max(int(levels.max()), -int(levels.min()), 1)
         largest = float(np.abs(integers.columns).max()) * float(np.abs(integers.rows).max())
         limit = 65504.0 if dtype == "F16" else 3.38e38
-        if extreme >= LARGEST or extreme * max(largest, float(np.abs(integers.columns).max())) > limit:
+        if (
+            extreme >= LARGEST
+            or extreme * max(largest, float(np.abs(integers.columns).max())) > limit
+        ):
             return None
         threads = threads or native.threads()
         layout = Layout.of(integers, dtype)
@@ -225,9 +228,7 @@ def _fits(integers: Integers, dtype: str) -> bool:
     return bool(finite and (not columns.size or columns.min() >= SMALLEST_UNIT))
 
 
-def _plan(
-    levels: Array, integers: Integers, layout: Layout, threads: int
-) -> tuple[Scales, Models]:
+def _plan(levels: Array, integers: Integers, layout: Layout, threads: int) -> tuple[Scales, Models]:
     m, n = layout.m, layout.n
     spread = integers.spread.astype(np.float64)
     known = np.isfinite(spread) & (spread > 0)
@@ -250,7 +251,9 @@ def _plan(
         core.coded_count(flat, levels.itemsize, plain, *alike, coarse, counts, threads)
     counts = counts.reshape(-1, 256)
     # Lanes beyond the last column hold zeros.
-    np.add.at(counts[:, 128], scales.row_levels.astype(np.int64) + scales.panel_levels[-1], -n % LANES)
+    np.add.at(
+        counts[:, 128], scales.row_levels.astype(np.int64) + scales.panel_levels[-1], -n % LANES
+    )
     return scales, models_of(counts, coarse)
 
 

@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 
 from waterfill.types import Array, Floats
 
-__all__ = ["LANES", "Models", "Scales", "coarse_shifts", "decoding_table", "models_of", "odd", "scales_of"]
+__all__ = [
+    "LANES",
+    "Models",
+    "Scales",
+    "coarse_shifts",
+    "decoding_table",
+    "models_of",
+    "odd",
+    "scales_of",
+]
 
 LANES, STATES, SYMBOLS = 128, 128, 16
 PATCH_BITS = 48
@@ -71,7 +80,9 @@ def scales_of(columns: Ints, rows: NDArray[np.float64], group: int) -> Scales:
     order = np.lexsort((-columns, np.arange(n) // group))
     padded = np.zeros(-(-n // LANES) * LANES)
     padded[:n] = columns[order] / m
-    power = padded.reshape(-1, LANES).sum(axis=1) / np.minimum(LANES, n - LANES * np.arange(len(padded) // LANES))
+    power = padded.reshape(-1, LANES).sum(axis=1) / np.minimum(
+        LANES, n - LANES * np.arange(len(padded) // LANES)
+    )
     panel = np.log2(np.maximum(np.sqrt(power), FLOOR))
     mean = float(np.mean(rows)) or 1.0
     row = 0.5 * np.log2(np.maximum(rows / mean, 2.0 ** (-ROW_OCTAVES)))
@@ -125,7 +136,9 @@ def models_of(counts: Ints, coarse: Bytes) -> Models:
     for width in (1, 2, 4, PER_OCTAVE, 512):
         starts = _starts(used, coarse, width)
         merged = np.add.reduceat(counts[used], starts, axis=0)
-        cost = np.stack([_cost(*_fold(merged, f, coarse[used[starts]] == 0), f) for f in range(FINER)])
+        cost = np.stack(
+            [_cost(*_fold(merged, f, coarse[used[starts]] == 0), f) for f in range(FINER)]
+        )
         cost += coarse[used[starts]] * merged.sum(axis=1)
         total = cost.min(axis=0).sum() / 8 + TABLE_NBYTES * starts.size
         candidates.append((total, starts, merged, cost.argmin(axis=0)))

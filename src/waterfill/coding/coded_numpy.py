@@ -21,9 +21,7 @@ PLANE_NBYTES = LANES // 8
 HEAD = np.dtype([("strings", "<u4", 2), ("patches", "<u4")])
 PATCH = np.dtype([("place", "<u2"), ("level", "<i4")])
 # The lane of each position.
-LANE = (
-    np.arange(LANES) // 64 * 64 + np.arange(LANES) % 16 * 4 + np.arange(LANES) % 64 // 16
-)
+LANE = np.arange(LANES) // 64 * 64 + np.arange(LANES) % 16 * 4 + np.arange(LANES) % 64 // 16
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
@@ -110,7 +108,9 @@ def _row(lanes: _Lanes, machine: Ints, table: Bytes, raw: Bytes, states: int) ->
     entry = table[: 2 * STATES][grid * STATES + lanes.states].astype(np.int64)
     base = table[2 * STATES :][grid * STATES + lanes.states].astype(np.int64)
     lanes.states = base | lanes.take(entry >> 5)
-    planes = np.unpackbits(raw.reshape(-1, PLANE_NBYTES), axis=1, bitorder="little").astype(np.int64)
+    planes = np.unpackbits(raw.reshape(-1, PLANE_NBYTES), axis=1, bitorder="little").astype(
+        np.int64
+    )
     q = (entry >> 1 & 15) - 8
     for plane in planes[::-1]:
         q = 2 * q + plane
@@ -159,7 +159,9 @@ def matmul_at(
 def power(levels: Array, plain: bool, weights: Floats) -> tuple[Ints, NDArray[np.float64]]:
     """Sums of squared points of each column, and of each row with weighted columns."""
     points = np.minimum(np.abs(levels.astype(np.int64) * (2 if plain else 1)), 1 << 15)
-    return np.square(points).sum(axis=0), np.square(points).astype(np.float64) @ weights.astype(np.float64)
+    return np.square(points).sum(axis=0), np.square(points).astype(np.float64) @ weights.astype(
+        np.float64
+    )
 
 
 def count(levels: Array, plain: bool, scales: Scales, coarse: Bytes) -> Ints:
@@ -204,9 +206,7 @@ class _Encoder:
 
 def encode(levels: Array, layout: Layout, scales: Scales, models: Models) -> tuple[Ints, Bytes]:
     """Where blocks start, and their bytes."""
-    encoders = [
-        _Encoder(t, bool(s)) for t, s in zip(models.tables, models.shifts, strict=True)
-    ]
+    encoders = [_Encoder(t, bool(s)) for t, s in zip(models.tables, models.shifts, strict=True)]
     blocks = [_block(levels, layout, scales, models, encoders, i) for i in range(layout.blocks)]
     starts = np.cumsum([0, *(len(b) for b in blocks)]).astype(np.int64)
     return starts, np.frombuffer(b"".join(blocks), np.uint8)

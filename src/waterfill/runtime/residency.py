@@ -9,6 +9,7 @@ not open, or does not pay, is dense.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ __all__ = [
 
 RESIDENCIES = ("dense", "packed", "coded")
 MATRICES: Mapping[str, Any] = {"packed": PackedMatrix, "coded": CodedMatrix}
-TILE_NBYTES = 4 << 20  # decoded at a time where many vectors meet a packed or coded weight
+# Decoded at a time where many vectors meet a packed or coded weight; coded rows begin in such steps.
+TILE_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -71,40 +73,53 @@ class Row:
     Attributes
     ----------
     name : str
-    size : int
-        Weights.
+    shape : tuple of int
+        As a matrix.
     dense : int
-        Bytes.
+        Bytes, of all copies that a model keeps.
     packed, coded : int or None
         Bytes, or None where that way is not open.
     streamed : bool
-        Whether *coded* means decoded as a whole for each use, in a buffer of `dense` bytes.
+        Whether *coded* means decoded as a whole for each use, not within the product.
     products : int
         With how many vectors it is multiplied for one token; 0 if only looked up.
+    itemsize : int
+        Bytes of a decoded weight.
     """
 
     name: str
-    size: int
+    shape: tuple[int, ...]
     dense: int
     packed: int | None = None
     coded: int | None = None
     streamed: bool = False
     products: int = 1
+    itemsize: int = 4
 
     def nbytes(self, residency: str) -> int | None:
         """Bytes in one form, or None."""
         found: int | None = getattr(self, residency)
         return found
 
+    def scratch(self, residency: str) -> int:
+        """Bytes of the shared buffer that it needs."""
+        if residency == "dense":
+            return 0
+        whole = residency == "coded" and self.streamed
+        rows = self.shape[0] if whole else min(self.shape[0], TILE_ROWS)
+        return rows * math.prod(self.shape[1:]) * self.itemsize
+
     def seconds(self, residency: str) -> float:
         """Roughly, for one token."""
-        if residency == "coded" and self.streamed:
-            return max(self.products, 1) * self.dense / SPEEDS.streamed_nbytes
-        if residency == "coded":
-            return self.products * self.size / SPEEDS.coded_weights
-        nbytes = self.nbytes(residency) or 0
-        rate = SPEEDS.packed_nbytes if residency == "packed" else SPEEDS.dense_nbytes
-        return self.products * nbytes / rate
+        m, n = self.shape[0] if self.shape else 1, math.prod(self.shape[1:])
+        if residency == "dense":
+            return self.products * m * n * self.itemsize / SPEEDS.dense_nbytes
+        if residency == "packed":
+            return self.products * (self.packed or 0) / SPEEDS.packed_nbytes
+        if self.streamed:
+            return max(self.products, 1) * m * n * self.itemsize / SPEEDS.streamed_nbytes
+        looked_up = min(m, TILE_ROWS) / 2  # a row is reached through those before it
+        return (self.products * m or looked_up) * n / SPEEDS.coded_weights
 
 
 @dataclass(frozen=True)
@@ -120,7 +135,7 @@ class Estimate:
         for row in self.rows:
             form = chosen.get(row.name, "dense")
             total += row.nbytes(form) or 0
-            scratch = max(scratch, _scratch(row, form))
+            scratch = max(scratch, row.scratch(form))
         return total + scratch
 
     @property
@@ -130,13 +145,6 @@ class Estimate:
             limit + sum(min(r.nbytes(f) or 0 for f in _options(r, limit)) for r in self.rows)
             for limit in _limits(self.rows)
         )
-
-
-def _scratch(row: Row, form: str) -> int:
-    """Bytes of the shared buffer that a form needs."""
-    if form == "dense":
-        return 0
-    return row.dense if form == "coded" and row.streamed else min(TILE_NBYTES, 4 * row.size)
 
 
 def check(residency: str) -> str:
@@ -208,15 +216,15 @@ def rows_of(
         if info.group:
             continue
         wide = dtype is not None and info.dtype in FLOAT_DTYPES
-        each = info.size * DTYPES[dtype].itemsize if wide and dtype else info.nbytes
-        dense = copies[name] * each
+        itemsize = DTYPES[dtype if wide and dtype else info.dtype].itemsize
+        dense = copies[name] * info.size * itemsize
         if name in uses and len(info.shape) == 2 and info.dtype in FLOAT_DTYPES:
-            yield _row(reader, entry, dense, uses[name])
+            yield _row(reader, entry, dense, uses[name], itemsize)
         else:
-            yield Row(name, info.size, dense)
+            yield Row(name, info.shape, dense, itemsize=itemsize)
 
 
-def _row(reader: Reader, entry: Entry, dense: int, products: int) -> Row:
+def _row(reader: Reader, entry: Entry, dense: int, products: int, itemsize: int) -> Row:
     info = entry.info
     outline = integers_of(reader, info.name, outline=True)
     packed = coded = None
@@ -226,12 +234,13 @@ def _row(reader: Reader, entry: Entry, dense: int, products: int) -> Row:
     streamed = coded is None
     return Row(
         info.name,
-        info.size,
+        info.matrix_shape,
         dense,
         packed if packed is not None and packed < dense else None,
         entry.nbytes if streamed else coded,
         streamed,
         products,
+        itemsize,
     )
 
 
@@ -285,12 +294,12 @@ def choose(rows: Iterable[Row], memory: str | int) -> dict[str, str]:
 
 def _limits(rows: Iterable[Row]) -> list[int]:
     """Sizes that the shared buffer may have."""
-    return sorted({0, *(_scratch(row, f) for row in rows for f in RESIDENCIES if _pays(row, f))})
+    return sorted({0, *(row.scratch(f) for row in rows for f in RESIDENCIES if _pays(row, f))})
 
 
 def _options(row: Row, limit: int) -> list[str]:
     """Forms that save something and need no larger buffer; dense always."""
-    return ["dense", *(f for f in RESIDENCIES if _pays(row, f) and _scratch(row, f) <= limit)]
+    return ["dense", *(f for f in RESIDENCIES if _pays(row, f) and row.scratch(f) <= limit)]
 
 
 def _fastest(rows: tuple[Row, ...], nbytes: int, limit: int) -> dict[str, str] | None:

@@ -13,7 +13,7 @@ import torch
 
 from waterfill.coding.native import threads
 from waterfill.coding.packed import MAX_BATCH
-from waterfill.runtime.residency import TILE_NBYTES
+from waterfill.runtime.residency import TILE_ROWS
 from waterfill.runtime.streaming import StreamMatrix
 from waterfill.runtime.tensors import to_torch
 from waterfill.types import Array
@@ -131,8 +131,8 @@ class MatrixWeight(Weight):
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
         m, n = self.shape
         kernel = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        step = max(1, TILE_NBYTES // (n * kernel.itemsize))
-        room = self.scratch.take(min(step, m) * n * kernel.itemsize)
+        step = min(TILE_ROWS, m)
+        room = self.scratch.take(step * n * kernel.itemsize)
         for first in range(0, m, step):
             last = min(first + step, m)
             tile = room[: (last - first) * n * kernel.itemsize].view(kernel).view(-1, n)
@@ -168,8 +168,8 @@ class StreamWeight(Weight):
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
         bits = self._bits()
-        m, n = self.shape
-        step = m if bits.dtype == dtype else max(1, TILE_NBYTES // (n * dtype.itemsize))
+        m, _ = self.shape
+        step = m if bits.dtype == dtype else TILE_ROWS
         for first in range(0, m, step):
             last = min(first + step, m)
             yield first, last, bits[first:last].to(dtype)
