@@ -131,7 +131,7 @@ inline void matmul(const Matrix& matrix, const Reader& x, size_t batch, unsigned
 
 inline size_t width_of(Float type) { return type == Float::f32 ? 4 : 2; }
 
-inline uint8_t* scratch_for_rows(const Matrix& matrix) { return scratch(matrix.tiles * kColumns * kRows + matrix.n * 4); }
+inline uint8_t* scratch_for_rows(const Matrix& matrix) { return scratch((matrix.n + kChunkTiles * kColumns) * kRows + matrix.n * 4); }
 
 // Rows first .. last - 1 into out (last - first, n).
 inline void rows(const Matrix& matrix, size_t first, size_t last, const Writer& out, unsigned threads, Isa isa) {
