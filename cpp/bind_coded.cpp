@@ -2,7 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
-#include "coded_build.h"
+#include "coded_encode.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

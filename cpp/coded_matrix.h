@@ -8,7 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "aligned.h"
 #include "coded.h"
 #include "dispatch.h"
 #include "pool.h"
@@ -102,11 +101,10 @@ inline float from_half(uint16_t half) {
 class Coded {
 public:
     explicit Coded(const Arrays& arrays)
-        : shape_(arrays.layout), arrays_(arrays), panel_raw_(shape_.panels), tables_(arrays.tables.size) {
+        : shape_(arrays.layout), arrays_(arrays), panel_raw_(shape_.panels) {
         check_sizes();
         check_values();
-        std::copy(arrays.tables.begin(), arrays.tables.end(), tables_.data());
-        matrix_ = {shape_.m, shape_.n, shape_.panels, shape_.code, shape_.dtype, shape_.tiny, any_scale(), tables_.data(), arrays_.shifts.at,
+        matrix_ = {shape_.m, shape_.n, shape_.panels, shape_.code, shape_.dtype, shape_.tiny, any_scale(), arrays_.tables.at, arrays_.shifts.at,
                    arrays_.choice.at, arrays_.row_levels.at, arrays_.panel_levels.at, panel_raw_.data(), arrays_.units.at};
         find_raw();
         for (size_t i = 0; i < shape_.blocks(); ++i) check_block(i);
@@ -243,7 +241,6 @@ private:
     Shape shape_;
     Arrays arrays_;
     std::vector<uint8_t> panel_raw_;
-    Aligned<uint8_t> tables_;
     Matrix matrix_{};
 };
 

@@ -124,8 +124,7 @@ class CodedMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes it keeps in memory."""
-        # The kernels' copy of the tables, which begins at a cache line.
-        return sum(a.nbytes for a in self.arrays.values()) + self.arrays["tables"].nbytes
+        return sum(a.nbytes for a in self.arrays.values())
 
     @cached_property
     def _native(self) -> Any:
