@@ -92,6 +92,9 @@ inline float rounded(float value, Float dtype) {
 #if defined(WATERFILL_ISA_avx512)
 #include "coded_avx512.h"
 #include "coded_avx512_weights.h"
+#elif defined(WATERFILL_ISA_avx2)
+#include "coded_avx2.h"
+#include "coded_weights.h"
 #else
 #include "coded_lanes.h"
 #include "coded_weights.h"
