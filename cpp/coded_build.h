@@ -65,7 +65,7 @@ inline void power(const Source& source, const float* weights, int64_t* columns, 
 
 // How positions and levels of scale were given out.
 struct Plan {
-    const int32_t* order;
+    const uint16_t* order;
     const uint8_t *row_levels, *panel_levels;
 };
 

@@ -118,7 +118,7 @@ private:
             for (size_t i = 0; i < panels_; ++i) {
                 const size_t before = patches_.size(), panel = panel_ + i, width = std::min<size_t>(kLanes, shape_.n - panel * kLanes);
                 // Columns by lane; those beyond the last one read any column.
-                int32_t columns[kLanes];
+                uint16_t columns[kLanes];
                 for (unsigned lane = 0; lane < kLanes; ++lane) columns[lane] = making_.plan.order[panel * kLanes + std::min<size_t>(position_of_[lane], width - 1)];
                 for (size_t r = tile; r < std::min(rows_, tile + kTile); ++r, ++step) {
                     tables_[step] = making_.choice[size_t(making_.plan.row_levels[row_ + r]) + making_.plan.panel_levels[panel]];
@@ -130,7 +130,7 @@ private:
     }
 
     // False where a level needs more than a symbol.
-    template <class Stored> bool take_bytes(const Stored* row, const int32_t* columns, size_t step) {
+    template <class Stored> bool take_bytes(const Stored* row, const uint16_t* columns, size_t step) {
         const uint8_t* of_byte = making_.encoders[tables_[step]].of_byte();
         uint8_t* const kinds = &kinds_[step * kLanes];
         uint8_t seen = 0;
@@ -141,7 +141,7 @@ private:
         return seen < Encoder::kKinds;
     }
 
-    template <class Stored> void take_row(const Stored* row, int32_t times, const int32_t* columns, size_t width, size_t step, size_t row_of_tile) {
+    template <class Stored> void take_row(const Stored* row, int32_t times, const uint16_t* columns, size_t width, size_t step, size_t row_of_tile) {
         const Encoder& encoder = making_.encoders[tables_[step]];
         const size_t planes = raw_.size();
         raw_.resize(planes + encoder.shift() * kPlaneNbytes);

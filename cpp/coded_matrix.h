@@ -53,7 +53,7 @@ struct Shape {
     explicit Shape(Span<int64_t> layout) {
         require(layout.size == 7, "a layout of seven numbers");
         const int64_t* v = layout.at;
-        require(v[0] > 0 && v[1] > 0 && v[0] < int64_t(1) << 31 && v[1] < int64_t(1) << 31, "rows and columns, fewer than 2^31");
+        require(v[0] > 0 && v[1] > 0 && v[0] < int64_t(1) << 31 && v[1] <= kMaxColumns, "rows, and columns, at most 65536");
         require(v[3] >= 0 && v[3] <= 2 && (v[6] == 0 || v[6] == 1), "a dtype of 0 to 2, and a flag");
         m = size_t(v[0]), n = size_t(v[1]);
         code = code_of(v[2]);
@@ -79,7 +79,7 @@ struct Shape {
 // Everything a matrix is made of.
 struct Arrays {
     Span<int64_t> layout;
-    Span<int32_t> order;        // (n) the column of each position
+    Span<uint16_t> order;       // (n) the column of each position
     Span<float> units;          // (panels, kLanes)
     Span<uint8_t> scales;       // (groups, m), 2 or 4 bytes each
     bool half;
@@ -132,9 +132,9 @@ private:
     void check_values() const {
         const Arrays& a = arrays_;
         std::vector<bool> seen(shape_.n);
-        for (int32_t column : a.order) {
-            require(column >= 0 && size_t(column) < shape_.n && !seen[size_t(column)], "an order that is a permutation");
-            seen[size_t(column)] = true;
+        for (uint16_t column : a.order) {
+            require(column < shape_.n && !seen[column], "an order that is a permutation");
+            seen[column] = true;
         }
         const size_t highest = size_t(*std::max_element(a.row_levels.begin(), a.row_levels.end())) + *std::max_element(a.panel_levels.begin(), a.panel_levels.end());
         require(highest < a.choice.size, "a table for each level");
