@@ -47,6 +47,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("delta_fuzz", ["rans_kernel", "delta_kernel"], 1000),
         ("codebook_fuzz", ["packed_kernel"], 300),
         ("hadamard_fuzz", ["hadamard_kernel"], 400),
+        ("coded_fuzz", ["coded_kernel"], 100),
         ("words_fuzz", ["words_kernel", "rans_kernel", "huffman_kernel"], 500),
     ],
 )
