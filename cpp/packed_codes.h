@@ -9,15 +9,26 @@ namespace {
 
 using packed::kVector;
 
-// Codes of the D-th four columns of a tile, a byte each; of the part of its vectors that `tile` points to.
-template <unsigned Bits, unsigned D> inline Codes codes_of(const uint8_t* tile) {
+// One row's four columns.
+struct Dword {
+    uint32_t v;
+
+    static Dword load(const uint8_t* at) { return {uint32_t(dword_at(at))}; }
+    void store(uint8_t* at) const { std::memcpy(at, &v, 4); }
+    template <int Shift> Dword field(uint8_t mask) const { return {(Shift > 0 ? v >> (Shift > 0 ? Shift : 0) : v << (Shift < 0 ? -Shift : 0)) & mask * 0x01010101u}; }
+    Dword operator|(Dword other) const { return {v | other.v}; }
+};
+
+// Codes of the D-th four columns of a tile, a byte each; of those rows of its vectors that `tile`
+// points to.
+template <unsigned Bits, unsigned D, class Rows = Codes> inline Rows codes_of(const uint8_t* tile) {
     constexpr int below_two = Bits & 4, below_one = Bits & 6;
-    if constexpr (Bits == 8) return Codes::load(tile + kVector * D);
-    else if constexpr (Bits == 4) return Codes::load(tile + kVector * (D / 2)).template field<4 * (D % 2)>(15);
-    else if constexpr (Bits == 2) return Codes::load(tile + kVector * (D / 4)).template field<2 * (D % 4)>(3);
+    if constexpr (Bits == 8) return Rows::load(tile + kVector * D);
+    else if constexpr (Bits == 4) return Rows::load(tile + kVector * (D / 2)).template field<4 * (D % 2)>(15);
+    else if constexpr (Bits == 2) return Rows::load(tile + kVector * (D / 4)).template field<2 * (D % 4)>(3);
     else if constexpr ((Bits & 1) != 0)
-        return codes_of<Bits - 1, D>(tile) | Codes::load(tile + kVector * below_one).template field<int(D) - below_one>(uint8_t(1 << below_one));
-    else return codes_of<4, D>(tile) | Codes::load(tile + kVector * (below_two + D / 4)).template field<2 * int(D % 4) - below_two>(uint8_t(3 << below_two));
+        return codes_of<Bits - 1, D, Rows>(tile) | Rows::load(tile + kVector * below_one).template field<int(D) - below_one>(uint8_t(1 << below_one));
+    else return codes_of<4, D, Rows>(tile) | Rows::load(tile + kVector * (below_two + D / 4)).template field<2 * int(D % 4) - below_two>(uint8_t(3 << below_two));
 }
 
 template <class Call, unsigned... D> inline void each_of(Call call, std::integer_sequence<unsigned, D...>) {
@@ -27,15 +38,21 @@ template <class Call, unsigned... D> inline void each_of(Call call, std::integer
 template <class Call> inline void each_dword(Call call) { each_of(call, std::make_integer_sequence<unsigned, 8>()); }
 template <class Call> inline void each_part(Call call) { each_of(call, std::make_integer_sequence<unsigned, kParts>()); }
 
-// Tiles of a chunk as plain bytes, eight vectors a tile.
-template <unsigned Bits> void unpack(const uint8_t* codes, size_t tiles, uint8_t* out) {
-    for (size_t tile = 0; tile < tiles; ++tile, codes += Bits * kVector, out += 8 * kVector)
-        for (size_t part = 0; part < kVector; part += kPart)
-            each_dword([&](auto d) { codes_of<Bits, decltype(d)::value>(codes + part).store(out + kVector * d + part); });
+// A tile as plain bytes, eight vectors.
+template <unsigned Bits> void unpack(const uint8_t* tile, uint8_t* out) {
+    for (size_t part = 0; part < kVector; part += kPart)
+        each_dword([&](auto d) { codes_of<Bits, decltype(d)::value>(tile + part).store(out + kVector * d + part); });
 }
 
-using Unpack = void (*)(const uint8_t*, size_t, uint8_t*);
+// One row of a tile.
+template <unsigned Bits> void unpack_row(const uint8_t* tile, size_t row, uint8_t* out) {
+    each_dword([&](auto d) { codes_of<Bits, decltype(d)::value, Dword>(tile + 4 * row).store(out + 4 * d); });
+}
+
+using Unpack = void (*)(const uint8_t*, uint8_t*);
+using UnpackRow = void (*)(const uint8_t*, size_t, uint8_t*);
 constexpr Unpack kUnpack[9] = {nullptr, nullptr, unpack<2>, unpack<3>, unpack<4>, unpack<5>, unpack<6>, unpack<7>, unpack<8>};
+constexpr UnpackRow kUnpackRow[9] = {nullptr, nullptr, unpack_row<2>, unpack_row<3>, unpack_row<4>, unpack_row<5>, unpack_row<6>, unpack_row<7>, unpack_row<8>};
 
 }  // namespace
 }  // namespace waterfill::WATERFILL_ISA

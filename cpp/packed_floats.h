@@ -40,8 +40,8 @@ inline uint16_t to_half(float x) {
 inline float from_bf16(uint16_t upper) { return float_of(uint32_t(upper) << 16); }
 
 inline uint16_t to_bf16(float x) {
-    const uint32_t bits = bits_of(x), rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-    return uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? bits >> 16 | 0x40u : rounded);
+    const uint32_t bits = bits_of(x), rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
+    return uint16_t((x != x ? bits | 0x400000u : rounded) >> 16);
 }
 
 template <packed::Float Type> struct Stored;

@@ -110,17 +110,22 @@ template <unsigned... I> Multiply for_bits(unsigned bits, size_t planes, std::in
 }
 
 // What levels beyond their width lack; a matrix with such has one group.
-void correct(const Walk& walk, size_t block, const Activations& x, Lanes* total) {
+template <bool One> void correct(const Walk& walk, size_t block, const Activations& x, Lanes* total) {
     const Matrix& matrix = walk.matrix;
-    alignas(64) float sums[kMaxBatch][kRows] = {};
-    for (int64_t i = matrix.starts[block]; i < matrix.starts[block + 1]; ++i) {
-        const uint32_t word = matrix.corrections[i];
-        const float difference = float(difference_of(word));
-        const float* values = x.values + (word >> kColumnShift) * x.batch;
-        for (size_t t = 0; t < x.batch; ++t) sums[t][row_of(word)] += difference * values[t];
+    const size_t batch = One ? 1 : x.batch;
+    alignas(64) float sums[kRows][One ? 1 : kMaxBatch] = {};
+    const uint32_t* const end = matrix.corrections + matrix.starts[block + 1];
+    for (const uint32_t* word = matrix.corrections + matrix.starts[block]; word < end; ++word) {
+        const float difference = float(difference_of(*word));
+        const float* values = x.values + (*word >> kColumnShift) * batch;
+        for (size_t t = 0; t < batch; ++t) sums[row_of(*word)][t] += difference * values[t];
     }
     const Lanes scales = walk.scales();
-    for (size_t t = 0; t < x.batch; ++t) total[t] = total[t] + Lanes::load(sums[t]) * scales;
+    for (size_t t = 0; t < batch; ++t) {
+        alignas(64) float line[kRows];
+        for (size_t r = 0; r < kRows; ++r) line[r] = sums[r][t];
+        total[t] = total[t] + Lanes::load(line) * scales;
+    }
 }
 
 template <Float Type> void write_as(const Matrix& matrix, size_t block, size_t batch, const Lanes* total, void* y) {
@@ -151,7 +156,7 @@ void multiply(const Matrix& matrix, const Activations& x, size_t first, size_t l
                 for_bits(segment.bits, pass.tokens * x.planes, std::make_integer_sequence<unsigned, 7>())(segment, walk, pass, x.planes, out.group + pass.first, out.total + pass.first);
             }
         }
-        if (matrix.starts) correct(walk, block, x, out.total);
+        if (matrix.starts) (x.batch == 1 ? correct<true> : correct<false>)(walk, block, x, out.total);
         if (y.type == Float::f32) write_as<Float::f32>(matrix, block, x.batch, out.total, y.at);
         else if (y.type == Float::bf16) write_as<Float::bf16>(matrix, block, x.batch, out.total, y.at);
         else write_as<Float::f16>(matrix, block, x.batch, out.total, y.at);

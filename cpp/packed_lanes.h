@@ -143,59 +143,55 @@ struct Lanes {
 
 constexpr size_t kParts = 4;
 
+// Sixteen bytes: what every machine with vectors has, and a compiler makes loops of for the others.
+typedef uint16_t Words __attribute__((vector_size(16)));
+typedef int16_t Shorts __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+
 // Two columns of a row to a word.
 struct Codes {
-    uint16_t v[8];
+    Words v;
 
     static Codes load(const uint8_t* at) {
         Codes out;
-        std::memcpy(out.v, at, sizeof out.v);
+        std::memcpy(&out.v, at, sizeof out.v);
         return out;
     }
-    void store(uint8_t* at) const { std::memcpy(at, v, sizeof v); }
+    void store(uint8_t* at) const { std::memcpy(at, &v, sizeof v); }
     // Bits that a shift brings in from the next byte are masked away.
     template <int Shift> Codes field(uint8_t mask) const {
-        constexpr int right = Shift > 0 ? Shift : 0, left = Shift < 0 ? -Shift : 0;
-        const uint16_t m = uint16_t(mask * 0x0101);
-        Codes out;
-        for (int i = 0; i < 8; ++i) out.v[i] = uint16_t((left ? v[i] << left : v[i] >> right) & m);
-        return out;
+        const uint16_t both = uint16_t(mask * 0x0101);
+        if constexpr (Shift >= 0) return {(v >> Shift) & both};
+        else return {(v << -Shift) & both};
     }
-    Codes operator|(Codes other) const {
-        for (int i = 0; i < 8; ++i) other.v[i] = uint16_t(other.v[i] | v[i]);
-        return other;
-    }
+    Codes operator|(Codes other) const { return {v | other.v}; }
 };
 
 template <unsigned Period> struct Sum {
-    int32_t v[4];
-    int16_t narrow[8];
+    Ints v;
+    Shorts narrow;
 
     static Sum start(unsigned bits, int32_t levels) {
         const int32_t first = Period ? -levels * (1 << (bits - 1)) : 0;
-        return {{first, first, first, first}, {}};
+        return {Ints{first, first, first, first}, Shorts{}};
     }
     static Sum zero() { return start(1, 0); }
     template <unsigned D> void add(Codes codes, const int8_t* x) {
         constexpr unsigned period = Period ? Period : 1;
         constexpr int16_t zero_point = Period ? 0 : 128;
-        const int16_t lower[8] = {x[0], x[2], x[0], x[2], x[0], x[2], x[0], x[2]}, upper[8] = {x[1], x[3], x[1], x[3], x[1], x[3], x[1], x[3]};
-        for (int i = 0; i < 8; ++i) {
-            const int16_t low = int16_t((codes.v[i] & 255) - zero_point), high = int16_t((codes.v[i] >> 8) - zero_point);
-            const int16_t pair = int16_t(low * lower[i] + high * upper[i]);
-            narrow[i] = D % period == 0 ? pair : int16_t(narrow[i] + pair);
+        const int32_t four = dword_at(x);
+        const Shorts pairs = (Shorts)(Ints{four, four, four, four});
+        const Shorts lower = (Shorts)((Words)pairs << 8) >> 8, upper = pairs >> 8;
+        const Shorts even = (Shorts)(codes.v & 255) - zero_point, odd = (Shorts)(codes.v >> 8) - zero_point;
+        const Shorts products = even * lower + odd * upper;
+        narrow = D % period == 0 ? products : narrow + products;
+        if constexpr (D % period == period - 1) {
+            const Ints two = (Ints)narrow;
+            v += ((two << 16) >> 16) + (two >> 16);
         }
-        if constexpr (D % period == period - 1)
-            for (int r = 0; r < 4; ++r) v[r] += narrow[2 * r] + narrow[2 * r + 1];
     }
-    Sum operator+(Sum other) const {
-        for (int r = 0; r < 4; ++r) other.v[r] += v[r];
-        return other;
-    }
-    Sum scaled(int32_t base, Sum other) const {
-        for (int r = 0; r < 4; ++r) other.v[r] += v[r] * base;
-        return other;
-    }
+    Sum operator+(Sum other) const { return {v + other.v, narrow}; }
+    Sum scaled(int32_t base, Sum other) const { return {v * base + other.v, narrow}; }
 };
 
 struct Lanes {

@@ -63,6 +63,7 @@ inline Matrix geometry_of(const int64_t* layout, size_t count) {
     }
     require(columns == out.n, "packed: the segments' columns are not all columns");
     const size_t group = size_t(layout[2]);
+    require(group <= out.n, "packed: a group larger than its row");
     out.groups = (out.n + group - 1) / group;
     require(out.groups == 1 || (group % kColumns == 0 && out.n_segments == 1), "packed: groups are whole tiles of one segment");
     out.group_tiles = out.groups == 1 ? out.tiles : group / kColumns;
@@ -90,7 +91,7 @@ inline Matrix matrix_of(const Arrays& a) {
         require(a.n_steps == out.n, "packed: one step for each column");
         out.steps = a.steps;
     }
-    if (a.n_corrections) {
+    if (a.n_starts || a.n_corrections) {
         require(a.n_starts == out.blocks + 1 && out.groups == 1 && a.starts[0] == 0 && a.starts[out.blocks] == int64_t(a.n_corrections), "packed: corrections belong to blocks, and to one group");
         for (size_t b = 0; b < out.blocks; ++b) require(a.starts[b] <= a.starts[b + 1], "packed: corrections in disorder");
         for (size_t i = 0; i < a.n_corrections; ++i) require(a.corrections[i] >> kColumnShift < out.n, "packed: a correction beyond the last column");
@@ -131,7 +132,7 @@ inline void matmul(const Matrix& matrix, const Reader& x, size_t batch, unsigned
 
 inline size_t width_of(Float type) { return type == Float::f32 ? 4 : 2; }
 
-inline uint8_t* scratch_for_rows(const Matrix& matrix) { return scratch(matrix.tiles * kColumns * kRows + matrix.n * 4); }
+inline uint8_t* scratch_for_rows(const Matrix& matrix) { return scratch((matrix.n + kChunkTiles * kColumns) * kRows + matrix.n * 4); }
 
 // Rows first .. last - 1 into out (last - first, n).
 inline void rows(const Matrix& matrix, size_t first, size_t last, const Writer& out, unsigned threads, Isa isa) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "packed_activations.h"
 #include "packed_codes.h"
 
 namespace waterfill::WATERFILL_ISA {
@@ -13,23 +14,59 @@ using packed::kRows;
 inline int32_t difference_of(uint32_t word) { return int32_t(word & ((1u << packed::kDifferenceBits) - 1)) - packed::kDifferenceZero; }
 inline size_t row_of(uint32_t word) { return word >> packed::kDifferenceBits & (kRows - 1); }
 
-// Codes of a block, a line of bytes for each row, `pitch` bytes apart.
-inline void lines_of(const packed::Matrix& matrix, size_t block, const uint8_t* rows, size_t count, uint8_t* lines) {
-    const size_t pitch = matrix.tiles * kColumns;
-    alignas(64) uint8_t unpacked[packed::kChunkTiles * 8 * kVector];
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+// Sixteen rows of N bytes to N columns of sixteen: as one array whose halves are interleaved byte by
+// byte, four times over.
+template <size_t N> inline void transpose(Bytes (&v)[N]) {
+    for (int times = 0; times < 4; ++times) {
+        Bytes next[N];
+        for (size_t i = 0; i < N / 2; ++i) {
+            next[2 * i] = __builtin_shufflevector(v[i], v[i + N / 2], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            next[2 * i + 1] = __builtin_shufflevector(v[i], v[i + N / 2], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+        for (size_t i = 0; i < N; ++i) v[i] = next[i];
+    }
+}
+
+inline size_t column_of(const packed::Matrix& matrix, size_t place) { return matrix.order ? size_t(matrix.order[place]) : place; }
+
+// Levels of a block, (n, 16), without their corrections.
+inline void columns_of(const packed::Matrix& matrix, size_t block, int8_t* columns) {
+    const uint8_t* codes = matrix.codes + block * matrix.block_nbytes;
+    alignas(64) uint8_t tile[8 * kVector];
     for (size_t s = 0; s < matrix.n_segments; ++s) {
         const packed::Segment& segment = matrix.segments[s];
-        const uint8_t* codes = matrix.codes + block * matrix.block_nbytes + segment.offset;
-        for (size_t tile = 0; tile < segment.tiles; tile += packed::kChunkTiles) {
-            const size_t tiles = std::min(packed::kChunkTiles, segment.tiles - tile);
-            kUnpack[segment.bits](codes, tiles, unpacked);
-            codes += tiles * segment.bits * kVector;
-            for (size_t i = 0; i < count; ++i) {
-                uint8_t* line = lines + i * pitch + (segment.first + tile) * kColumns;
-                for (size_t d = 0; d < 8 * tiles; ++d) std::memcpy(line + 4 * d, unpacked + d * kVector + 4 * rows[i], 4);
+        const uint8_t zero = uint8_t(1u << (segment.bits - 1));
+        for (size_t t = 0; t < segment.tiles; ++t, codes += segment.bits * kVector) {
+            const size_t first = (segment.first + t) * kColumns, count = std::min(kColumns, matrix.n - first);
+            kUnpack[segment.bits](codes, tile);
+            for (size_t d = 0; d < 8; ++d) {
+                Bytes four[4];
+                std::memcpy(four, tile + d * kVector, kVector);
+                transpose(four);
+                for (size_t c = 0; c < 4 && 4 * d + c < count; ++c) {
+                    const Bytes levels = four[c] - zero;
+                    std::memcpy(columns + kRows * column_of(matrix, first + 4 * d + c), &levels, kRows);
+                }
             }
         }
     }
+}
+
+// Levels of one row, (n), and as many bytes of scratch behind the next multiple of a chunk.
+inline void line_of(const packed::Matrix& matrix, size_t block, size_t row, int8_t* line, size_t padded) {
+    const uint8_t* codes = matrix.codes + block * matrix.block_nbytes;
+    uint8_t* sorted = reinterpret_cast<uint8_t*>(matrix.order ? line + padded : line);
+    for (size_t s = 0; s < matrix.n_segments; ++s) {
+        const packed::Segment& segment = matrix.segments[s];
+        uint8_t* first = sorted + segment.first * kColumns;
+        for (size_t t = 0; t < segment.tiles; ++t, codes += segment.bits * kVector) kUnpackRow[segment.bits](codes, row, first + t * kColumns);
+        const uint8_t zero = uint8_t(1u << (segment.bits - 1));
+        for (size_t i = 0; i < segment.tiles * kColumns; ++i) first[i] = uint8_t(first[i] - zero);
+    }
+    if (matrix.order)
+        for (size_t i = 0; i < matrix.n; ++i) line[matrix.order[i]] = int8_t(sorted[i]);
 }
 
 inline float scale_of(const packed::Matrix& matrix, size_t block, size_t group, size_t row) {
@@ -37,55 +74,85 @@ inline float scale_of(const packed::Matrix& matrix, size_t block, size_t group, 
     return matrix.scale_type == packed::Float::f16 ? from_half(static_cast<const uint16_t*>(matrix.scales)[at]) : static_cast<const float*>(matrix.scales)[at];
 }
 
-// Weights of one row, in the order of places.
-template <packed::Float Type> void weights_of(const packed::Matrix& matrix, size_t block, size_t row, const uint8_t* line, typename Stored<Type>::type* __restrict out) {
-    for (size_t s = 0; s < matrix.n_segments; ++s) {
-        const packed::Segment& segment = matrix.segments[s];
-        const int32_t zero = 1 << (segment.bits - 1);
-        const size_t end = std::min(matrix.n, (segment.first + segment.tiles) * kColumns);
-        for (size_t at = segment.first * kColumns; at < end;) {
-            const size_t group = at / kColumns / matrix.group_tiles, stop = std::min(end, (group + 1) * matrix.group_tiles * kColumns);
-            const float scale = scale_of(matrix, block, group, row);
-            if (matrix.steps) {
-                for (size_t j = at; j < stop; ++j) out[j] = Stored<Type>::write(float(int32_t(line[j]) - zero) * matrix.steps[j] * scale);
-            } else {
-                for (size_t j = at; j < stop; ++j) out[j] = Stored<Type>::write(float(int32_t(line[j]) - zero) * scale);
-            }
-            at = stop;
+// Steps in the order of columns; null for ones.
+inline const float* steps_of(const packed::Matrix& matrix, float* memory) {
+    if (!matrix.steps || !matrix.order) return matrix.steps;
+    for (size_t j = 0; j < matrix.n; ++j) memory[matrix.order[j]] = matrix.steps[j];
+    return memory;
+}
+
+// Where the weights of one row go.
+template <packed::Float Type> struct Row {
+    const packed::Matrix& matrix;
+    const float* steps;
+    size_t block, row;
+    typename Stored<Type>::type* out;
+
+    // Columns from `first` on.
+    void write(const int8_t* levels, size_t first, size_t count) const {
+        const size_t width = matrix.group_tiles * kColumns;
+        while (count) {
+            const size_t here = std::min({count, width - first % width, kChunk});
+            write_some(levels, first, here, scale_of(matrix, block, first / width, row));
+            levels += here, first += here, count -= here;
         }
     }
-}
 
-// The weights that corrections change, once more.
-template <packed::Float Type> void correct_weights(const packed::Matrix& matrix, size_t block, size_t row, const uint8_t* line, typename Stored<Type>::type* out) {
-    const int64_t end = matrix.starts[block + 1];
-    for (int64_t i = matrix.starts[block]; i < end;) {
-        const uint32_t place = matrix.corrections[i] >> packed::kDifferenceBits;
-        int32_t difference = 0;
-        for (; i < end && matrix.corrections[i] >> packed::kDifferenceBits == place; ++i) difference += difference_of(matrix.corrections[i]);
-        if ((place & (kRows - 1)) != row) continue;
-        const size_t column = place / kRows;
-        size_t s = 0;
-        while ((matrix.segments[s].first + matrix.segments[s].tiles) * kColumns <= column) ++s;
-        const float level = float(int32_t(line[column]) - (1 << (matrix.segments[s].bits - 1)) + difference);
-        out[column] = Stored<Type>::write(level * (matrix.steps ? matrix.steps[column] : 1.0f) * scale_of(matrix, block, 0, row));
+    // In two loops, for compilers make poor vectors of bytes, floats and 16-bit words at once.
+    void write_some(const int8_t* __restrict levels, size_t first, size_t count, float scale) const {
+        auto* __restrict to = out + first;
+        float kept[kChunk];
+        float* __restrict weights = kept;
+        if constexpr (Type == packed::Float::f32) weights = to;
+        if (steps) {
+            for (size_t j = 0; j < count; ++j) weights[j] = float(levels[j]) * steps[first + j] * scale;
+        } else {
+            for (size_t j = 0; j < count; ++j) weights[j] = float(levels[j]) * scale;
+        }
+        if constexpr (Type != packed::Float::f32)
+            for (size_t j = 0; j < count; ++j) to[j] = Stored<Type>::write(weights[j]);
     }
-}
 
-// `scratch` has 16 lines of codes, and one of floats.
-template <packed::Float Type> void rows_as(const packed::Matrix& matrix, size_t block, const uint8_t* rows, size_t count, void* const* out, uint8_t* scratch) {
-    using Value = typename Stored<Type>::type;
-    const size_t pitch = matrix.tiles * kColumns;
-    lines_of(matrix, block, rows, count, scratch);
-    Value* sorted = reinterpret_cast<Value*>(scratch + kRows * pitch);
-    for (size_t i = 0; i < count; ++i) {
-        Value* to = static_cast<Value*>(out[i]);
-        Value* line = matrix.order ? sorted : to;
-        weights_of<Type>(matrix, block, rows[i], scratch + i * pitch, line);
-        if (matrix.starts) correct_weights<Type>(matrix, block, rows[i], scratch + i * pitch, line);
-        if (matrix.order)
-            for (size_t j = 0; j < matrix.n; ++j) to[matrix.order[j]] = line[j];
+    // Weights that corrections change, once more; levels of column j at levels[j * pitch].
+    void correct(const int8_t* levels, size_t pitch) const {
+        const int64_t end = matrix.starts[block + 1];
+        for (int64_t i = matrix.starts[block]; i < end;) {
+            const uint32_t place = matrix.corrections[i] >> packed::kDifferenceBits;
+            int32_t difference = 0;
+            for (; i < end && matrix.corrections[i] >> packed::kDifferenceBits == place; ++i) difference += difference_of(matrix.corrections[i]);
+            if ((place & (kRows - 1)) != row) continue;
+            const size_t column = column_of(matrix, place / kRows);
+            const float level = float(levels[column * pitch] + difference);
+            out[column] = Stored<Type>::write(level * (steps ? steps[column] : 1.0f) * scale_of(matrix, block, 0, row));
+        }
     }
+};
+
+// `scratch` has room for a block's levels, rounded up to whole chunks, and for a row of floats.
+template <packed::Float Type> void rows_as(const packed::Matrix& matrix, size_t block, const uint8_t* which, size_t count, void* const* out, uint8_t* scratch) {
+    const size_t n = matrix.n, padded = (n + kChunk - 1) / kChunk * kChunk;
+    int8_t* levels = reinterpret_cast<int8_t*>(scratch);
+    const float* steps = steps_of(matrix, reinterpret_cast<float*>(scratch + padded * kRows));
+    const auto row = [&](size_t i) { return Row<Type>{matrix, steps, block, which[i], static_cast<typename Stored<Type>::type*>(out[i])}; };
+    if (count == 1) {
+        line_of(matrix, block, which[0], levels, padded);
+        row(0).write(levels, 0, n);
+        if (matrix.starts) row(0).correct(levels, 1);
+        return;
+    }
+    columns_of(matrix, block, levels);
+    alignas(64) int8_t lines[kRows][kChunk];
+    for (size_t first = 0; first < n; first += kChunk) {
+        for (size_t c = 0; c < kChunk; c += kRows) {
+            Bytes square[kRows];
+            std::memcpy(square, levels + (first + c) * kRows, sizeof square);
+            transpose(square);
+            for (size_t r = 0; r < kRows; ++r) std::memcpy(lines[r] + c, &square[r], kRows);
+        }
+        for (size_t i = 0; i < count; ++i) row(i).write(lines[which[i]], first, std::min(kChunk, n - first));
+    }
+    if (matrix.starts)
+        for (size_t i = 0; i < count; ++i) row(i).correct(levels + which[i], kRows);
 }
 
 void rows(const packed::Matrix& matrix, size_t block, const uint8_t* which, size_t count, void* const* out, packed::Float type, uint8_t* scratch) {

@@ -18,8 +18,8 @@ ROWS, COLUMNS = 16, 32  # of a tile
 WIDTHS = (2, 3, 4, 5, 6, 8)
 MAX_COLUMNS = 1 << 18  # a correction has so many bits for its column
 CORRECTION_NBYTES = 4
-# What a correction costs a matvec, in bits of codes that are read in the same time: 2 ns.
-CORRECTION_BITS = 192.0
+# What a correction is priced at, in bits: its own 32 and those of codes read in about half its time of 1 ns.
+CORRECTION_BITS = 128.0
 
 Doubles = NDArray[np.float64]
 Order = NDArray[np.int32]
@@ -83,6 +83,11 @@ class Geometry:
         return self.blocks * self.block_nbytes
 
     @property
+    def padded_size(self) -> int:
+        """Weights that tiles have room for."""
+        return self.blocks * ROWS * -(-self.n // COLUMNS) * COLUMNS
+
+    @property
     def chunk(self) -> int:
         """Columns that share a scale of the activations, at most: those of 1 to 4 tiles."""
         tiles = self.group // COLUMNS if self.groups > 1 else 4
@@ -114,7 +119,8 @@ def _tail(x: Doubles) -> Doubles:
 def widths_of(spread: Floats) -> NDArray[np.int64]:
     """Bits of each column: fewest together with what its corrections cost."""
     cost = np.stack([b + CORRECTION_BITS * misfits(spread, b) for b in WIDTHS])
-    return np.array(WIDTHS)[np.argmin(cost, axis=0)]
+    widths: NDArray[np.int64] = np.array(WIDTHS)[np.argmin(cost, axis=0)]
+    return widths
 
 
 def segments_of(spread: Floats, bits: int = 0) -> tuple[Order | None, tuple[Segment, ...]]:

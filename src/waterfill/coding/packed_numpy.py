@@ -46,6 +46,8 @@ def require_valid(arrays: Mapping[str, Array]) -> Geometry:
     order, steps = arrays.get("order"), arrays.get("steps")
     fits = (
         len(segments) <= 8
+        and layout.max() < 1 << 31
+        and geometry.group <= n
         and all(2 <= s.bits <= 8 for s in segments)
         and all(s.columns % COLUMNS == 0 for s in segments[:-1])
         and sum(s.columns for s in segments) == n
@@ -220,8 +222,8 @@ def matmul(geometry: Geometry, arrays: Mapping[str, Array], x: Floats, planes: i
             values[:, :n] *= arrays["steps"]
         whole = levels(geometry, arrays, np.arange(geometry.blocks))
         whole = whole.reshape(geometry.blocks * ROWS, -1)
-        scales = arrays["scales"].reshape(geometry.blocks, geometry.groups, ROWS).astype(np.float32)
-        scales = scales.transpose(1, 0, 2).reshape(geometry.groups, -1)
+        stored = arrays["scales"].reshape(geometry.blocks, geometry.groups, ROWS)
+        scales = stored.astype(np.float32).transpose(1, 0, 2).reshape(geometry.groups, -1)
         total = np.zeros((len(x), len(whole)), np.float32)
         group = np.zeros_like(total)
         for first, end in chunks(geometry):
@@ -258,14 +260,13 @@ def matmul_at(
     planes: int,
 ) -> None:
     """`matmul` at addresses, of activations in `dtype`."""
-    x, y = (
-        _array_at(x_ptr, (batch, geometry.n), dtype),
-        _array_at(y_ptr, (batch, geometry.m), dtype),
-    )
+    x = _array_at(x_ptr, (batch, geometry.n), dtype)
+    y = _array_at(y_ptr, (batch, geometry.m), dtype)
     y[:] = from_float32(matmul(geometry, arrays, to_float32(x, dtype), planes), dtype)
 
 
 def _array_at(address: int, shape: tuple[int, int], dtype: str) -> Array:
     kind = DTYPES[dtype]
-    memory = (ctypes.c_char * (shape[0] * shape[1] * kind.itemsize)).from_address(address)
-    return np.frombuffer(memory, kind).reshape(shape)
+    memory = (ctypes.c_uint8 * (shape[0] * shape[1] * kind.itemsize)).from_address(address)
+    array: Array = np.ctypeslib.as_array(memory).view(kind).reshape(shape)
+    return array
