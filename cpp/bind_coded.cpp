@@ -2,7 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
-#include "coded_build.h"
+#include "coded_encode.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -25,7 +25,7 @@ coded::Float float_named(const char* name) {
 // Holds on to the arrays that the matrix points into.
 class Matrix {
 public:
-    Matrix(Vector<const int64_t> layout, Vector<const int32_t> order, Vector<const float> units, Vector<const uint8_t> scales, bool half, Vector<const uint8_t> row_levels,
+    Matrix(Vector<const int64_t> layout, Vector<const uint16_t> order, Vector<const float> units, Vector<const uint8_t> scales, bool half, Vector<const uint8_t> row_levels,
            Vector<const uint8_t> panel_levels, Vector<const uint8_t> choice, Vector<const uint8_t> shifts, Vector<const uint8_t> tables, Vector<const int64_t> starts,
            Vector<const uint8_t> codes)
         : held_{layout, order, units, scales, row_levels, panel_levels, choice, shifts, tables, starts, codes},
@@ -59,7 +59,7 @@ public:
 private:
     struct Held {
         Vector<const int64_t> layout;
-        Vector<const int32_t> order;
+        Vector<const uint16_t> order;
         Vector<const float> units;
         Vector<const uint8_t> scales, row_levels, panel_levels, choice, shifts, tables;
         Vector<const int64_t> starts;
@@ -82,16 +82,16 @@ void power(const Vector<const uint8_t>& levels, unsigned width, bool plain, cons
     coded::power(source, weights.data(), columns.data(), rows.data(), threads);
 }
 
-coded::Plan plan_of(const Vector<const int32_t>& order, const Vector<const uint8_t>& row_levels, const Vector<const uint8_t>& panel_levels, size_t m, size_t n, size_t levels) {
+coded::Plan plan_of(const Vector<const uint16_t>& order, const Vector<const uint8_t>& row_levels, const Vector<const uint8_t>& panel_levels, size_t m, size_t n, size_t levels) {
     const size_t panels = (n + coded::kLanes - 1) / coded::kLanes;
-    coded::require(order.shape(0) == n && row_levels.shape(0) == m && panel_levels.shape(0) == panels && m && n, "a place for each column, a level for each row and panel");
-    for (size_t i = 0; i < n; ++i) coded::require(order.data()[i] >= 0 && size_t(order.data()[i]) < n, "an order that is a permutation");
+    coded::require(n <= size_t(coded::kMaxColumns) && order.shape(0) == n && row_levels.shape(0) == m && panel_levels.shape(0) == panels && m && n, "a place for each column, a level for each row and panel");
+    for (size_t i = 0; i < n; ++i) coded::require(order.data()[i] < n, "an order that is a permutation");
     const auto highest = [](const Vector<const uint8_t>& v) { return size_t(*std::max_element(v.data(), v.data() + v.shape(0))); };
     coded::require(highest(row_levels) + highest(panel_levels) < levels, "a table for each level");
     return {order.data(), row_levels.data(), panel_levels.data()};
 }
 
-void count(const Vector<const uint8_t>& levels, unsigned width, bool plain, const Vector<const int32_t>& order, const Vector<const uint8_t>& row_levels,
+void count(const Vector<const uint8_t>& levels, unsigned width, bool plain, const Vector<const uint16_t>& order, const Vector<const uint8_t>& row_levels,
            const Vector<const uint8_t>& panel_levels, const Vector<const uint8_t>& coarse, const Vector<int64_t>& counts, unsigned threads) {
     const size_t m = row_levels.shape(0), n = order.shape(0);
     const coded::Source source = source_of(levels, width, m, n, plain);
@@ -102,7 +102,7 @@ void count(const Vector<const uint8_t>& levels, unsigned width, bool plain, cons
     coded::count(source, plan, coarse.data(), coarse.shape(0), counts.data(), threads);
 }
 
-nb::tuple encode(const Vector<const uint8_t>& levels, unsigned width, const Vector<const int64_t>& layout, const Vector<const int32_t>& order, const Vector<const uint8_t>& row_levels,
+nb::tuple encode(const Vector<const uint8_t>& levels, unsigned width, const Vector<const int64_t>& layout, const Vector<const uint16_t>& order, const Vector<const uint8_t>& row_levels,
                  const Vector<const uint8_t>& panel_levels, const Vector<const uint8_t>& choice, const Vector<const uint8_t>& shifts, const Vector<const uint8_t>& tables, unsigned threads) {
     const coded::Shape shape(span(layout));
     const coded::Source source = source_of(levels, width, shape.m, shape.n, shape.code.states == 1);
@@ -134,7 +134,7 @@ nb::tuple encode(const Vector<const uint8_t>& levels, unsigned width, const Vect
 
 void bind_coded(nb::module_& m) {
     nb::class_<Matrix>(m, "Coded")
-        .def(nb::init<Vector<const int64_t>, Vector<const int32_t>, Vector<const float>, Vector<const uint8_t>, bool, Vector<const uint8_t>, Vector<const uint8_t>, Vector<const uint8_t>,
+        .def(nb::init<Vector<const int64_t>, Vector<const uint16_t>, Vector<const float>, Vector<const uint8_t>, bool, Vector<const uint8_t>, Vector<const uint8_t>, Vector<const uint8_t>,
                       Vector<const uint8_t>, Vector<const uint8_t>, Vector<const int64_t>, Vector<const uint8_t>>(),
              "layout"_a.noconvert(), "order"_a.noconvert(), "units"_a.noconvert(), "scales"_a.noconvert(), "half"_a, "row_levels"_a.noconvert(), "panel_levels"_a.noconvert(),
              "choice"_a.noconvert(), "shifts"_a.noconvert(), "tables"_a.noconvert(), "starts"_a.noconvert(), "codes"_a.noconvert())

@@ -20,6 +20,7 @@ constexpr unsigned kSymbols = 16;     // s stands for q = (s - 8) << shift and a
 constexpr unsigned kNarrow = 3;       // up to this shift, a level fits in a byte
 constexpr unsigned kMaxShift = 20;    // so that float32 holds every level
 constexpr unsigned kMaxBatch = 16;
+constexpr int64_t kMaxColumns = 1 << 16;
 constexpr unsigned kPlaneNbytes = kLanes / 8;  // of one raw bit of each lane
 constexpr size_t kPatchNbytes = 6;    // place in a tile (2), level (4)
 constexpr size_t kHalfNbytes = 64;    // of the windows of half the strings; a row takes no more

@@ -9,9 +9,19 @@ struct Units {
 };
 
 __attribute__((noinline)) void wide_levels(const uint8_t* fields, unsigned shift, const uint8_t* raw, __m512* out) {
-    alignas(64) float levels[kLanes];
-    levels_of_row(fields, shift, raw, levels);
-    for (int v = 0; v < 8; ++v) out[v] = _mm512_mul_ps(_mm512_load_ps(levels + 16 * v), _mm512_set1_ps(v % 2 ? 256.0f : 1.0f));
+    for (int v = 0; v < 8; ++v) {
+        const __m512i packed = _mm512_srl_epi32(_mm512_loadu_si512(fields + v / 4 * 64), _mm_cvtsi32_si128(v % 4 * 8));
+        __m512i q = _mm512_sub_epi32(_mm512_and_si512(_mm512_srli_epi32(packed, 1), _mm512_set1_epi32(15)), _mm512_set1_epi32(kSymbols / 2));
+        for (unsigned b = shift; b-- > 0;) {
+            uint64_t plane;
+            std::memcpy(&plane, raw + b * kPlaneNbytes + v / 4 * 8, 8);
+            const __mmask16 ones = __mmask16(_pext_u64(plane, uint64_t(0x1111111111111111) << (v % 4)));
+            q = _mm512_add_epi32(q, q);
+            q = _mm512_mask_add_epi32(q, ones, q, _mm512_set1_epi32(1));
+        }
+        const __m512i level = _mm512_or_si512(_mm512_add_epi32(q, q), _mm512_and_si512(packed, _mm512_set1_epi32(1)));
+        out[v] = _mm512_mul_ps(_mm512_cvtepi32_ps(level), _mm512_set1_ps(v % 2 ? 256.0f : 1.0f));
+    }
 }
 
 // A row's levels, those of odd vectors times 256.

@@ -48,16 +48,6 @@ struct Levels {
     bool raw;             // whether any row has raw bits
 };
 
-// Levels of a row of any shift, by position.
-inline void levels_of_row(const uint8_t* fields, unsigned shift, const uint8_t* raw, float* out) {
-    for (unsigned position = 0; position < kLanes; ++position) {
-        const unsigned lane = lane_of(position);
-        int32_t q = int32_t(fields[lane] >> 1 & (kSymbols - 1)) - int32_t(kSymbols / 2);
-        for (unsigned b = shift; b-- > 0;) q = q * 2 + (raw[b * kPlaneNbytes + lane / 8] >> (lane % 8) & 1);
-        out[position] = float(2 * q + (fields[lane] & 1));
-    }
-}
-
 inline uint32_t bits_of(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
@@ -92,6 +82,9 @@ inline float rounded(float value, Float dtype) {
 #if defined(WATERFILL_ISA_avx512)
 #include "coded_avx512.h"
 #include "coded_avx512_weights.h"
+#elif defined(WATERFILL_ISA_avx2)
+#include "coded_avx2.h"
+#include "coded_weights.h"
 #else
 #include "coded_lanes.h"
 #include "coded_weights.h"

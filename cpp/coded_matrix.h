@@ -8,7 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "aligned.h"
 #include "coded.h"
 #include "dispatch.h"
 #include "pool.h"
@@ -54,7 +53,7 @@ struct Shape {
     explicit Shape(Span<int64_t> layout) {
         require(layout.size == 7, "a layout of seven numbers");
         const int64_t* v = layout.at;
-        require(v[0] > 0 && v[1] > 0 && v[0] < int64_t(1) << 31 && v[1] < int64_t(1) << 31, "rows and columns, fewer than 2^31");
+        require(v[0] > 0 && v[1] > 0 && v[0] < int64_t(1) << 31 && v[1] <= kMaxColumns, "rows, and columns, at most 65536");
         require(v[3] >= 0 && v[3] <= 2 && (v[6] == 0 || v[6] == 1), "a dtype of 0 to 2, and a flag");
         m = size_t(v[0]), n = size_t(v[1]);
         code = code_of(v[2]);
@@ -80,7 +79,7 @@ struct Shape {
 // Everything a matrix is made of.
 struct Arrays {
     Span<int64_t> layout;
-    Span<int32_t> order;        // (n) the column of each position
+    Span<uint16_t> order;       // (n) the column of each position
     Span<float> units;          // (panels, kLanes)
     Span<uint8_t> scales;       // (groups, m), 2 or 4 bytes each
     bool half;
@@ -102,11 +101,10 @@ inline float from_half(uint16_t half) {
 class Coded {
 public:
     explicit Coded(const Arrays& arrays)
-        : shape_(arrays.layout), arrays_(arrays), panel_raw_(shape_.panels), tables_(arrays.tables.size) {
+        : shape_(arrays.layout), arrays_(arrays), panel_raw_(shape_.panels) {
         check_sizes();
         check_values();
-        std::copy(arrays.tables.begin(), arrays.tables.end(), tables_.data());
-        matrix_ = {shape_.m, shape_.n, shape_.panels, shape_.code, shape_.dtype, shape_.tiny, any_scale(), tables_.data(), arrays_.shifts.at,
+        matrix_ = {shape_.m, shape_.n, shape_.panels, shape_.code, shape_.dtype, shape_.tiny, any_scale(), arrays_.tables.at, arrays_.shifts.at,
                    arrays_.choice.at, arrays_.row_levels.at, arrays_.panel_levels.at, panel_raw_.data(), arrays_.units.at};
         find_raw();
         for (size_t i = 0; i < shape_.blocks(); ++i) check_block(i);
@@ -134,9 +132,9 @@ private:
     void check_values() const {
         const Arrays& a = arrays_;
         std::vector<bool> seen(shape_.n);
-        for (int32_t column : a.order) {
-            require(column >= 0 && size_t(column) < shape_.n && !seen[size_t(column)], "an order that is a permutation");
-            seen[size_t(column)] = true;
+        for (uint16_t column : a.order) {
+            require(column < shape_.n && !seen[column], "an order that is a permutation");
+            seen[column] = true;
         }
         const size_t highest = size_t(*std::max_element(a.row_levels.begin(), a.row_levels.end())) + *std::max_element(a.panel_levels.begin(), a.panel_levels.end());
         require(highest < a.choice.size, "a table for each level");
@@ -243,7 +241,6 @@ private:
     Shape shape_;
     Arrays arrays_;
     std::vector<uint8_t> panel_raw_;
-    Aligned<uint8_t> tables_;
     Matrix matrix_{};
 };
 

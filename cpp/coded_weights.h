@@ -1,6 +1,17 @@
 // Included by coded_kernel.cpp, inside its namespace, where AVX-512 is not on: loops that a compiler
 // makes vectors of.
 
+// Levels of a row of any shift, by position.
+inline void levels_of_row(const uint8_t* fields, unsigned shift, const uint8_t* raw, float* out) {
+    for (unsigned position = 0; position < kLanes; ++position) {
+        const unsigned lane = lane_of(position);
+        int32_t q = int32_t(fields[lane] >> 1 & (kSymbols - 1)) - int32_t(kSymbols / 2);
+        for (unsigned b = shift; b-- > 0;) q = q * 2 + (raw[b * kPlaneNbytes + lane / 8] >> (lane % 8) & 1);
+        out[position] = float(2 * q + (fields[lane] & 1));
+    }
+}
+
+// Those of a row without raw bits.
 inline void plain_levels(const uint8_t* fields, float* out) {
     for (unsigned first = 0; first < kLanes; first += 64) {
         uint32_t packed[16];

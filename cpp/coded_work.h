@@ -41,11 +41,11 @@ inline uint16_t as_half(float value) {
 }
 
 // Activations in the order of positions, zero beyond the columns: (panels, batch, kLanes).
-template <class From, class To, class Convert> void arrange(const Shape& shape, const int32_t* order, const From* x, size_t batch, To* out, Convert convert) {
+template <class From, class To, class Convert> void arrange(const Shape& shape, const uint16_t* order, const From* x, size_t batch, To* out, Convert convert) {
     for (size_t panel = 0; panel < shape.panels; ++panel) {
         const size_t first = panel * kLanes, width = std::min<size_t>(kLanes, shape.n - first);
         for (size_t token = 0; token < batch; ++token, out += kLanes) {
-            for (size_t i = 0; i < width; ++i) out[i] = convert(x[token * shape.n + size_t(order[first + i])]);
+            for (size_t i = 0; i < width; ++i) out[i] = convert(x[token * shape.n + order[first + i]]);
             std::fill(out + width, out + kLanes, To());
         }
     }
@@ -63,7 +63,7 @@ inline void Coded::matmul(const void* x, Float dtype, void* y, size_t batch, uns
     const Kernels& kernels = kernels_for(isa);
     const bool bf16 = dtype == Float::bf16 && kernels.takes_bf16(matrix_);
     const size_t count = shape_.panels * batch * kLanes;
-    const int32_t* order = arrays_.order.at;
+    const uint16_t* order = arrays_.order.at;
     const uint16_t* halves = static_cast<const uint16_t*>(x);
     if (bf16) {
         scratch.halves.resize(count);
@@ -96,10 +96,10 @@ inline void Coded::matmul(const void* x, Float dtype, void* y, size_t batch, uns
 }
 
 // From the order of positions to that of columns, in place.
-template <class T> void put_in_place(T* row, const int32_t* order, size_t n) {
+template <class T> void put_in_place(T* row, const uint16_t* order, size_t n) {
     thread_local std::vector<T> copy;
     copy.assign(row, row + n);
-    for (size_t i = 0; i < n; ++i) row[size_t(order[i])] = copy[i];
+    for (size_t i = 0; i < n; ++i) row[order[i]] = copy[i];
 }
 
 inline void Coded::rows(const std::vector<size_t>& rows, const std::vector<void*>& outs, bool bf16, unsigned threads, Isa isa) const {

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from waterfill.coding import coded_numpy, native
-from waterfill.coding.coded_layout import FLOATS, Layout, require_valid
-from waterfill.coding.coded_models import LANES, Models, Scales, coarse_shifts, models_of, scales_of
+from waterfill.coding.coded_layout import FLOATS, MAX_COLUMNS, Layout, require_valid
+from waterfill.coding.coded_models import FLOOR, LANES, Models, Scales, coarse_shifts, models_of, scales_of
 from waterfill.types import Array, Floats, Integers
 
 __all__ = ["MAX_BATCH", "CodedMatrix"]
@@ -27,6 +27,8 @@ MAX_BATCH = 16
 LARGEST = 1 << 24  # level that float32 tells from its neighbour
 # Products of these must be normal numbers, as must a unit after a shift by eight places.
 SMALLEST_UNIT, SMALLEST = 2.0**-110, 2.0**-125
+# Bits a weight of integers of so many bits.
+INTEGER_ENTROPY = (2, 3, 4, 6, 8), (1.82, 2.78, 3.69, 5.575, 7.555)
 BLOCK_NBYTES = 12 + 128 + 128  # of a block, beside its symbols: head, states, windows
 
 
@@ -105,9 +107,9 @@ class CodedMatrix:
         m, n = layout.m, layout.n
         groups = outline.rows.shape[1]
         scales = m * groups * _narrow(outline.rows).itemsize
-        fixed = 8 * n + scales + m + 8 * layout.blocks + 20 * 513
-        symbols = _expected_bits(outline, coded_nbytes) / 8
-        return round(fixed + symbols + layout.blocks * BLOCK_NBYTES + m * n / 2048)
+        tables = 520 * (1 if outline.bits else min(24, 1 + m * n // (1 << 18)))
+        blocks = layout.blocks * (8 + BLOCK_NBYTES) + m * n / 2048
+        return round(6 * n + scales + m + tables + blocks + _expected_symbols(outline, coded_nbytes))
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> CodedMatrix:
@@ -127,8 +129,7 @@ class CodedMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes it keeps in memory."""
-        # The kernels' copy of the tables, which begins at a cache line.
-        return sum(a.nbytes for a in self.arrays.values()) + self.arrays["tables"].nbytes
+        return sum(a.nbytes for a in self.arrays.values())
 
     @cached_property
     def _native(self) -> Any:
@@ -219,7 +220,7 @@ class CodedMatrix:
 def _fits(integers: Integers, dtype: str) -> bool:
     """Whether weights can be exact, as far as scales tell."""
     m, n = integers.shape
-    if dtype not in FLOATS or not m or not n or max(m, n) >= 1 << 31:
+    if dtype not in FLOATS or not 0 < m < 1 << 31 or not 0 < n <= MAX_COLUMNS:
         return False
     if integers.rows.shape[1] > 1 and integers.group % LANES:
         return False
@@ -285,6 +286,24 @@ def _narrow(scales: Floats) -> Array:
     return half if np.array_equal(half.astype(np.float32), scales) else scales
 
 
-def _expected_bits(outline: Integers, coded_nbytes: int) -> float:
+def _expected_symbols(outline: Integers, coded_nbytes: int) -> float:
+    """Bytes of all symbols."""
     m, n = outline.shape
-    return 8.0 * coded_nbytes
+    if not outline.bits:
+        return 1.011 * coded_nbytes + m * _unlike(outline.spread) / 8
+    codes = coded_nbytes - 2 * outline.rows.size
+    if 8 * codes < outline.bits * m * n:
+        return 1.003 * codes
+    # Stored with a fixed width: what searched scales leave of it, of Gaussian weights.
+    return m * n / 8 * float(np.interp(outline.bits, *INTEGER_ENTROPY))
+
+
+def _unlike(spread: Floats) -> float:
+    """Bits that one row's symbols take more because the columns of a panel differ in scale."""
+    widest = np.sort(np.maximum(spread.astype(np.float64), FLOOR))[::-1]
+    padded = np.full(-(-spread.size // LANES) * LANES, FLOOR)
+    padded[: spread.size] = widest
+    squares = np.square(padded.reshape(-1, LANES))
+    power = squares.mean(axis=1, keepdims=True)
+    # Little where levels are nearly all zero.
+    return float((0.5 * np.log2(power / squares) * (power / (power + 1))).sum())

@@ -12,8 +12,9 @@ from waterfill.coding.coded_models import LANES
 from waterfill.coding.trellis import CODES, SEGMENT
 from waterfill.types import Array, Integers
 
-__all__ = ["FLOATS", "TILE", "Layout", "require_valid"]
+__all__ = ["FLOATS", "MAX_COLUMNS", "TILE", "Layout", "require_valid"]
 
+MAX_COLUMNS = 1 << 16
 FLOATS = ("F32", "BF16", "F16")
 TILE = 32  # rows of a panel before those of the next
 LARGE, SMALL = 1 << 19, 1 << 18  # weights of a block
@@ -67,7 +68,7 @@ class Layout:
             raise ValueError("coded: a layout of seven numbers")
         m, n, states, dtype, group, chunk, tiny = (int(v) for v in array)
         panels = -(-n // LANES)
-        if not (0 < m < 1 << 31 and 0 < n < 1 << 31 and states in (1, *CODES)):
+        if not (0 < m < 1 << 31 and 0 < n <= MAX_COLUMNS and states in (1, *CODES)):
             raise ValueError("coded: a layout of no matrix")
         if not (0 <= dtype < len(FLOATS) and tiny in (0, 1) and 0 < chunk <= panels):
             raise ValueError("coded: a layout of no matrix")
@@ -124,7 +125,7 @@ def require_valid(arrays: Mapping[str, Array]) -> None:
     """ValueError unless the arrays have the types and sizes of one coded matrix."""
     names = {
         "layout": np.int64,
-        "order": np.int32,
+        "order": np.uint16,
         "units": np.float32,
         "row_levels": np.uint8,
         "panel_levels": np.uint8,

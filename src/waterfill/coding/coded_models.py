@@ -13,16 +13,7 @@ from numpy.typing import NDArray
 
 from waterfill.types import Array, Floats
 
-__all__ = [
-    "LANES",
-    "Models",
-    "Scales",
-    "coarse_shifts",
-    "decoding_table",
-    "models_of",
-    "odd",
-    "scales_of",
-]
+__all__ = ["FLOOR", "LANES", "Models", "Scales", "coarse_shifts", "decoding_table", "models_of", "odd", "scales_of"]
 
 LANES, STATES, SYMBOLS = 128, 128, 16
 PATCH_BITS = 48
@@ -45,7 +36,7 @@ class Scales:
 
     Attributes
     ----------
-    order : int32 (n,)
+    order : uint16 (n,)
         The column of each position.
     row_levels : uint8 (m,), panel_levels : uint8 (panels,)
         Eighths of octaves of scale; an element has the sum of two.
@@ -53,7 +44,7 @@ class Scales:
         Logarithm to base 2 of the standard deviation of levels (integers) whose sum is 0.
     """
 
-    order: NDArray[np.int32]
+    order: NDArray[np.uint16]
     row_levels: Bytes
     panel_levels: Bytes
     zero: float
@@ -88,7 +79,7 @@ def scales_of(columns: Ints, rows: NDArray[np.float64], group: int) -> Scales:
     row = 0.5 * np.log2(np.maximum(rows / mean, 2.0 ** (-ROW_OCTAVES)))
     panel_levels, panel_zero = _levels(panel, COLUMN_OCTAVES)
     row_levels, row_zero = _levels(row, ROW_OCTAVES)
-    return Scales(order.astype(np.int32), row_levels, panel_levels, panel_zero + row_zero)
+    return Scales(order.astype(np.uint16), row_levels, panel_levels, panel_zero + row_zero)
 
 
 def _levels(octaves: NDArray[np.float64], most: int) -> tuple[Bytes, float]:

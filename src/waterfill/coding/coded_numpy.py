@@ -21,7 +21,10 @@ PLANE_NBYTES = LANES // 8
 HEAD = np.dtype([("strings", "<u4", 2), ("patches", "<u4")])
 PATCH = np.dtype([("place", "<u2"), ("level", "<i4")])
 # The lane of each position.
-LANE = np.arange(LANES) // 64 * 64 + np.arange(LANES) % 16 * 4 + np.arange(LANES) % 64 // 16
+LANE = (
+    np.arange(LANES) // 64 * 64 + np.arange(LANES) % 16 * 4 + np.arange(LANES) % 64 // 16
+)
+POSITION = np.argsort(LANE)
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
@@ -243,13 +246,13 @@ def _block(
         if not shift:
             s = np.where((cell - s) % 2 == 0, s, np.where(cell < 0, -7, 6))
         coded = encoders[table].instead[grid, s + 8]
-        for position in np.flatnonzero(coded - 8 != cell):
+        by_lane = np.empty((3, LANES), np.int64)
+        by_lane[:, LANE] = coded, grid, q
+        for position in POSITION[(coded - 8 != cell)[POSITION]]:
             if coded[position] == 16:
                 raise ValueError("coded: a symbol for each index that occurs")
             patches.append((row * LANES + position, points[position]))
             counts[number] += 1
-        by_lane = np.empty((3, LANES), np.int64)
-        by_lane[:, LANE] = coded, grid, q
         bits = (by_lane[2] >> np.arange(shift)[:, None] & 1).astype(np.uint8)
         planes.append(np.packbits(bits, axis=1, bitorder="little").tobytes())
         steps.append((table, by_lane[0], by_lane[1]))
