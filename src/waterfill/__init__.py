@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from waterfill.runtime.announcing import announce
+from waterfill.announcing import announce
 
 __version__ = "0.1.0"
 

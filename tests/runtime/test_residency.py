@@ -78,7 +78,7 @@ def rows(seed: int, count: int = 5) -> list[Row]:
         shape = (int(rng.integers(1, 20)) * 100, 1000)
         size = shape[0] * shape[1]
         packed = int(size * rng.uniform(0.3, 1.1)) if rng.random() < 0.8 else None
-        coded = int(size * rng.uniform(0.2, 2.2)) if rng.random() < 0.8 else None
+        coded = int(size * rng.uniform(0.2, 1.9)) if rng.random() < 0.8 else None
         streamed = bool(rng.random() < 0.4)
         products = int(rng.integers(0, 3))
         made.append(Row(f"t{number}", shape, 2 * size, packed, coded, streamed, products, 2))

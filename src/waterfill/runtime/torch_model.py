@@ -154,7 +154,7 @@ def choice_of(
         environment = {k: os.environ.get(f"WATERFILL_{k.upper()}") for k in ("residency", "memory")}
         said = {k: v for k, v in environment.items() if v} or wish
         residency, memory = said.get("residency"), said.get("memory")
-        if device is not None and torch_device(device).type != "cpu":
+        if device not in (None, "disk") and torch_device(device).type != "cpu":
             residency, memory = "dense", None
     if residency is not None and memory is not None:
         raise WaterfillError("name a residency or a memory, not both: a memory chooses residencies")
@@ -254,8 +254,12 @@ def _device_map(device: Any) -> Any:
 
 
 def _only_device(device_map: Any) -> Any:
-    """The one device that a map names, or None: then it is the CPU, or for its owner to say."""
-    return device_map.get("") if isinstance(device_map, dict) else None
+    """The device that a map puts the model on, or its first module; None without a map."""
+    import torch
+
+    if isinstance(device_map, str):  # transformers is to choose
+        return "cuda" if torch.cuda.is_available() else None
+    return next(iter(device_map.values()), None) if device_map else None
 
 
 @contextlib.contextmanager

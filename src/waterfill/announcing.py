@@ -28,10 +28,11 @@ def announce() -> None:
 
 
 def _register() -> None:
-    try:
-        from waterfill.runtime.quantizer import register
+    import importlib
 
-        register()
+    try:
+        # By name: what imports this package must not seem to import transformers with it.
+        importlib.import_module("waterfill.runtime.quantizer").register()
     except Exception as error:
         # Whoever imports transformers for another reason must not fail over this; loading an
         # artifact without it still ends in an error, never in random weights.
