@@ -173,6 +173,7 @@ def _load(
     """A model of a class, its tensors decoded as transformers asks for them."""
     from waterfill.runtime.filling import Filling
     from waterfill.runtime.quantizer import WaterfillConfig
+    from waterfill.runtime.quick import quicken
     from waterfill.runtime.saving import saves_artifact
 
     state = lazy_tensors(reader)
@@ -207,6 +208,7 @@ def _load(
         )
     if keeps:
         saves_artifact(model, reader)
+        quicken(model)
     return model
 
 
