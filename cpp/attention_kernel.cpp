@@ -10,9 +10,8 @@ namespace {
 using namespace attention;
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-constexpr size_t kRows = 4;  // that share a reading of keys and values
 #if defined(WATERFILL_ISA_avx512)
-constexpr size_t kSums = 16;  // that stay in registers
+constexpr size_t kSums = 16;  // of sixteen floats, that stay in registers
 #else
 constexpr size_t kSums = 4;
 #endif
@@ -29,9 +28,7 @@ public:
         for (size_t r = 0; r < R; ++r) std::fill_n(partial + r * call_.row_floats(), call_.row_floats(), 0.0f), partial[r * call_.row_floats()] = kNone;
         if (hidden()) return;
         load_queries();
-        size_t t = 0;
-        for (; t + kTokens <= count_; t += kTokens) score<kTokens>(t);
-        for (; t < count_; ++t) score<1>(t);
+        for (size_t t = 0; t < count_; t += kTokens) score(t, std::min(kTokens, count_ - t));
         for (size_t r = 0; r < R; ++r) weigh(r, partial + r * call_.row_floats());
         size_t column = 0;
         for (; column + kColumns * kLanes <= call_.value_width; column += kColumns * kLanes) values<kColumns, false>(column, partial);
@@ -40,7 +37,8 @@ public:
     }
 
 private:
-    static constexpr size_t kTokens = kSums / R, kColumns = kSums / R;
+    // Tokens of a block, tokens and columns (of sixteen) whose sums are in registers together.
+    static constexpr size_t kTokens = kLanes / R, kAtOnce = kSums / R, kColumns = kSums / R;
 
     size_t head_of(size_t r) const { return head_ * (call_.heads / call_.shared) + (first_ + r) / call_.queries; }
     size_t query_of(size_t r) const { return (first_ + r) % call_.queries; }
@@ -75,34 +73,41 @@ private:
         }
     }
 
-    template <size_t Tokens> void score(size_t t) {
-        const T* keys = tokens_of(call_.k) + ptrdiff_t(t) * call_.k.strides[2];
+    // Scores of `count` tokens of a block, which is sixteen sums.
+    void score(size_t t, size_t count) {
+        Lanes16 sums[kLanes];
+        size_t i = 0;
+        for (; i + kAtOnce <= count; i += kAtOnce) dots<kAtOnce>(t + i, sums + i);
+        for (; i < count; ++i) dots<1>(t + i, sums + i);
+        for (; i < kTokens; ++i)
+            for (size_t r = 0; r < R; ++r) sums[r * kTokens + i] = Lanes16::of(0);
+        float all[kLanes];
+        sums_of(sums).store(all);
+        for (size_t r = 0; r < R; ++r) std::memcpy(weights_ + r * kChunk + t, all + r * kTokens, count * sizeof(float));
+    }
+
+    template <size_t Tokens> __attribute__((always_inline)) void dots(size_t t, Lanes16* out) const {
+        const ptrdiff_t stride = call_.k.strides[2];
+        const T* keys = tokens_of(call_.k) + ptrdiff_t(t) * stride;
         const size_t width = call_.key_width, whole = width / kLanes * kLanes;
-        Lanes16 sums[Tokens * R];
+        Lanes16 sums[Tokens * R], key[Tokens];
         for (Lanes16& sum : sums) sum = Lanes16::of(0);
-        const auto add = [&](size_t j, const Lanes16(&key)[Tokens]) __attribute__((always_inline)) {
+        const auto add = [&](size_t j) __attribute__((always_inline)) {
             for (size_t r = 0; r < R; ++r) {
                 const Lanes16 query = Lanes16::load(queries_ + r * kMaxWidth + j);
                 for (size_t i = 0; i < Tokens; ++i) sums[r * Tokens + i] = sums[r * Tokens + i] + query * key[i];
             }
         };
-        Lanes16 key[Tokens];
         for (size_t j = 0; j < whole; j += kLanes) {
-            for (size_t i = 0; i < Tokens; ++i) key[i] = Lanes16::load<Type>(keys + ptrdiff_t(i) * call_.k.strides[2] + j);
-            add(j, key);
+            for (size_t i = 0; i < Tokens; ++i) key[i] = Lanes16::load<Type>(keys + ptrdiff_t(i) * stride + j);
+            add(j);
         }
         if (whole < width) {
-            for (size_t i = 0; i < Tokens; ++i) key[i] = Lanes16::load<Type>(keys + ptrdiff_t(i) * call_.k.strides[2] + whole, width - whole);
-            add(whole, key);
+            for (size_t i = 0; i < Tokens; ++i) key[i] = Lanes16::load<Type>(keys + ptrdiff_t(i) * stride + whole, width - whole);
+            add(whole);
         }
-        if constexpr (Tokens * R == kLanes) {
-            float all[kLanes];
-            sums_of(sums).store(all);
-            for (size_t r = 0; r < R; ++r) std::memcpy(weights_ + r * kChunk + t, all + r * Tokens, Tokens * sizeof(float));
-        } else {
-            for (size_t r = 0; r < R; ++r)
-                for (size_t i = 0; i < Tokens; ++i) weights_[r * kChunk + t + i] = sums[r * Tokens + i].sum();
-        }
+        for (size_t r = 0; r < R; ++r)
+            for (size_t i = 0; i < Tokens; ++i) out[r * kTokens + i] = sums[r * Tokens + i];
     }
 
     // Scores of a row become weights e^(score - greatest).

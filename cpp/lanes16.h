@@ -115,7 +115,7 @@ struct Lanes16 {
     }
 };
 
-// The sums of sixteen, each as `sum` takes it.
+// The sums of sixteen, each as `sum` takes it: pairs share the additions.
 inline __attribute__((always_inline)) Lanes16 sums_of(const Lanes16 (&x)[kLanes]) {
 #if defined(WATERFILL_ISA_avx512)
     Wide halves[8], quarters[4], pairs[2];
@@ -136,10 +136,36 @@ inline __attribute__((always_inline)) Lanes16 sums_of(const Lanes16 (&x)[kLanes]
     }
     return {{__builtin_shufflevector(pairs[0], pairs[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
              __builtin_shufflevector(pairs[0], pairs[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)}};
+#elif defined(WATERFILL_ISA_avx2)
+    // Shuffles within halves of a register are the cheap ones; the order is mended at the end.
+    Lanes16 out;
+    for (size_t g = 0; g < 2; ++g) {
+        Wide quarters[4], pairs[2];
+        for (size_t i = 0; i < 4; ++i) {
+            const Lanes16 &even = x[8 * g + 2 * i], &odd = x[8 * g + 2 * i + 1];
+            const Wide a = even.v[0] + even.v[1], b = odd.v[0] + odd.v[1];
+            quarters[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+        }
+        for (size_t i = 0; i < 2; ++i) {
+            const Wide a = quarters[2 * i], b = quarters[2 * i + 1];
+            pairs[i] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+        const Wide sums = __builtin_shufflevector(pairs[0], pairs[1], 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(pairs[0], pairs[1], 1, 3, 9, 11, 5, 7, 13, 15);
+        out.v[g] = __builtin_shufflevector(sums, sums, 0, 4, 1, 5, 2, 6, 3, 7);
+    }
+    return out;
 #else
-    float sums[kLanes];
-    for (size_t i = 0; i < kLanes; ++i) sums[i] = x[i].sum();
-    return Lanes16::load(sums);
+    Lanes16 out;
+    for (size_t g = 0; g < 4; ++g) {
+        Wide pairs[2], quarters[4];
+        for (size_t i = 0; i < 4; ++i) quarters[i] = (x[4 * g + i].v[0] + x[4 * g + i].v[2]) + (x[4 * g + i].v[1] + x[4 * g + i].v[3]);
+        for (size_t i = 0; i < 2; ++i) {
+            const Wide a = quarters[2 * i], b = quarters[2 * i + 1];
+            pairs[i] = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+        }
+        out.v[g] = __builtin_shufflevector(pairs[0], pairs[1], 0, 2, 4, 6) + __builtin_shufflevector(pairs[0], pairs[1], 1, 3, 5, 7);
+    }
+    return out;
 #endif
 }
 
