@@ -49,8 +49,8 @@ struct Call {
 struct Kernels {
     // Of one chunk of keys, the greatest score, the sum of weights and the sum of weighted values.
     void (*attend)(const Call&, size_t group, size_t chunk, float* partial);
-    // The chunks of a group, in order, into `out`.
-    void (*merge)(const Call&, size_t group, const float* partials);
+    // The chunks of a group, in order, into `out`; changes them.
+    void (*merge)(const Call&, size_t group, float* partials);
 };
 
 }  // namespace waterfill::attention

@@ -69,7 +69,9 @@ private:
         const size_t width = call_.key_width;
         for (size_t r = 0; r < R; ++r) {
             const T* from = static_cast<const T*>(q.at) + ptrdiff_t(batch_) * q.strides[0] + ptrdiff_t(head_of(r)) * q.strides[1] + ptrdiff_t(query_of(r)) * q.strides[2];
-            for (size_t j = 0; j < width; j += kLanes) Lanes16::load<Type>(from + j, std::min(kLanes, width - j)).store(queries_ + r * kMaxWidth + j);
+            size_t j = 0;
+            for (; j + kLanes <= width; j += kLanes) Lanes16::load<Type>(from + j).store(queries_ + r * kMaxWidth + j);
+            if (j < width) Lanes16::load<Type>(from + j, width - j).store(queries_ + r * kMaxWidth + j);
         }
     }
 
@@ -179,32 +181,35 @@ void attend(const Call& call, size_t group, size_t chunk, float* partial) {
     else attend_as<Float::f16>(call, group, chunk, partial);
 }
 
-template <Float Type> void merge_as(const Call& call, size_t group, const float* partials) {
+template <Float Type> void merge_as(const Call& call, size_t group, float* partials) {
     using T = typename Stored<Type>::type;
-    const size_t chunks = call.chunks(), floats = call.row_floats(), width = call.value_width, share = call.heads / call.shared;
+    const size_t chunks = call.chunks(), floats = call.row_floats(), width = call.value_width, whole = width / kLanes * kLanes, share = call.heads / call.shared;
     for (size_t r = 0; r < call.rows(); ++r) {
         const auto part = [&](size_t c) { return partials + c * call.partial_floats() + r * floats; };
-        float greatest = kNone;
+        float greatest = kNone, sum = 0;
         for (size_t c = 0; c < chunks; ++c) greatest = part(c)[0] > greatest ? part(c)[0] : greatest;
         const Lanes16 shift = Lanes16::of(greatest == kNone ? 0.0f : -greatest);
-        const auto factor = [&](size_t c) { return exponential(Lanes16::of(part(c)[0]) + shift); };
-        Lanes16 total = Lanes16::of(0);
-        for (size_t c = 0; c < chunks; ++c) total = total + factor(c) * Lanes16::of(part(c)[1]);
-        float sum[kLanes];
-        total.store(sum);
+        for (size_t c = 0; c < chunks; ++c) {
+            float factor[kLanes];
+            exponential(Lanes16::of(part(c)[0]) + shift).store(factor);
+            sum += factor[0] * part(c)[1];
+            part(c)[0] = factor[0];
+        }
         // A row that sees nothing gives zeros.
-        const Lanes16 inverse = Lanes16::of(sum[0] == 0 ? 0.0f : 1 / sum[0]);
+        const Lanes16 inverse = Lanes16::of(sum == 0 ? 0.0f : 1 / sum);
+        const auto column = [&](size_t j) {
+            Lanes16 all = Lanes16::of(0);
+            for (size_t c = 0; c < chunks; ++c) all = all + Lanes16::of(part(c)[0]) * Lanes16::load(part(c) + kHead + j);
+            return all * inverse;
+        };
         const size_t head = group % call.shared * share + r / call.queries, at = (group / call.shared * call.queries + r % call.queries) * call.heads + head;
         T* out = static_cast<T*>(call.out) + at * width;
-        for (size_t j = 0; j < width; j += kLanes) {
-            Lanes16 all = Lanes16::of(0);
-            for (size_t c = 0; c < chunks; ++c) all = all + factor(c) * Lanes16::load(part(c) + kHead + j);
-            (all * inverse).template store<Type>(out + j, std::min(kLanes, width - j));
-        }
+        for (size_t j = 0; j < whole; j += kLanes) column(j).template store<Type>(out + j);
+        if (whole < width) column(whole).template store<Type>(out + whole, width - whole);
     }
 }
 
-void merge(const Call& call, size_t group, const float* partials) {
+void merge(const Call& call, size_t group, float* partials) {
     if (call.type == Float::f32) merge_as<Float::f32>(call, group, partials);
     else if (call.type == Float::bf16) merge_as<Float::bf16>(call, group, partials);
     else merge_as<Float::f16>(call, group, partials);

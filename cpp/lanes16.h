@@ -52,6 +52,26 @@ template <packed::Float Type> inline __attribute__((always_inline)) void widen(W
     }
 }
 
+// As `to_bf16` and `to_half`, without branches: the bits in the lower halves.
+template <packed::Float Type> inline __attribute__((always_inline)) WideBits narrowed(const Wide& x) {
+    WideBits bits;
+    copy_bits(bits, x);
+    if constexpr (Type == packed::Float::bf16) {
+        const WideBits rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+        return (bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16 | 0x40u) : rounded;
+    } else {
+        const WideBits sign = bits & 0x80000000u, magnitude = bits ^ sign;
+        Wide positive;
+        copy_bits(positive, magnitude);
+        WideBits shifted;
+        copy_bits(shifted, positive + 0.5f);
+        const WideBits special = magnitude > 0x7F800000u ? WideBits{} + 0x7E00u : WideBits{} + 0x7C00u;
+        const WideBits normal = (magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
+        const WideBits finite = magnitude < 113u << 23 ? shifted - 0x3F000000u : normal;
+        return (magnitude >= 143u << 23 ? special : finite) | sign >> 16;
+    }
+}
+
 struct Lanes16 {
     Wide v[kRegisters];
 
@@ -76,12 +96,28 @@ struct Lanes16 {
     }
     static inline __attribute__((always_inline)) Lanes16 load(const float* at) { return load<packed::Float::f32>(at); }
     inline __attribute__((always_inline)) void store(float* at) const { std::memcpy(at, v, sizeof v); }
+    template <packed::Float Type> inline __attribute__((always_inline)) void store(typename Stored<Type>::type* at) const {
+        if constexpr (Type == packed::Float::f32) {
+            store(static_cast<float*>(at));
+        } else {
+            for (size_t i = 0; i < kRegisters; ++i) {
+                const WideHalves halves = __builtin_convertvector(narrowed<Type>(v[i]), WideHalves);
+                std::memcpy(at + i * kWide, &halves, sizeof halves);
+            }
+        }
+    }
+    // The first `count`; writes no further.
     template <packed::Float Type> inline __attribute__((always_inline)) void store(typename Stored<Type>::type* at, size_t count) const {
-        float values[kLanes];
-        typename Stored<Type>::type stored[kLanes];
-        store(values);
-        for (size_t i = 0; i < kLanes; ++i) stored[i] = Stored<Type>::write(values[i]);
-        std::memcpy(at, stored, count * sizeof *stored);
+        typename Stored<Type>::type all[kLanes];
+        store<Type>(all);
+        std::memcpy(at, all, count * sizeof *all);
+    }
+    // Each as it would be read again.
+    template <packed::Float Type> inline __attribute__((always_inline)) Lanes16 rounded() const {
+        if constexpr (Type == packed::Float::f32) return *this;
+        typename Stored<Type>::type all[kLanes];
+        store<Type>(all);
+        return load<Type>(all);
     }
 
     inline __attribute__((always_inline)) Lanes16 operator+(const Lanes16& other) const {

@@ -25,17 +25,12 @@ template <Float Type> void rows_as(const Call& call, size_t first, size_t last) 
         }
         const Lanes16 end = Lanes16::load<Type>(x + whole, rest);
         const Lanes16 factor = Lanes16::of(1 / std::sqrt((squares + end * end).sum() / float(n) + call.epsilon));
-        const auto write = [&](size_t j, const Lanes16& value, const Lanes16& w, size_t count) {
-            Lanes16 normal = value * factor;
-            if (call.rounds_first) {
-                T rounded[kLanes];
-                normal.template store<Type>(rounded, kLanes);
-                normal = Lanes16::load<Type>(rounded);
-            }
-            (normal * (offset + w)).template store<Type>(y + j, count);
+        const auto normal = [&](const Lanes16& value, const Lanes16& w) {
+            const Lanes16 scaled = value * factor;
+            return (call.rounds_first ? scaled.template rounded<Type>() : scaled) * (offset + w);
         };
-        for (size_t j = 0; j < whole; j += kLanes) write(j, Lanes16::load<Type>(x + j), Lanes16::load<Type>(weight + j), kLanes);
-        if (rest) write(whole, end, Lanes16::load<Type>(weight + whole, rest), rest);
+        for (size_t j = 0; j < whole; j += kLanes) normal(Lanes16::load<Type>(x + j), Lanes16::load<Type>(weight + j)).template store<Type>(y + j);
+        if (rest) normal(end, Lanes16::load<Type>(weight + whole, rest)).template store<Type>(y + whole, rest);
     }
 }
 

@@ -35,8 +35,7 @@ def read(x: Array) -> Array:
 
 def exact(q: Array, k: Array, v: Array, scale: float, mask: Array | None) -> Array:
     """Attention in float64, head by head."""
-    batch, heads, queries, _ = q.shape
-    share = heads // k.shape[1]
+    share = q.shape[1] // k.shape[1]
     q, k, v = read(q), read(k), read(v)
     k, v = np.repeat(k, share, 1), np.repeat(v, share, 1)
     scores = q @ k.swapaxes(2, 3) * scale

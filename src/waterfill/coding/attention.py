@@ -55,7 +55,7 @@ def attend(q: Array, k: Array, v: Array, scale: float, mask: Array | None = None
         mask = np.broadcast_to(mask, (batch, heads, queries, keys))
     core = native.core()
     if core is None:
-        return _attend_numpy(q, k, v, np.float32(scale), mask)
+        return _attend_numpy(q, k, v, scale, mask)
     q, k, v = (a if a.strides[3] == a.itemsize else np.ascontiguousarray(a) for a in (q, k, v))
     out = np.empty((batch, queries, heads, e), q.dtype)
     if out.size:
@@ -120,11 +120,12 @@ def _rounded(x: Floats, dtype: np.dtype[Any]) -> Array:
     return np.where(np.isnan(x), bits >> 16 | 0x40, upper).astype(np.uint16)
 
 
-def _attend_numpy(q: Array, k: Array, v: Array, scale: Floats, mask: Array | None) -> Array:
+def _attend_numpy(q: Array, k: Array, v: Array, scale: float, mask: Array | None) -> Array:
     batch, heads, queries, d = q.shape
     shared, keys = k.shape[1:3]
     grouped = _floats(q).reshape(batch, shared, -1, d)
-    scores = (grouped @ _floats(k).swapaxes(2, 3)).reshape(batch, heads, queries, keys) * scale
+    scores = (grouped @ _floats(k).swapaxes(2, 3)).reshape(batch, heads, queries, keys)
+    scores = scores * np.float32(scale)
     if mask is not None:
         scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + _floats(mask)
     greatest = scores.max(3, keepdims=True)
@@ -137,8 +138,8 @@ def _attend_numpy(q: Array, k: Array, v: Array, scale: Floats, mask: Array | Non
 
 def _norm_numpy(x: Array, weight: Array, epsilon: float, offset: float, first: bool) -> Array:
     values = _floats(x)
-    mean = np.mean(values * values, axis=-1, keepdims=True, dtype=np.float32)
-    normal = values * (1 / np.sqrt(mean + np.float32(epsilon)))
+    mean: Floats = np.mean(values * values, axis=-1, keepdims=True, dtype=np.float32)
+    normal: Floats = values * (1 / np.sqrt(mean + np.float32(epsilon)))
     if first:
         normal = _floats(_rounded(normal, x.dtype))
     return _rounded(normal * (np.float32(offset) + _floats(weight)), x.dtype)

@@ -53,8 +53,8 @@ def quicken(model: Any) -> Any:
 
 def _configs(model: Any) -> list[Any]:
     """Configurations of all submodels whose attention may be swapped by its name."""
-    wholes = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-    refused = {id(m.config) for m in wholes if not _swappable(type(m))}
+    wholes: list[Any] = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    refused = {id(m.config) for m in wholes if not _swappable(m.__class__)}
     found = {id(m.config): m.config for m in wholes if m.config._attn_implementation == "sdpa"}
     return [config for key, config in found.items() if key not in refused]
 
@@ -93,62 +93,66 @@ def attention_forward(
     -------
     (batch, queries, heads, e), and None where others return attention's weights
     """
-    batch, heads, queries, d = query.shape
+    core = native.core()
+    shape = _shape(module, query, key, value) if core is not None else None
     if (
-        queries > MAX_QUERIES
-        or (core := native.core()) is None
-        or not _tensors_fit(module, query, key, value)
-        or not _mask_fits(attention_mask, query, key.shape[2])
+        shape is None
+        or not _mask_fits(attention_mask, query, shape)
         or dropout
         or kwargs.get("softcap") is not None
         or kwargs.get("position_bias") is not None
         or kwargs.get("output_attentions")
     ):
-        return sdpa_attention_forward(
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
-    _, shared, keys, e = value.shape
-    mask, mask_strides, boolean = 0, (0, 0, 0, 0), False
+    batch, heads, _, queries, keys, d, e = shape
+    mask, strides, boolean = 0, (0, 0, 0, 0), False
     if attention_mask is not None:
         mask, boolean = attention_mask.data_ptr(), attention_mask.dtype == torch.bool
-        mask_strides = attention_mask.expand(batch, heads, queries, keys).stride()
+        strides = attention_mask.expand(batch, heads, queries, keys).stride()  # type: ignore[assignment]
     out = query.new_empty((batch, queries, heads, e))
+    assert core is not None
     core.attend(
-        (batch, heads, shared, queries, keys, d, e), KERNEL_DTYPES[query.dtype],
+        shape, KERNEL_DTYPES[query.dtype],
         query.data_ptr(), query.stride(), key.data_ptr(), key.stride(),
-        value.data_ptr(), value.stride(), mask, mask_strides, boolean,
+        value.data_ptr(), value.stride(), mask, strides, boolean,
         d**-0.5 if scaling is None else scaling, out.data_ptr(), native.threads(),
     )  # fmt: skip
     return out, None
 
 
-def _tensors_fit(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    batch, heads, _, d = q.shape
-    shared, keys, e = v.shape[1:]
-    trained = q.requires_grad or k.requires_grad or v.requires_grad
-    return (
-        type(q) is torch.Tensor
+def _shape(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    """Batch, heads, key heads, queries, keys, widths of a key and a value; None for other tensors than the kernel's."""
+    batch, heads, queries, d = q.shape
+    groups, shared, keys, e = v.shape
+    if (
+        0 < queries <= MAX_QUERIES
+        and k.shape == (batch, shared, keys, d)
+        and groups == batch > 0
+        and heads == shared * getattr(module, "num_key_value_groups", 1) > 0
+        and 0 < d <= MAX_WIDTH
+        and 0 < e <= MAX_WIDTH
+        and keys > 0
+        and type(q) is torch.Tensor
         and q.is_cpu
         and k.is_cpu
         and v.is_cpu
         and q.dtype in KERNEL_DTYPES
         and k.dtype == v.dtype == q.dtype
-        and k.shape == (batch, shared, keys, d)
-        and len(v) == batch
-        and heads == shared * getattr(module, "num_key_value_groups", 1)
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
-        and d <= MAX_WIDTH
-        and e <= MAX_WIDTH
-        and q.numel() > 0
-        and v.numel() > 0
-        and not (trained and torch.is_grad_enabled())
+        and not (
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        )
         and not torch.compiler.is_compiling()
-    )
+    ):
+        return batch, heads, shared, queries, keys, d, e
+    return None
 
 
-def _mask_fits(mask: torch.Tensor | None, q: torch.Tensor, keys: int) -> bool:
+def _mask_fits(mask: torch.Tensor | None, q: torch.Tensor, shape: tuple[int, ...]) -> bool:
     """Without a mask several queries may mean a causal one, and only one query sees every key."""
-    batch, heads, queries, _ = q.shape
+    batch, heads, _, queries, keys, *_ = shape
     if mask is None:
         return queries == 1
     return (
