@@ -49,6 +49,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("hadamard_fuzz", ["hadamard_kernel"], 400),
         ("coded_fuzz", ["coded_kernel"], 100),
         ("words_fuzz", ["words_kernel", "rans_kernel", "huffman_kernel"], 500),
+        ("attention_fuzz", ["attention_kernel", "norm_kernel"], 500),
     ],
 )
 def test_kernels_never_leave_their_buffers(

@@ -62,6 +62,8 @@ class _Holding(_Base):
 
 
 def _blank(plain: Any) -> nn.Module:
+    import waterfill.runtime.quick  # noqa: F401  # the attention that the model's configuration names
+
     module: nn.Module = object.__new__(_class_for(plain))
     return module
 

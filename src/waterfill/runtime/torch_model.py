@@ -80,8 +80,6 @@ def load_model(
     """
     path = folder_of(path)
     with quiet_transformers(), Reader(path) as reader:
-        from waterfill.runtime.saving import saves_artifact
-
         _check_size(reader, size)
         config = plain_config(path, trust_remote_code)
         choice = choice_of(residency, memory, wishes(read_config(path)), device)
@@ -89,8 +87,7 @@ def load_model(
             model_class(config), config, reader, choice,
             dtype=dtype, device_map=_device_map(device), trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        if _keeps(choice):
-            saves_artifact(model, reader)
+        _run_compressed(model, reader, choice)
     _say_missing(path, sorted(report["missing_keys"]))
     model.config.name_or_path = model.name_or_path = str(path)
     generation = path / "generation_config.json"
@@ -114,8 +111,6 @@ def fill_model(model: Any, file: Path, config: Any, entry: Any, device_map: Any)
     entry : `waterfill.runtime.quantizer.WaterfillConfig` from config.json
     device_map : that the user gave
     """
-    from waterfill.runtime.saving import saves_artifact
-
     generation, place = getattr(model, "generation_config", None), model.name_or_path
     wish = {k: v for k in ("residency", "memory") if (v := getattr(entry, k)) is not None}
     del config.quantization_config
@@ -133,8 +128,7 @@ def fill_model(model: Any, file: Path, config: Any, entry: Any, device_map: Any)
             entry=entry,
         )
         model.__dict__ = made.__dict__
-        if _keeps(choice):
-            saves_artifact(model, reader)
+        _run_compressed(model, reader, choice)
     model.config.name_or_path = model.name_or_path = place
     if generation is not None:
         model.generation_config = generation
@@ -202,6 +196,16 @@ def _load(
             **options,
         )
     return model, report
+
+
+def _run_compressed(model: Any, reader: Reader, choice: Choose) -> None:
+    """What a model needs beside its weights where some of them are not dense."""
+    from waterfill.runtime.quick import quicken
+    from waterfill.runtime.saving import saves_artifact
+
+    if _keeps(choice):
+        saves_artifact(model, reader)
+        quicken(model)
 
 
 def _say_missing(path: Path, names: list[str]) -> None:
