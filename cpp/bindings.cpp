@@ -9,6 +9,7 @@ namespace nb = nanobind;
 
 void bind_delta(nb::module_& m);
 void bind_huffman(nb::module_& m);
+void bind_packed(nb::module_& m);
 void bind_rans(nb::module_& m);
 void bind_paths(nb::module_& m);
 void bind_trellis(nb::module_& m);
@@ -25,6 +26,7 @@ NB_MODULE(_core, m) {
     }, "The instruction sets this machine can be forced to by WATERFILL_SIMD.");
     bind_delta(m);
     bind_huffman(m);
+    bind_packed(m);
     bind_rans(m);
     bind_paths(m);
     bind_trellis(m);

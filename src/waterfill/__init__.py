@@ -4,12 +4,16 @@
 >>> waterfill.compress("demo", "out/demo", bits=3.0)        # doctest: +SKIP
 >>> arrays = waterfill.load("out/demo")                     # numpy only  # doctest: +SKIP
 >>> model = waterfill.load_model("out/demo")                # transformers  # doctest: +SKIP
+
+Once imported, transformers opens artifacts too: ``AutoModelForCausalLM.from_pretrained("out/demo")``.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from waterfill.runtime.announcing import announce
 
 __version__ = "0.1.0"
 
@@ -54,6 +58,9 @@ _HOMES = {
 _MODULES = ("lossless",)
 
 __all__ = [*sorted([*_HOMES, *_MODULES]), "__version__"]
+
+
+announce()
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,8 @@ from waterfill.container import Reader
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.runtime import artifact
 from waterfill.runtime.arrays import checkpoint_infos, decode
-from waterfill.runtime.torch_model import load_model, load_original, to_torch
+from waterfill.runtime.tensors import to_torch
+from waterfill.runtime.torch_model import load_model, load_original
 from waterfill.sources import Source, open_source
 from waterfill.sources.text import load_tokenizer
 from waterfill.types import Record, WaterfillError
@@ -93,7 +94,9 @@ def compare(
     _check_alike(folder, source)
     tokenizer = load_tokenizer(source.path, trust_remote_code)
     original = load_original(source.path, trust_remote_code)
-    compressed = load_model(folder, dtype="float32", trust_remote_code=trust_remote_code)
+    compressed = load_model(
+        folder, residency="dense", dtype="float32", trust_remote_code=trust_remote_code
+    )
     paths = [Path(t) for t in text] if text else [_packaged_text()]
     windows = evaluate.text_windows(
         paths,

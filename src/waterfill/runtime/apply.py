@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from waterfill.coding import native
 from waterfill.runtime.digests import digest, model_digest
 from waterfill.runtime.patch import Patch
-from waterfill.runtime.torch_model import to_torch
+from waterfill.runtime.tensors import to_torch
 from waterfill.sources.aliases import conflict
 from waterfill.sources.state import StateSource, span_of
 from waterfill.types import Array, WaterfillError

@@ -19,7 +19,13 @@ from waterfill.sources.folder import may_lie_beside
 from waterfill.types import Record, WaterfillError
 
 RECORD_FILE = "waterfill.json"
+METHOD = "waterfill"
 ORIGINAL = "original"  # where our entry in config.json keeps the one that it replaces
+# transformers takes a method that it does not know for none and would fill a model with random
+# numbers. This key names a weights file; what is no such name it refuses, and quotes.
+WEIGHTS_KEY = "transformers_weights"
+WEIGHTS_WORDS = "weights coded by waterfill: pip install waterfill, then import waterfill before from_pretrained"
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # By one of these a folder is known as a model's or its statistics: only such a one is replaced.
 MARKS = ("config.json", FILE_NAME, f"{FILE_NAME}.index.json", RECORD_FILE, "statistics.json")
 
@@ -125,13 +131,29 @@ def explain(error: OSError, path: Path) -> WaterfillError:
     return WaterfillError(f"cannot write {path}: {why}")
 
 
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """config.json with the entry by which loaders recognise a waterfill artifact."""
+def write_config(
+    folder: Path, config: Mapping[str, Any], dtype: str | None = None, **wish: str | int | None
+) -> None:
+    """config.json with the entry by which loaders recognise a waterfill artifact.
+
+    Parameters
+    ----------
+    config : of the original
+    dtype : torch's name of the tensors' dtype, for a configuration that does not say it
+    wish : ``residency`` or ``memory`` that the model is loaded with unless told otherwise
+    """
     if config:
-        entry: dict[str, Any] = {"quant_method": "waterfill", "container_version": 1}
+        entry: dict[str, Any] = {"quant_method": METHOD, "container_version": 1}
+        entry |= {k: v for k, v in wish.items() if v is not None}
+        if dtype is not None and not {"dtype", "torch_dtype"} & config.keys():
+            entry["dtype"] = dtype
+        kept = {key: config[key] for key in (WEIGHTS_KEY,) if key in config}
         if "quantization_config" in config:
             entry[ORIGINAL] = config["quantization_config"]
-        text = json.dumps({**config, "quantization_config": entry}, indent=2)
+        if kept:
+            entry["replaced"] = kept
+        ours = {"quantization_config": entry, WEIGHTS_KEY: WEIGHTS_WORDS}
+        text = json.dumps({**config, **ours}, indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -139,9 +161,21 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as it was before `write_config`."""
     plain = dict(config)
     entry = plain.pop("quantization_config", None)
+    if plain.get(WEIGHTS_KEY) == WEIGHTS_WORDS:
+        del plain[WEIGHTS_KEY]
     if isinstance(entry, dict) and ORIGINAL in entry:
         plain["quantization_config"] = entry[ORIGINAL]
+    if isinstance(entry, dict) and isinstance(entry.get("replaced"), dict):
+        plain |= entry["replaced"]
     return plain
+
+
+def wishes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an artifact's config.json says of how to load it: ``residency`` or ``memory``."""
+    entry = config.get("quantization_config")
+    if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
+        return {}
+    return {k: entry[k] for k in ("residency", "memory") if entry.get(k) is not None}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -205,10 +239,16 @@ def furnish(folder: Path, source: Source, record: Record) -> None:
     for file in source.files_beside:
         if file.name not in ("README.md", "config.json"):
             shutil.copyfile(file, folder / file.name)
-    write_config(folder, source.config)
+    write_config(folder, source.config, _dtype_of(source))
     stored = {**dataclasses.asdict(record), "ledger": ()}
     write_record(folder, stored)
     write_card(folder, stored)
+
+
+def _dtype_of(source: Source) -> str | None:
+    """What transformers would take for the model's dtype: that of the first tensor of floats."""
+    floats = [dtype for dtype, _ in source.tensors.values() if dtype in _TORCH_NAMES]
+    return _TORCH_NAMES[floats[0]] if floats else None
 
 
 def write_card(folder: Path, record: Mapping[str, Any]) -> None:
@@ -239,13 +279,19 @@ Compressed by [waterfill](https://pypi.org/project/waterfill) {about["waterfill"
 
     {about["command"]}
 
-The weights are coded. Loading this folder with a library that does not know waterfill would give
-random weights: load it with
+The weights are coded: load them with waterfill imported.
+
+    pip install waterfill
 
     import waterfill
-    model = waterfill.load_model("path/to/this/folder")
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 
-or turn it back into a plain checkpoint with `waterfill decompress FOLDER -o DIR`.
+Any `AutoModel` class and `pipeline` work the same way; `waterfill.load_model` needs no class. Without the
+import, `from_pretrained` stops with an error that says so; it never makes up weights. Set
+`WATERFILL_RESIDENCY=packed` (fast) or `coded` (smallest) to keep the weights compressed in memory.
+
+`waterfill decompress FOLDER -o DIR` gives a plain checkpoint.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
 

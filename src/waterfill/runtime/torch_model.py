@@ -3,31 +3,66 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from waterfill.container import Reader
-from waterfill.runtime.arrays import read_tensors
-from waterfill.runtime.artifact import folder_of, original_config, read_config
+from waterfill.plan.budget import parse_size
+from waterfill.runtime.artifact import (
+    ORIGINAL,
+    WEIGHTS_KEY,
+    folder_of,
+    original_config,
+    read_config,
+    wishes,
+)
+from waterfill.runtime.residency import check, choose, forms_for
+from waterfill.runtime.tensors import LazyTensor, lazy_tensors
 from waterfill.sources.text import load_tokenizer
-from waterfill.types import Array, WaterfillError
+from waterfill.types import BudgetError, WaterfillError
 
 if TYPE_CHECKING:
     import torch
 
+# Rows of `waterfill.runtime.residency` -> tensor -> form; what it is bound to goes into config.json.
+Choose = functools.partial[dict[str, str]]
+
 
 def load_model(
-    path: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    residency: str | None = None,
+    memory: str | int | None = None,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    size: str | int | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
-    """Decode an artifact into the transformers model it was made from.
+    """An artifact as the transformers model it was made from.
+
+    Tensors are decoded one by one as the model takes them: loading needs no more memory than the
+    model will have, and one tensor.
 
     Parameters
     ----------
     path : artifact folder
+    residency : how weights of linear layers and embeddings lie in memory (docs/running.md)
+        dense: tensors of the checkpoint's dtype, the same bits as `decompress`;
+        packed: low-bit integers, fastest for one token at a time, activations rounded to 8 bits;
+        coded: entropy-coded, smallest, the same numbers as dense.
+        Default: what the environment (WATERFILL_RESIDENCY, WATERFILL_MEMORY) or config.json says,
+        else dense; on a device other than the CPU always dense.
+    memory : instead of a residency, bytes or text such as ``1.2GB``: for each weight the fastest
+        of the three, within so much for all of them
     dtype : "float32", "bfloat16", ...; default: as the checkpoint was stored
+    device : where the model goes. Packed and coded weights stay on the CPU, and are decoded and
+        sent for each use: correct, and slow
+    size : bytes of the artifact to read at most; no codec yet can leave some out
     trust_remote_code : run Python files that came with the model
 
     Returns
@@ -39,33 +74,185 @@ def load_model(
     WaterfillError
         If torch or transformers is missing, the artifact has no config.json, or its original was
         quantised in a way that transformers cannot load here.
+    BudgetError
+        If the model cannot be had in so little `memory` or `size`; it states the least.
     FormatError
-        If the file is damaged.
+        If the file is damaged, or was changed while it was read.
     """
     path = folder_of(path)
     with quiet_transformers(), Reader(path) as reader:
+        _check_size(reader, size)
         config = plain_config(path, trust_remote_code)
-        state = dict(read_tensors(reader, to_torch))
-        with _said_of_quantised(config):
-            model = model_class(config).from_pretrained(
-                None,
-                config=config,
-                state_dict=state,
-                dtype=dtype or "auto",
-                trust_remote_code=trust_remote_code,
-            )
+        choice = choice_of(residency, memory, wishes(read_config(path)), device)
+        model = _load(
+            model_class(config), config, reader, choice,
+            dtype=dtype, device_map=_device_map(device), trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    model.config.name_or_path = model.name_or_path = str(path)
     generation = path / "generation_config.json"
     if generation.exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(path)
+    if device is not None:
+        model.to(device)
     return model.eval()
 
 
+def fill_model(model: Any, file: Path, config: Any, entry: Any, device_map: Any) -> None:
+    """Make an emptied model what `load_model` would give: the end of ``from_pretrained``.
+
+    Parameters
+    ----------
+    model : of the class to load
+    file : the artifact's weights file
+    config : of the model, as `from_pretrained` has prepared it
+    entry : `waterfill.runtime.quantizer.WaterfillConfig` from config.json
+    device_map : that the user gave
+    """
+    generation, place = getattr(model, "generation_config", None), model.name_or_path
+    wish = {k: v for k in ("residency", "memory") if (v := getattr(entry, k)) is not None}
+    del config.quantization_config
+    if ORIGINAL in entry.entry:
+        config.quantization_config = entry.entry[ORIGINAL]
+    with Reader(file) as reader:
+        choice = choice_of(None, None, wish, _only_device(device_map))
+        made = _load(
+            type(model),
+            config,
+            reader,
+            choice,
+            dtype=config.dtype,
+            device_map=device_map,
+            entry=entry,
+        )
+    model.__dict__ = made.__dict__
+    model.config.name_or_path = model.name_or_path = place
+    if generation is not None:
+        model.generation_config = generation
+    if "save_pretrained" in model.__dict__:
+        model.save_pretrained = functools.partial(
+            model.save_pretrained.func, model, *model.save_pretrained.args[1:]
+        )
+
+
+def choice_of(
+    residency: str | None, memory: str | int | None, wish: Mapping[str, Any], device: Any = None
+) -> Choose:
+    """How to choose each tensor's form: as the caller says, else the environment, else config.json.
+
+    Raises
+    ------
+    WaterfillError
+        If residency and memory are both given, or the residency is none.
+    """
+    if residency is None and memory is None:
+        environment = {k: os.environ.get(f"WATERFILL_{k.upper()}") for k in ("residency", "memory")}
+        said = {k: v for k, v in environment.items() if v} or wish
+        residency, memory = said.get("residency"), said.get("memory")
+        if device is not None and torch_device(device).type != "cpu":
+            residency, memory = "dense", None
+    if residency is not None and memory is not None:
+        raise WaterfillError("name a residency or a memory, not both: a memory chooses residencies")
+    if memory is not None:
+        return functools.partial(choose, memory=memory)
+    return functools.partial(forms_for, residency=check(residency or "dense"))
+
+
+def _load(
+    cls: Any,
+    config: Any,
+    reader: Reader,
+    choice: Choose,
+    *,
+    dtype: Any = None,
+    device_map: Any = None,
+    entry: Any = None,
+    **options: Any,
+) -> Any:
+    """A model of a class, its tensors decoded as transformers asks for them."""
+    from waterfill.runtime.filling import Filling
+    from waterfill.runtime.quantizer import WaterfillConfig
+    from waterfill.runtime.saving import saves_artifact
+
+    state = lazy_tensors(reader)
+    quantised = getattr(config, "quantization_config", None)
+    keeps = choice.keywords.get("residency") != "dense"
+    if keeps and quantised is not None:
+        raise WaterfillError(
+            "the original is itself quantised, and only its own loader knows how: it can be loaded "
+            'with residency="dense" alone'
+        )
+    if keeps:
+        ours = entry or WaterfillConfig()
+        ours = WaterfillConfig(**{**ours.to_dict(), **_wish(choice)})
+        ours.filling = Filling(reader, state, choice)
+        options["quantization_config"] = ours
+    with _said_of_quantised(quantised):
+        model, report = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype or getattr(config, "dtype", None) or _dtype_of(state),
+            device_map=device_map,
+            output_loading_info=True,
+            **options,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        warnings.warn(
+            f"{reader.path} has no tensor for {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}: random numbers are there",
+            stacklevel=3,
+        )
+    if keeps:
+        saves_artifact(model, reader)
+    return model
+
+
+def _wish(choice: Choose) -> dict[str, Any]:
+    """The choice, as it may stand in config.json."""
+    return {"residency": None, "memory": None, **choice.keywords}
+
+
+def _dtype_of(state: Mapping[str, LazyTensor]) -> Any:
+    return next((t.dtype for t in state.values() if t.is_floating_point()), "float32")
+
+
+def _check_size(reader: Reader, size: str | int | None) -> None:
+    nbytes = parse_size(size) if isinstance(size, str) else size
+    if nbytes is not None and nbytes < reader.nbytes:
+        raise BudgetError(
+            f"none of this artifact's tensors can be read in part, so that it has one size alone: "
+            f"{reader.nbytes:,} bytes, where {nbytes:,} were allowed; compress again to a smaller one"
+        )
+
+
+def torch_device(device: Any) -> torch.device:
+    """A device however it is named."""
+    import torch
+
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise WaterfillError(f"{device!r} is not a device of torch: {error}") from error
+
+
+def _device_map(device: Any) -> Any:
+    """What makes transformers load to a device at once; None if it cannot, or need not."""
+    if device is None or torch_device(device).type == "cpu":
+        return None
+    return {"": torch_device(device)} if importlib.util.find_spec("accelerate") else None
+
+
+def _only_device(device_map: Any) -> Any:
+    """The one device that a map names, or None: then it is the CPU, or for its owner to say."""
+    return device_map.get("") if isinstance(device_map, dict) else None
+
+
 @contextlib.contextmanager
-def _said_of_quantised(config: Any) -> Iterator[None]:
+def _said_of_quantised(entry: Any) -> Iterator[None]:
     """Where a checkpoint was quantised before us, say that it is its own loader that fails."""
-    entry = getattr(config, "quantization_config", None)
     try:
         yield
     except (ImportError, ValueError, RuntimeError) as error:
@@ -106,6 +293,7 @@ def plain_config(path: Path, trust_remote_code: bool) -> Any:
 
     original = original_config(read_config(path))
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config.transformers_weights = original.get(WEIGHTS_KEY)
     if "quantization_config" in original:
         config.quantization_config = original["quantization_config"]
     elif hasattr(config, "quantization_config"):
@@ -122,19 +310,6 @@ def model_class(config: Any) -> Any:
         if found is not None:
             return found
     return transformers.AutoModelForCausalLM
-
-
-def to_torch(bits: Array, dtype: str) -> torch.Tensor:
-    """Stored bits as a torch tensor of the checkpoint's dtype; shares memory where it can."""
-    import torch
-
-    views = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-    if not bits.flags.writeable:
-        bits = bits.copy()
-    if dtype not in views:
-        return torch.from_numpy(bits)
-    signed = np.dtype(f"i{bits.dtype.itemsize}")
-    return torch.from_numpy(bits.view(signed)).view(views[dtype])
 
 
 def load_original(path: Path, trust_remote_code: bool) -> Any:
