@@ -7,6 +7,7 @@
 
 namespace nb = nanobind;
 
+void bind_coded(nb::module_& m);
 void bind_delta(nb::module_& m);
 void bind_huffman(nb::module_& m);
 void bind_packed(nb::module_& m);
@@ -24,6 +25,7 @@ NB_MODULE(_core, m) {
             if (waterfill::machine_has(isa)) names.emplace_back(waterfill::isa_name(isa));
         return names;
     }, "The instruction sets this machine can be forced to by WATERFILL_SIMD.");
+    bind_coded(m);
     bind_delta(m);
     bind_huffman(m);
     bind_packed(m);

@@ -9,7 +9,7 @@ namespace {
 
 using packed::kVector;
 
-// Codes of the D-th four columns of a tile, a byte each.
+// Codes of the D-th four columns of a tile, a byte each; of the part of its vectors that `tile` points to.
 template <unsigned Bits, unsigned D> inline Codes codes_of(const uint8_t* tile) {
     constexpr int below_two = Bits & 4, below_one = Bits & 6;
     if constexpr (Bits == 8) return Codes::load(tile + kVector * D);
@@ -25,11 +25,13 @@ template <class Call, unsigned... D> inline void each_of(Call call, std::integer
 }
 // call(0) ... call(7), each known when compiled.
 template <class Call> inline void each_dword(Call call) { each_of(call, std::make_integer_sequence<unsigned, 8>()); }
+template <class Call> inline void each_part(Call call) { each_of(call, std::make_integer_sequence<unsigned, kParts>()); }
 
 // Tiles of a chunk as plain bytes, eight vectors a tile.
 template <unsigned Bits> void unpack(const uint8_t* codes, size_t tiles, uint8_t* out) {
     for (size_t tile = 0; tile < tiles; ++tile, codes += Bits * kVector, out += 8 * kVector)
-        each_dword([&](auto d) { codes_of<Bits, d>(codes).store(out + kVector * d); });
+        for (size_t part = 0; part < kVector; part += kPart)
+            each_dword([&](auto d) { codes_of<Bits, decltype(d)::value>(codes + part).store(out + kVector * d + part); });
 }
 
 using Unpack = void (*)(const uint8_t*, size_t, uint8_t*);

@@ -13,6 +13,7 @@ from waterfill.coding.packing import pack, unpack
 from waterfill.coding.rounding import factor, finite, successive
 from waterfill.registry import Codec, codec
 from waterfill.types import (
+    DTYPES,
     FLOAT_DTYPES,
     Array,
     Floats,
@@ -21,8 +22,10 @@ from waterfill.types import (
     SpecError,
     TensorInfo,
     Weighting,
+    from_float32,
 )
 
+BLOCK_WEIGHTS = 1 << 18  # decoded at a time
 SHRINKS = np.linspace(
     0.35, 1.0, 27, dtype=np.float32
 )  # clips tried, as shares of the largest weight
@@ -111,11 +114,24 @@ class Integer(Codec):
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
     ) -> Array:
         """Inverse of `encode`, the same bits on every machine."""
-        n = info.matrix_shape[1]
+        out = np.empty(info.shape, DTYPES[info.dtype])
+        self.decode_into(parts, extra, info, out)
+        return out
+
+    def decode_into(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array
+    ) -> None:
+        """As `decode`, some rows at a time: as float32 a large matrix would take twice its room."""
+        m, n = info.matrix_shape
         scales, exponent = self._scales(parts["scales"], extra, info)
-        values = self._integers(self._levels(parts["codes"], info), scales, n).values()
-        with np.errstate(over="ignore", under="ignore"):
-            return info.unmatrix(np.ldexp(values, -exponent))
+        held = self._integers(self._levels(parts["codes"], info), scales, n)
+        matrix = out.reshape(n, m).T if info.transposed else out.reshape(m, n)
+        step = max(1, BLOCK_WEIGHTS // max(n, 1))
+        for first in range(0, m, step):
+            rows = slice(first, first + step)
+            with np.errstate(over="ignore", under="ignore"):
+                values = np.ldexp(held.values(first, min(first + step, m)), -exponent)
+                matrix[rows] = from_float32(values, info.dtype)
 
     def integers(
         self,

@@ -161,13 +161,14 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as it was before `write_config`."""
     plain = dict(config)
     entry = plain.pop("quantization_config", None)
-    if plain.get(WEIGHTS_KEY) == WEIGHTS_WORDS:
-        del plain[WEIGHTS_KEY]
-    if isinstance(entry, dict) and ORIGINAL in entry:
+    if not isinstance(entry, dict):
+        return plain
+    if entry.get("quant_method") == METHOD:
+        plain.pop(WEIGHTS_KEY, None)
+    if ORIGINAL in entry:
         plain["quantization_config"] = entry[ORIGINAL]
-    if isinstance(entry, dict) and isinstance(entry.get("replaced"), dict):
-        plain |= entry["replaced"]
-    return plain
+    replaced = entry.get("replaced")
+    return plain | replaced if isinstance(replaced, dict) else plain
 
 
 def wishes(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,6 +102,7 @@ class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
         self._config = copy.deepcopy(model.config)
         for tensors in (model._modules, model._parameters, model._buffers):
             tensors.clear()
+        model._is_hf_initialized = True  # nothing here needs values
         known = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {".*"} if isinstance(known, set) else [".*"]
         model.all_tied_weights_keys = {}

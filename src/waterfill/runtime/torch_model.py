@@ -81,13 +81,18 @@ def load_model(
     """
     path = folder_of(path)
     with quiet_transformers(), Reader(path) as reader:
+        from waterfill.runtime.saving import saves_artifact
+
         _check_size(reader, size)
         config = plain_config(path, trust_remote_code)
         choice = choice_of(residency, memory, wishes(read_config(path)), device)
-        model = _load(
+        model, report = _load(
             model_class(config), config, reader, choice,
             dtype=dtype, device_map=_device_map(device), trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        if _keeps(choice):
+            saves_artifact(model, reader)
+    _say_missing(path, sorted(report["missing_keys"]))
     model.config.name_or_path = model.name_or_path = str(path)
     generation = path / "generation_config.json"
     if generation.exists() and hasattr(model, "generation_config"):
@@ -110,6 +115,8 @@ def fill_model(model: Any, file: Path, config: Any, entry: Any, device_map: Any)
     entry : `waterfill.runtime.quantizer.WaterfillConfig` from config.json
     device_map : that the user gave
     """
+    from waterfill.runtime.saving import saves_artifact
+
     generation, place = getattr(model, "generation_config", None), model.name_or_path
     wish = {k: v for k in ("residency", "memory") if (v := getattr(entry, k)) is not None}
     del config.quantization_config
@@ -117,7 +124,7 @@ def fill_model(model: Any, file: Path, config: Any, entry: Any, device_map: Any)
         config.quantization_config = entry.entry[ORIGINAL]
     with Reader(file) as reader:
         choice = choice_of(None, None, wish, _only_device(device_map))
-        made = _load(
+        made, _ = _load(
             type(model),
             config,
             reader,
@@ -126,14 +133,12 @@ def fill_model(model: Any, file: Path, config: Any, entry: Any, device_map: Any)
             device_map=device_map,
             entry=entry,
         )
-    model.__dict__ = made.__dict__
+        model.__dict__ = made.__dict__
+        if _keeps(choice):
+            saves_artifact(model, reader)
     model.config.name_or_path = model.name_or_path = place
     if generation is not None:
         model.generation_config = generation
-    if "save_pretrained" in model.__dict__:
-        model.save_pretrained = functools.partial(
-            model.save_pretrained.func, model, *model.save_pretrained.args[1:]
-        )
 
 
 def choice_of(
@@ -169,15 +174,14 @@ def _load(
     device_map: Any = None,
     entry: Any = None,
     **options: Any,
-) -> Any:
-    """A model of a class, its tensors decoded as transformers asks for them."""
+) -> tuple[Any, Mapping[str, Any]]:
+    """A model of a class, its tensors decoded as transformers asks for them, and what it reports."""
     from waterfill.runtime.filling import Filling
     from waterfill.runtime.quantizer import WaterfillConfig
-    from waterfill.runtime.saving import saves_artifact
 
     state = lazy_tensors(reader)
     quantised = getattr(config, "quantization_config", None)
-    keeps = choice.keywords.get("residency") != "dense"
+    keeps = _keeps(choice)
     if keeps and quantised is not None:
         raise WaterfillError(
             "the original is itself quantised, and only its own loader knows how: it can be loaded "
@@ -198,16 +202,21 @@ def _load(
             output_loading_info=True,
             **options,
         )
-    missing = sorted(report["missing_keys"])
-    if missing:
+    return model, report
+
+
+def _say_missing(path: Path, names: list[str]) -> None:
+    if names:
+        more = ", ..." if len(names) > 3 else ""
         warnings.warn(
-            f"{reader.path} has no tensor for {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}: random numbers are there",
+            f"{path} has no tensor for {', '.join(names[:3])}{more}: transformers fills in new ones",
             stacklevel=3,
         )
-    if keeps:
-        saves_artifact(model, reader)
-    return model
+
+
+def _keeps(choice: Choose) -> bool:
+    """Whether some weights may stay in another form than dense."""
+    return bool(choice.keywords.get("residency") != "dense")
 
 
 def _wish(choice: Choose) -> dict[str, Any]:
