@@ -22,11 +22,13 @@ HERE = Path(__file__).parent
 HOME = WORK / "peers"
 TORCH = "torch==2.13.0"  # as constraints.txt has it: one wheel for all environments
 PATIENCE = 1800  # seconds for one model
+INSTALL_PATIENCE = 900  # and for what is built from its sources
 # What to install, one line after another: hqq looks for torch while it is built.
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "gguf": ("gguf>=0.17 safetensors>=0.5",),
     "hqq": (f"{TORCH} setuptools wheel numpy", "--no-build-isolation hqq>=0.2.8 transformers>=5"),
     "llmcompressor": (TORCH, "llmcompressor>=0.10"),
+    "llama": ("llama-cpp-python>=0.3.16 gguf>=0.17",),
 }
 
 
@@ -102,13 +104,18 @@ def made(peer: Peer, model: Path, tokens: NDArray[np.int64], new: bool = True) -
 
 
 @functools.cache
-def environment(package: str) -> Path | Skipped:
-    """The virtual environment of a package, installed at first need; or why not, asked once a run."""
+def environment(package: str, new: bool = True) -> Path | Skipped:
+    """The virtual environment of a package, installed at first need; or why not, asked once a run.
+
+    `new` is False to take only what was installed before.
+    """
     venv = HOME / package / "venv"
     lines = NEEDS[package]
     ready = venv / "ready.json"
     if ready.exists() and json.loads(ready.read_text()) == list(lines):
         return venv
+    if not new:
+        return Skipped(f"{package} is not installed yet; run without --quick")
     try:
         _run([sys.executable, "-m", "venv", "--clear", venv])
         constraint = venv / "constraints.txt"
@@ -123,7 +130,7 @@ def environment(package: str) -> Path | Skipped:
             constraint,
         ]
         for line in lines:
-            _run([*pip, *line.split()])
+            _run([*pip, *line.split()], INSTALL_PATIENCE)
     except Skipped as why:
         return Skipped(f"{package} could not be installed: {why}")
     ready.write_text(json.dumps(lines))
@@ -140,7 +147,7 @@ def _key(peer: Peer, model: Path, tokens: NDArray[np.int64]) -> str:
     return f"{model.name}-{'-'.join(peer.options.values())}-{digest.hexdigest()[:8]}"
 
 
-def _run(command: list[str | Path]) -> None:
+def _run(command: list[str | Path], patience: int = PATIENCE) -> None:
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     try:
         subprocess.run(
@@ -148,11 +155,11 @@ def _run(command: list[str | Path]) -> None:
             check=True,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=patience,
             env={**os.environ, **quiet},
         )
     except subprocess.TimeoutExpired as error:
-        raise Skipped(f"took more than {PATIENCE} seconds") from error
+        raise Skipped(f"took more than {patience} seconds") from error
     except subprocess.CalledProcessError as error:
         said = [line for line in error.stderr.splitlines() if line.strip()]
         raise Skipped(said[-1].strip()[:160] if said else "failed without a word") from error

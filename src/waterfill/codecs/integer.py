@@ -175,7 +175,9 @@ class Integer(Codec):
                 raise FormatError(f"{info.name}: an integer of more than {self.bits} bits")
             return codes.astype(np.int8)
         # Wraps around for 8 bits, which is what a signed byte wants.
-        return (unpack(data, m * n, self.bits) - np.uint8(top)).view(np.int8).reshape(m, n)
+        levels = unpack(data, m * n, self.bits)
+        levels -= np.uint8(top)
+        return levels.view(np.int8).reshape(m, n)
 
     def _lower(self, n: int, weighting: Weighting) -> Floats:
         moment = weighting.second_moment

@@ -30,11 +30,17 @@ def unpack(data: bytes, count: int, width: int) -> Bytes:
     raw = np.frombuffer(data, np.uint8)
     if width == 8:
         return raw.copy()
-    bits = np.unpackbits(raw, bitorder="little")
-    if bits[count * width :].any():
+    # Eight values fill `width` bytes: one of the eight at a time, nothing is spread out to bits.
+    groups = np.zeros((-(-count // 8), width), np.uint8)
+    groups.reshape(-1)[: raw.size] = raw
+    values = np.empty((len(groups), 8), np.uint8)
+    for k in range(8):
+        byte, shift = divmod(k * width, 8)
+        value = groups[:, byte] >> np.uint8(shift)
+        if shift + width > 8:
+            value |= groups[:, byte + 1] << np.uint8(8 - shift)
+        values[:, k] = value & np.uint8((1 << width) - 1)
+    flat = values.reshape(-1)
+    if flat[count:].any():
         raise FormatError("the padding after packed values is not zero")
-    columns = bits[: count * width].reshape(count, width)
-    values = np.zeros(count, np.uint8)
-    for b in range(width):
-        values |= columns[:, b] << np.uint8(b)
-    return values
+    return flat[:count]
