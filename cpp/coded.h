@@ -46,7 +46,8 @@ struct Matrix {
     const uint8_t* choice;        // level of the row plus that of the panel -> table
     const uint8_t* row_levels;    // (m)
     const uint8_t* panel_levels;  // (panels)
-    const uint8_t* panel_raw;     // (panels) whether a table in use has a shift
+    const uint8_t* tile_levels;   // (m / kTile) greatest level of the rows of each tile
+    size_t raw_from;              // the least sum of levels whose table has a shift
     const float* units;           // (panels, kLanes), by position
 };
 

@@ -28,16 +28,32 @@ struct Constants {
           fresh(_mm512_set1_epi64(0x08101820'28303840)) {}
 };
 
-inline __m512i lookup(const uint8_t* table, __m512i state, __mmask64 grid) {
-    const __m512i even = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), state, _mm512_loadu_si512(table + 64));
-    const __m512i odd = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + kStates), state, _mm512_loadu_si512(table + kStates + 64));
-    return _mm512_mask_mov_epi8(even, grid, odd);
-}
+// A row's table in registers, for both halves.
+struct Lookup {
+    __m512i part[8];
+
+    explicit Lookup(const uint8_t* table) {
+        WATERFILL_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            part[i] = _mm512_loadu_si512(table + 64 * i);
+            asm("" : "+v"(part[i]));  // else each half would load them again
+        }
+    }
+
+    __m512i entry(__m512i state, __mmask64 grid) const { return at<0>(state, grid); }
+    __m512i base(__m512i state, __mmask64 grid) const { return at<4>(state, grid); }
+
+private:
+    template <int kFirst> __m512i at(__m512i state, __mmask64 grid) const {
+        const __m512i even = _mm512_permutex2var_epi8(part[kFirst], state, part[kFirst + 1]);
+        return _mm512_mask_mov_epi8(even, grid, _mm512_permutex2var_epi8(part[kFirst + 2], state, part[kFirst + 3]));
+    }
+};
 
 // One symbol of each lane; `raw` flips parities.
-inline __m512i step(Half& h, const uint8_t* table, __mmask64 raw, const Constants& c, const uint8_t*& at) {
+inline __m512i step(Half& h, const Lookup& table, __mmask64 raw, const Constants& c, const uint8_t*& at) {
     const __mmask64 grid = _mm512_test_epi8_mask(h.machine, _mm512_set1_epi8(1));
-    const __m512i entry = lookup(table, h.state, grid), base = lookup(table + 2 * kStates, h.state, grid);
+    const __m512i entry = table.entry(h.state, grid), base = table.base(h.state, grid);
     // How many bits each lane takes, and from where in its window: sums over the lanes before it.
     const __m512i bits = _mm512_and_si512(_mm512_srli_epi16(entry, 5), _mm512_set1_epi8(7));
     const __m512i sums = _mm512_mullo_epi64(_mm512_add_epi8(bits, h.position), _mm512_set1_epi64(0x0101010101010101));
@@ -60,6 +76,8 @@ inline __m512i step(Half& h, const uint8_t* table, __mmask64 raw, const Constant
     return fields;
 }
 
+constexpr uint8_t kNoPlane[kPlaneNbytes] = {};
+
 template <bool kRaw> void decode_rows(Reader& reader, Tile& tile) {
     const Constants constants(tile.matrix->code);
     Half low(reader, tile.machine, 0), high(reader, tile.machine, 1);
@@ -67,13 +85,16 @@ template <bool kRaw> void decode_rows(Reader& reader, Tile& tile) {
     size_t row = 0;
     for (; row < tile.rows && at0 <= reader.bytes[0].limit && at1 <= reader.bytes[1].limit; ++row) {
         uint64_t odd[2] = {0, 0};
-        if (kRaw && tile.shift(row)) {
-            std::memcpy(odd, raw, 16);
-            raw += tile.shift(row) * kPlaneNbytes;
+        if (kRaw) {
+            const unsigned shift = tile.shift(row);
+            const uint8_t* lowest = kNoPlane;
+            lowest = shift ? raw : lowest;  // no branch: shifts come in no order
+            std::memcpy(odd, lowest, 16);
+            raw += shift * kPlaneNbytes;
         }
-        const uint8_t* entries = tile.entries(row);
-        _mm512_storeu_si512(tile.fields + row * kLanes, step(low, entries, odd[0], constants, at0));
-        _mm512_storeu_si512(tile.fields + row * kLanes + 64, step(high, entries, odd[1], constants, at1));
+        const Lookup table(tile.entries(row));
+        _mm512_storeu_si512(tile.fields + row * kLanes, step(low, table, odd[0], constants, at0));
+        _mm512_storeu_si512(tile.fields + row * kLanes + 64, step(high, table, odd[1], constants, at1));
     }
     low.put_back(reader, tile.machine, 0);
     high.put_back(reader, tile.machine, 1);

@@ -19,13 +19,13 @@ public:
         for (int32_t l = -128; l < 128; ++l) {
             int32_t cell;
             const uint8_t kind = kind_of(l, cell);
-            of_byte_[uint8_t(l)] = kind != kNone && cell == int32_t(kind >> 1) - 8 && !shift ? kind : kNone;
+            of_byte_[uint8_t(l)] = kind != kNone && cell == int32_t(kind >> 1) - 8 ? kind : kNone;
         }
     }
 
     unsigned shift() const { return shift_; }
 
-    // By the level as a byte; kNone where there is more to do than to push a symbol.
+    // By the level as a byte; kNone where it needs a patch.
     const uint8_t* of_byte() const { return of_byte_; }
 
     // What is pushed for a level, and its cell, which is another than the symbol's where it needs a patch.
@@ -129,16 +129,26 @@ private:
             }
     }
 
-    // False where a level needs more than a symbol.
+    // False where a level needs a patch, or has more raw bits than a byte.
     template <class Stored> bool take_bytes(const Stored* row, const uint16_t* columns, size_t step) {
-        const uint8_t* of_byte = making_.encoders[tables_[step]].of_byte();
+        const Encoder& encoder = making_.encoders[tables_[step]];
+        const uint8_t* of_byte = encoder.of_byte();
         uint8_t* const kinds = &kinds_[step * kLanes];
-        uint8_t seen = 0;
+        uint8_t levels[kLanes], seen = 0;
         for (unsigned lane = 0; lane < kLanes; ++lane) {
-            kinds[lane] = of_byte[uint8_t(row[columns[lane]])];
+            levels[lane] = uint8_t(row[columns[lane]]);
+            kinds[lane] = of_byte[levels[lane]];
             seen |= kinds[lane];
         }
-        return seen < Encoder::kKinds;
+        if (seen >= Encoder::kKinds || encoder.shift() > 6) return false;
+        for (unsigned b = 0; b < encoder.shift(); ++b)
+            for (unsigned lane = 0; lane < kLanes; lane += 8) {
+                uint64_t eight;
+                std::memcpy(&eight, levels + lane, 8);
+                // The lowest bits of eight bytes side by side.
+                raw_.push_back(uint8_t((((eight >> (b + 1)) & 0x0101010101010101) * 0x0102040810204080) >> 56));
+            }
+        return true;
     }
 
     template <class Stored> void take_row(const Stored* row, int32_t times, const uint16_t* columns, size_t width, size_t step, size_t row_of_tile) {

@@ -101,11 +101,11 @@ inline float from_half(uint16_t half) {
 class Coded {
 public:
     explicit Coded(const Arrays& arrays)
-        : shape_(arrays.layout), arrays_(arrays), panel_raw_(shape_.panels) {
+        : shape_(arrays.layout), arrays_(arrays), tile_levels_((shape_.m + kTile - 1) / kTile) {
         check_sizes();
         check_values();
         matrix_ = {shape_.m, shape_.n, shape_.panels, shape_.code, shape_.dtype, shape_.tiny, any_scale(), arrays_.tables.at, arrays_.shifts.at,
-                   arrays_.choice.at, arrays_.row_levels.at, arrays_.panel_levels.at, panel_raw_.data(), arrays_.units.at};
+                   arrays_.choice.at, arrays_.row_levels.at, arrays_.panel_levels.at, tile_levels_.data(), 0, arrays_.units.at};
         find_raw();
         for (size_t i = 0; i < shape_.blocks(); ++i) check_block(i);
     }
@@ -162,18 +162,14 @@ private:
     }
 
     void find_raw() {
-        std::vector<bool> used(256);
-        for (uint8_t level : arrays_.row_levels) used[level] = true;
-        for (size_t panel = 0; panel < shape_.panels; ++panel)
-            for (size_t level = 0; level < 256; ++level)
-                if (used[level] && arrays_.shifts.at[arrays_.choice.at[level + arrays_.panel_levels.at[panel]]]) panel_raw_[panel] = 1;
+        for (size_t i = 0; i < shape_.m; ++i) tile_levels_[i / kTile] = std::max(tile_levels_[i / kTile], arrays_.row_levels.at[i]);
+        while (matrix_.raw_from < arrays_.choice.size && !arrays_.shifts.at[arrays_.choice.at[matrix_.raw_from]]) ++matrix_.raw_from;
     }
 
     size_t raw_nbytes(size_t row, size_t rows, size_t panel, size_t panels) const {
         size_t planes = 0;
         for (size_t p = panel; p < panel + panels; ++p)
-            for (size_t r = row; panel_raw_[p] && r < row + rows; ++r)
-                planes += arrays_.shifts.at[arrays_.choice.at[size_t(arrays_.row_levels.at[r]) + arrays_.panel_levels.at[p]]];
+            for (size_t r = row; r < row + rows; ++r) planes += arrays_.shifts.at[arrays_.choice.at[size_t(arrays_.row_levels.at[r]) + arrays_.panel_levels.at[p]]];
         return planes * kPlaneNbytes;
     }
 
@@ -240,7 +236,7 @@ private:
 
     Shape shape_;
     Arrays arrays_;
-    std::vector<uint8_t> panel_raw_;
+    std::vector<uint8_t> tile_levels_;
     Matrix matrix_{};
 };
 

@@ -15,7 +15,7 @@ template <class Consume> Status walk(const Block& block, size_t last, Consume co
         for (size_t i = 0; i < block.panels; ++i, count += 2) {
             const size_t panel = block.panel + i;
             const Tile tile{fields, block.machines + i * kLanes, &matrix, matrix.choice + matrix.panel_levels[panel], matrix.row_levels + block.row + row, raw, rows};
-            const bool has_raw = matrix.panel_raw[panel];
+            const bool has_raw = size_t(matrix.tile_levels[(block.row + row) / kTile]) + matrix.panel_levels[panel] >= matrix.raw_from;
             if (!(has_raw ? reader.decode(tile, decode_rows<true>) : reader.decode(tile, decode_rows<false>))) return Status::short_of_bytes;
             for (size_t r = 0; has_raw && r < rows; ++r) raw += tile.shift(r) * kPlaneNbytes;
             const size_t patches = count[0] | count[1] << 8;

@@ -20,6 +20,7 @@ MAX_SHIFT = 20
 FLOATS = ("F32", "BF16", "F16")
 TILE = 32  # rows of a panel before those of the next
 LARGE, SMALL = 1 << 19, 1 << 18  # weights of a block
+MOST_BLOCKS = 128  # about
 SMALLEST = 2.0**-118  # weight beyond which none is subnormal, nor its way there
 
 
@@ -55,8 +56,9 @@ class Layout:
         """The cuts for what a codec holds."""
         m, n = integers.shape
         panels = -(-n // LANES)
-        # Large blocks have less overhead; a small matrix still wants several, for threads.
-        weights = min(LARGE, max(SMALL, m * n // 16))
+        # Large blocks have less overhead; a small matrix still wants several, for threads, and a huge
+        # one few, for each leaves sums to be added.
+        weights = max(min(LARGE, max(SMALL, m * n // 16)), m * n // MOST_BLOCKS)
         chunk = min(panels, -(-weights // (min(m, SEGMENT) * LANES)))
         columns, rows = (np.abs(a[a != 0]) for a in (integers.columns, integers.rows))
         smallest = float(columns.min(initial=1)) * float(rows.min(initial=1))
