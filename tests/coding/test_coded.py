@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,8 @@ def test_every_implementation_gives_the_exact_weights(
     simd: Any, m: int, n: int, states: int, spread: float, dtype: str, seed: int
 ) -> None:
     integers = sample(m, n, states, spread, seed=seed)
+    if dtype == "F16":  # which the largest would not fit
+        integers = replace(integers, columns=integers.columns / np.float32(256))
     want = exact(integers, dtype)
     x = np.random.default_rng(seed).standard_normal((2, n)).astype(np.float32)
     bound = EPSILON * (np.abs(x).astype(np.float64) @ np.abs(want.T.astype(np.float64))) + 1e-30
