@@ -13,7 +13,7 @@ constexpr float kSmallest = 0x1p-100f;  // a chunk of nothing larger counts as z
 // To the nearest integer, ties to even, below 2^22: no instruction set lacks an addition.
 inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
-// The planes of a pass that tokens share, and where each token's lie.
+// Tokens that go through a kernel together, and where their planes lie.
 struct Pass {
     size_t first, tokens;  // of the batch
     int8_t* levels;
@@ -21,13 +21,15 @@ struct Pass {
     float* scales;
 };
 
-// Passes as even as can be, of at most `most` planes.
-inline size_t passes_of(const packed::Activations& x, size_t most) { return (x.batch * x.planes + most - 1) / most; }
-
-inline Pass pass_of(const packed::Matrix& matrix, const packed::Activations& x, size_t passes, size_t i) {
-    const size_t first = x.batch * i / passes, last = x.batch * (i + 1) / passes;
-    const size_t before = first * x.planes;
-    return {first, last - first, x.levels + matrix.tiles * packed::kColumns * before, x.sums + matrix.chunks * before, x.scales + matrix.chunks * first};
+// Cuts a batch into passes of 1, 2, 4 ... tokens, `most` planes together at most; says how many.
+inline size_t passes_of(const packed::Matrix& matrix, const packed::Activations& x, size_t most, Pass* out) {
+    size_t count = 0;
+    for (size_t first = 0, tokens; first < x.batch; first += tokens) {
+        for (tokens = most / x.planes; tokens > x.batch - first;) tokens /= 2;
+        const size_t before = first * x.planes;
+        out[count++] = {first, tokens, x.levels + matrix.tiles * packed::kColumns * before, x.sums + matrix.chunks * before, x.scales + matrix.chunks * first};
+    }
+    return count;
 }
 
 // One token's chunk of `count` columns (a multiple of 4): its planes' dwords lie `stride` bytes apart.
@@ -72,11 +74,13 @@ template <packed::Float Type> void load_chunk(const packed::Matrix& matrix, cons
     std::fill(out + known, out + count, 0.0f);
 }
 
-template <packed::Float Type> void quantise_as(const packed::Matrix& matrix, const void* x, const packed::Activations& out, size_t passes) {
+template <packed::Float Type> void quantise_as(const packed::Matrix& matrix, const void* x, const packed::Activations& out, size_t most) {
     using Value = typename Stored<Type>::type;
     alignas(64) float values[kChunk];
-    for (size_t p = 0; p < passes; ++p) {
-        const Pass pass = pass_of(matrix, out, passes, p);
+    Pass passes[packed::kMaxBatch];
+    const size_t count = passes_of(matrix, out, most, passes);
+    for (const Pass* at = passes; at < passes + count; ++at) {
+        const Pass& pass = *at;
         const size_t stride = 4 * pass.tokens * out.planes;
         for (size_t t = 0; t < pass.tokens; ++t) {
             const Value* token = static_cast<const Value*>(x) + (pass.first + t) * matrix.n;

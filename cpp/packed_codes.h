@@ -36,7 +36,14 @@ template <class Call, unsigned... D> inline void each_of(Call call, std::integer
 }
 // call(0) ... call(7), each known when compiled.
 template <class Call> inline void each_dword(Call call) { each_of(call, std::make_integer_sequence<unsigned, 8>()); }
+// call(0) ..., known when compiled where that keeps sums in registers.
+#if defined(WATERFILL_ISA_avx2) || defined(WATERFILL_ISA_avx512)
 template <class Call> inline void each_part(Call call) { each_of(call, std::make_integer_sequence<unsigned, kParts>()); }
+#else
+template <class Call> inline void each_part(Call call) {
+    for (size_t part = 0; part < kParts; ++part) call(part);
+}
+#endif
 
 // A tile as plain bytes, eight vectors.
 template <unsigned Bits> void unpack(const uint8_t* tile, uint8_t* out) {

@@ -8,11 +8,15 @@ namespace {
 
 using namespace packed;
 
+// Planes of a pass: as many sums as stay in registers.
 #if defined(WATERFILL_ISA_avx512)
-constexpr size_t kPlanes = 8;  // of a pass: sums that stay in registers
+constexpr unsigned kLog2Planes = 3;
+#elif defined(WATERFILL_ISA_avx2)
+constexpr unsigned kLog2Planes = 2;
 #else
-constexpr size_t kPlanes = 4;
+constexpr unsigned kLog2Planes = 1;
 #endif
+constexpr size_t kPlanes = size_t(1) << kLog2Planes;
 constexpr size_t kAhead = 4096;  // bytes that are asked for before they are needed
 
 // Outputs of a block of rows so far: for each token the group's sum, and that of the groups before.
@@ -105,14 +109,16 @@ template <unsigned Bits, unsigned LevelBits, size_t T> void multiply_segment(con
 }
 
 using Multiply = void (*)(const Segment&, Walk&, const Pass&, unsigned, Lanes*, Lanes*);
-template <unsigned Bits, unsigned LevelBits, size_t... I> Multiply for_planes(size_t planes, std::index_sequence<I...>) {
-    static constexpr Multiply table[] = {multiply_segment<Bits, LevelBits, I + 1>...};
-    return table[planes - 1];
+template <unsigned Bits, unsigned LevelBits, size_t... I> Multiply for_planes(unsigned log2, std::index_sequence<I...>) {
+    static constexpr Multiply table[] = {multiply_segment<Bits, LevelBits, size_t(1) << I>...};
+    return table[log2];
 }
 template <unsigned... I> Multiply for_bits(unsigned bits, bool tabled, size_t planes, std::integer_sequence<unsigned, I...>) {
-    if (tabled) return for_planes<4, 8>(planes, std::make_index_sequence<kPlanes>());
-    static constexpr Multiply (*table[])(size_t, std::make_index_sequence<kPlanes>) = {for_planes<I + 2, I + 2>...};
-    return table[bits - 2](planes, {});
+    using Sizes = std::make_index_sequence<kLog2Planes + 1>;
+    static constexpr Multiply (*table[])(unsigned, Sizes) = {for_planes<I + 2, I + 2>...};
+    unsigned log2 = 0;
+    while (planes >> (log2 + 1)) ++log2;
+    return tabled ? for_planes<4, 8>(log2, Sizes()) : table[bits - 2](log2, {});
 }
 
 // What levels beyond their width lack; a matrix with such has one group.
@@ -146,9 +152,8 @@ template <Float Type> void write_as(const Matrix& matrix, size_t block, size_t b
 }
 
 void multiply(const Matrix& matrix, const Activations& x, size_t first, size_t last, const Writer& y) {
-    const size_t n_passes = passes_of(x, kPlanes);
     Pass passes[kMaxBatch];
-    for (size_t p = 0; p < n_passes; ++p) passes[p] = pass_of(matrix, x, n_passes, p);
+    const size_t n_passes = passes_of(matrix, x, kPlanes, passes);
     for (size_t block = first; block < last; ++block) {
         Outputs out;
         std::fill_n(out.group, x.batch, Lanes::zero()), std::fill_n(out.total, x.batch, Lanes::zero());
@@ -170,10 +175,9 @@ void multiply(const Matrix& matrix, const Activations& x, size_t first, size_t l
 }
 
 void quantise(const Matrix& matrix, const Reader& x, const Activations& out) {
-    const size_t passes = passes_of(out, kPlanes);
-    if (x.type == Float::f32) quantise_as<Float::f32>(matrix, x.at, out, passes);
-    else if (x.type == Float::bf16) quantise_as<Float::bf16>(matrix, x.at, out, passes);
-    else quantise_as<Float::f16>(matrix, x.at, out, passes);
+    if (x.type == Float::f32) quantise_as<Float::f32>(matrix, x.at, out, kPlanes);
+    else if (x.type == Float::bf16) quantise_as<Float::bf16>(matrix, x.at, out, kPlanes);
+    else quantise_as<Float::f16>(matrix, x.at, out, kPlanes);
 }
 
 uint64_t read(const uint8_t* bytes, size_t count) {

@@ -27,7 +27,7 @@ struct Case {
     std::vector<float> scales, steps, x;
     std::vector<int64_t> layout, indices;
 
-    Case() : m(1 + random(70)), n(1 + random(random(8) ? 150 : 1000)), group(random(2) ? n : 32 * (1 + random(9))), batch(1 + random(packed::kMaxBatch)), planes(1 + unsigned(random(2))) {
+    Case() : m(1 + random(70)), n(1 + random(random(8) ? 150 : 1000)), group(random(2) ? n : std::min(n, 32 * (1 + random(9)))), batch(1 + random(packed::kMaxBatch)), planes(1 + unsigned(random(2))) {
         levels.resize(m * n), table.resize(packed::kEntries), x.resize(batch * n);
         for (int8_t& v : levels) v = int8_t(int(random(16)) - 8);
         for (int8_t& v : table) v = int8_t(random(256));

@@ -45,11 +45,13 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("paths_fuzz", ["rans_kernel", "paths_kernel"], 250),
         ("huffman_fuzz", ["huffman_kernel"], 2000),
         ("delta_fuzz", ["rans_kernel", "delta_kernel"], 1000),
-        ("codebook_fuzz", ["packed_kernel"], 300),
-        ("hadamard_fuzz", ["hadamard_kernel"], 400),
-        ("coded_fuzz", ["coded_kernel"], 100),
+        ("codebook_fuzz", ["packed_kernel"], 100),
+        ("hadamard_fuzz", ["hadamard_kernel"], 150),
+        ("coded_fuzz", ["coded_kernel"], 40),
         ("words_fuzz", ["words_kernel", "rans_kernel", "huffman_kernel"], 500),
-        ("attention_fuzz", ["attention_kernel", "norm_kernel"], 500),
+        ("attention_fuzz", ["attention_kernel", "norm_kernel"], 150),
+        ("packed_fuzz", ["packed_kernel"], 400),
+        ("pool_fuzz", [], 1000),
     ],
 )
 def test_kernels_never_leave_their_buffers(

@@ -366,7 +366,7 @@ def test_wrong_use(simd: Any, path: str) -> None:
     for first, last in ((-1, 3), (0, 21), (5, 4)):
         with pytest.raises(ValueError):
             packed.rows(first, last, np.empty((abs(last - first), 64), np.float32))
-    whole = np.empty((20, 64), np.float32)
+    whole = np.zeros((20, 64), np.float32)
     for out in (whole[:19], whole.astype(np.float64), np.empty((20, 128), np.float32)[:, ::2]):
         with pytest.raises(ValueError):
             packed.rows(0, 20, out)
