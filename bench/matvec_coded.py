@@ -19,10 +19,10 @@ from waterfill.registry import parse_spec
 from waterfill.types import Array, Integers, TensorInfo, Weighting, from_float32, to_float32
 
 PROTOCOL = (
-    "a bf16 matrix 4096 x 11008, Gaussian in rows of uneven scale, by the trellis codec with 64 states at about 2.2 bits, "
-    "columns and rows of uneven weight; bf16 activations and outputs; copies of more than the last cache, a call each, so "
-    "that memory is measured; medians of interleaved rounds, ratios of speeds in one run, against torch's bf16 linear of "
-    "as many threads"
+    "a bf16 matrix 4096 x 11008, Gaussian in rows of uneven scale, by the trellis codec with 64 states at about "
+    "2.2 bits, columns and rows of uneven weight; bf16 activations and outputs; copies of more than the last "
+    "cache, a call each, so that memory is measured; medians of interleaved rounds, ratios of speeds in one run, "
+    "against torch's bf16 linear of as many threads"
 )
 M, N = 4096, 11008
 SPEC = "trellis:step=0.436"
@@ -33,7 +33,9 @@ def tensor() -> tuple[Integers, int, Array, Integers]:
     """What the codec holds, bytes in a file, decompressed bits, and what is known without decoding."""
     random = np.random.default_rng(0)
     rows = np.exp(random.normal(0, 0.2, (M, 1))).astype(np.float32)
-    bits = from_float32(random.standard_normal((M, N), np.float32) * np.float32(0.02) * rows, "BF16")
+    bits = from_float32(
+        random.standard_normal((M, N), np.float32) * np.float32(0.02) * rows, "BF16"
+    )
     moment = np.exp(random.normal(0, 1, N)).astype(np.float32)
     weighting = Weighting(moment, np.exp(random.normal(0, 1, M)).astype(np.float32))
     info, codec = TensorInfo("w", (M, N), "BF16", "linear"), parse_spec(SPEC)
@@ -67,7 +69,8 @@ def linear(copies: Iterator[torch.Tensor], x: torch.Tensor, threads: int = 1) ->
 def exactness(matrix: CodedMatrix, bits: Array, x: Array) -> Iterator[Row]:
     weights = np.empty((M, N), np.uint16)
     matrix.rows(0, M, weights)
-    yield Row("weights are those of decompress, bit for bit", float(np.array_equal(weights, bits)), "1 = yes", 1.0, ">=")  # fmt: skip
+    same = float(np.array_equal(weights, bits))
+    yield Row("weights are those of decompress, bit for bit", same, "1 = yes", 1.0, ">=")
     exact, inputs = to_float32(bits, "BF16"), to_float32(x, "BF16")
     y, size = np.empty((1, M), np.float64), np.empty((1, M), np.float64)
     for first in range(0, M, 512):
@@ -83,7 +86,8 @@ def exactness(matrix: CodedMatrix, bits: Array, x: Array) -> Iterator[Row]:
     ):
         half_ulp = 2.0**-8 * np.abs(y) if values is not ours else 0
         error = np.maximum(np.abs(values - y) - half_ulp, 0) / size
-        yield Row(f"product, {name}: greatest error against float64", float(error.max()), "of sum |w x|", bar)  # fmt: skip
+        title = f"product, {name}: greatest error against float64"
+        yield Row(title, float(error.max()), "of sum |w x|", bar)
 
 
 def sizes(matrix: CodedMatrix, outline: Integers, nbytes: int) -> Iterator[Row]:

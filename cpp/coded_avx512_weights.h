@@ -75,25 +75,53 @@ void fill(const Levels& levels, float* out) {
 
 constexpr unsigned kSums = 16;  // partial sums of a row
 
-// sums[token][row][kSums] += products of `rows` rows of weights with a panel's activations
-void add_products(const float* weights, size_t rows, const float* x, unsigned batch, float* sums) {
-    for (unsigned token = 0; token < batch; ++token, x += kLanes) {
-        __m512 factor[8];
-        for (int v = 0; v < 8; ++v) factor[v] = _mm512_loadu_ps(x + 16 * v);
-        float* sum = sums + size_t(token) * kTile * kSums;
-        for (size_t row = 0; row < rows; ++row) {
-            __m512 a = _mm512_load_ps(sum + row * kSums), b = _mm512_setzero_ps();
+// Some tokens at a time, so that weights are fetched once for them.
+template <unsigned kTokens> void add_some(const float* weights, size_t rows, const float* x, float* sums) {
+    __m512 factor[kTokens][8];
+    for (unsigned t = 0; t < kTokens; ++t)
+        for (int v = 0; v < 8; ++v) factor[t][v] = _mm512_loadu_ps(x + t * kLanes + 16 * v);
+    for (size_t row = 0; row < rows; ++row) {
+        __m512 a[kTokens], b[kTokens];
+        WATERFILL_UNROLL
+        for (unsigned t = 0; t < kTokens; ++t) a[t] = _mm512_load_ps(sums + (t * kTile + row) * kSums), b[t] = _mm512_setzero_ps();
+        WATERFILL_UNROLL
+        for (int v = 0; v < 8; v += 2) {
+            const __m512 first = _mm512_load_ps(weights + row * kLanes + 16 * v), second = _mm512_load_ps(weights + row * kLanes + 16 * v + 16);
             WATERFILL_UNROLL
-            for (int v = 0; v < 8; v += 2) {
-                a = _mm512_fmadd_ps(_mm512_load_ps(weights + row * kLanes + 16 * v), factor[v], a);
-                b = _mm512_fmadd_ps(_mm512_load_ps(weights + row * kLanes + 16 * v + 16), factor[v + 1], b);
+            for (unsigned t = 0; t < kTokens; ++t) {
+                a[t] = _mm512_fmadd_ps(first, factor[t][v], a[t]);
+                b[t] = _mm512_fmadd_ps(second, factor[t][v + 1], b[t]);
             }
-            _mm512_store_ps(sum + row * kSums, _mm512_add_ps(a, b));
         }
+        WATERFILL_UNROLL
+        for (unsigned t = 0; t < kTokens; ++t) _mm512_store_ps(sums + (t * kTile + row) * kSums, _mm512_add_ps(a[t], b[t]));
     }
 }
 
-inline float total(const float* sums) { return _mm512_reduce_add_ps(_mm512_load_ps(sums)); }
+// sums[token][row][kSums] += products of `rows` rows of weights with a panel's activations
+void add_products(const float* weights, size_t rows, const float* x, unsigned batch, float* sums) {
+    unsigned token = 0;
+    for (; token + 2 <= batch; token += 2) add_some<2>(weights, rows, x + token * kLanes, sums + token * kTile * kSums);
+    for (; token < batch; ++token) add_some<1>(weights, rows, x + token * kLanes, sums + token * kTile * kSums);
+}
+
+// y[row] = the sum of its kSums partial sums, sixteen rows at a time.
+void totals(const float* sums, size_t rows, float* y) {
+    for (size_t first = 0; first < rows; first += 16, sums += 16 * kSums) {
+        __m512 part[16];
+        _Pragma("GCC unroll 16")
+        for (int i = 0; i < 16; ++i) part[i] = _mm512_load_ps(sums + i * kSums);
+        WATERFILL_UNROLL
+        for (int i = 0; i < 8; ++i) part[i] = _mm512_add_ps(_mm512_shuffle_f32x4(part[i], part[i + 8], 0x44), _mm512_shuffle_f32x4(part[i], part[i + 8], 0xEE));
+        WATERFILL_UNROLL
+        for (int i = 0; i < 4; ++i) part[i] = _mm512_add_ps(_mm512_shuffle_f32x4(part[i], part[i + 4], 0x88), _mm512_shuffle_f32x4(part[i], part[i + 4], 0xDD));
+        WATERFILL_UNROLL
+        for (int i = 0; i < 2; ++i) part[i] = _mm512_add_ps(_mm512_unpacklo_ps(part[i], part[i + 2]), _mm512_unpackhi_ps(part[i], part[i + 2]));
+        const __m512 all = _mm512_add_ps(_mm512_unpacklo_ps(part[0], part[1]), _mm512_unpackhi_ps(part[0], part[1]));
+        const __mmask16 there = rows - first < 16 ? __mmask16((1u << (rows - first)) - 1) : __mmask16(0xFFFF);
+        _mm512_mask_storeu_ps(y + first, there, _mm512_shuffle_f32x4(all, all, 0xD8));
+    }
+}
 
 // The same with instructions for bfloat16, which take subnormal numbers for zero.
 #define WATERFILL_BF16 __attribute__((target("avx512bf16")))
@@ -113,18 +141,29 @@ inline __m512bh halves(const uint16_t* at) {
     return reinterpret_cast<const __m512bh&>(bits);
 }
 
-WATERFILL_BF16 void add_products_bf16(const uint16_t* weights, size_t rows, const uint16_t* x, unsigned batch, float* sums) {
-    for (unsigned token = 0; token < batch; ++token, x += kLanes) {
-        __m512bh factor[4];
-        for (int v = 0; v < 4; ++v) factor[v] = halves(x + 32 * v);
-        float* sum = sums + size_t(token) * kTile * kSums;
-        for (size_t row = 0; row < rows; ++row) {
-            __m512 a = _mm512_load_ps(sum + row * kSums);
+template <unsigned kTokens> WATERFILL_BF16 void add_some_bf16(const uint16_t* weights, size_t rows, const uint16_t* x, float* sums) {
+    __m512bh factor[kTokens][4];
+    for (unsigned t = 0; t < kTokens; ++t)
+        for (int v = 0; v < 4; ++v) factor[t][v] = halves(x + t * kLanes + 32 * v);
+    for (size_t row = 0; row < rows; ++row) {
+        __m512 sum[kTokens];
+        WATERFILL_UNROLL
+        for (unsigned t = 0; t < kTokens; ++t) sum[t] = _mm512_load_ps(sums + (t * kTile + row) * kSums);
+        WATERFILL_UNROLL
+        for (int v = 0; v < 4; ++v) {
+            const __m512bh some = halves(weights + row * kLanes + 32 * v);
             WATERFILL_UNROLL
-            for (int v = 0; v < 4; ++v) a = _mm512_dpbf16_ps(a, halves(weights + row * kLanes + 32 * v), factor[v]);
-            _mm512_store_ps(sum + row * kSums, a);
+            for (unsigned t = 0; t < kTokens; ++t) sum[t] = _mm512_dpbf16_ps(sum[t], some, factor[t][v]);
         }
+        WATERFILL_UNROLL
+        for (unsigned t = 0; t < kTokens; ++t) _mm512_store_ps(sums + (t * kTile + row) * kSums, sum[t]);
     }
+}
+
+WATERFILL_BF16 void add_products_bf16(const uint16_t* weights, size_t rows, const uint16_t* x, unsigned batch, float* sums) {
+    unsigned token = 0;
+    for (; token + 4 <= batch; token += 4) add_some_bf16<4>(weights, rows, x + token * kLanes, sums + token * kTile * kSums);
+    for (; token < batch; ++token) add_some_bf16<1>(weights, rows, x + token * kLanes, sums + token * kTile * kSums);
 }
 
 bool has_bf16() {

@@ -84,7 +84,7 @@ inline float rounded(float value, Float dtype) {
 #include "coded_avx512_weights.h"
 #elif defined(WATERFILL_ISA_avx2)
 #include "coded_avx2.h"
-#include "coded_weights.h"
+#include "coded_avx2_weights.h"
 #else
 #include "coded_lanes.h"
 #include "coded_weights.h"

@@ -87,8 +87,7 @@ Status multiply(const Block& block, const Product& product) {
             add_products(weights.floats, rows, static_cast<const float*>(product.x) + at, product.batch, sums);
         }
         if (i + 1 < block.panels) return;
-        for (unsigned token = 0; token < product.batch; ++token)
-            for (size_t r = 0; r < rows; ++r) product.y[token * block.rows + row + r] = total(sums + (token * kTile + r) * kSums);
+        for (unsigned token = 0; token < product.batch; ++token) totals(sums + token * kTile * kSums, rows, product.y + token * block.rows + row);
     });
 }
 

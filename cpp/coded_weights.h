@@ -58,11 +58,14 @@ void add_products(const float* weights, size_t rows, const float* x, unsigned ba
         }
 }
 
-inline float total(const float* sums) {
-    float eight[8], four[4];
-    for (unsigned i = 0; i < 8; ++i) eight[i] = sums[i] + sums[i + 8];
-    for (unsigned i = 0; i < 4; ++i) four[i] = eight[i] + eight[i + 4];
-    return (four[0] + four[2]) + (four[1] + four[3]);
+// y[row] = the sum of its kSums partial sums
+void totals(const float* sums, size_t rows, float* y) {
+    for (size_t row = 0; row < rows; ++row, sums += kSums) {
+        float eight[8], four[4];
+        for (unsigned i = 0; i < 8; ++i) eight[i] = sums[i] + sums[i + 8];
+        for (unsigned i = 0; i < 4; ++i) four[i] = eight[i] + eight[i + 4];
+        y[row] = (four[0] + four[2]) + (four[1] + four[3]);
+    }
 }
 
 bool takes_bf16(const Matrix&) { return false; }

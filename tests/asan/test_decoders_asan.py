@@ -41,6 +41,7 @@ def _compiler(folder: Path) -> str:
         ("paths_fuzz", ["rans_kernel", "paths_kernel"], 250),
         ("huffman_fuzz", ["huffman_kernel"], 2000),
         ("delta_fuzz", ["rans_kernel", "delta_kernel"], 1000),
+        ("coded_fuzz", ["coded_kernel"], 100),
         ("words_fuzz", ["words_kernel", "rans_kernel", "huffman_kernel"], 500),
     ],
 )

@@ -17,19 +17,13 @@ from typing import Any
 import numpy as np
 
 from waterfill.coding import coded_numpy, native
-from waterfill.coding.coded_layout import FLOATS, MAX_COLUMNS, Layout, require_valid
-from waterfill.coding.coded_models import FLOOR, LANES, Models, Scales, coarse_shifts, models_of, scales_of
+from waterfill.coding.coded_build import arrays_of, expected_nbytes, fits
+from waterfill.coding.coded_layout import FLOATS, Layout, require_valid
 from waterfill.types import Array, Floats, Integers
 
 __all__ = ["MAX_BATCH", "CodedMatrix"]
 
 MAX_BATCH = 16
-LARGEST = 1 << 24  # level that float32 tells from its neighbour
-# Products of these must be normal numbers, as must a unit after a shift by eight places.
-SMALLEST_UNIT, SMALLEST = 2.0**-110, 2.0**-125
-# Bits a weight of integers of so many bits.
-INTEGER_ENTROPY = (2, 3, 4, 6, 8), (1.82, 2.78, 3.69, 5.575, 7.555)
-BLOCK_NBYTES = 12 + 128 + 128  # of a block, beside its symbols: head, states, windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,56 +54,15 @@ class CodedMatrix:
         threads : int, optional
             The bytes do not depend on it.
         """
-        if not _fits(integers, dtype):
+        if not fits(integers, dtype):
             return None
-        levels = integers.levels
-        if levels is None:
-            raise ValueError("an outline has no levels to code")
-        levels = np.ascontiguousarray(levels)
-        # On a weight's way to its dtype no number may be infinite.
-        extreme = max(int(levels.max()), -int(levels.min()), 1)
-        largest = float(np.abs(integers.columns).max()) * float(np.abs(integers.rows).max())
-        limit = 65504.0 if dtype == "F16" else 3.38e38
-        if (
-            extreme >= LARGEST
-            or extreme * max(largest, float(np.abs(integers.columns).max())) > limit
-        ):
-            return None
-        threads = threads or native.threads()
-        layout = Layout.of(integers, dtype)
-        scales, models = _plan(levels, integers, layout, threads)
-        starts, codes = _encode(levels, layout, scales, models, threads)
-        unit = integers.columns * np.float32(0.5) if layout.states == 1 else integers.columns
-        units = np.zeros(layout.panels * LANES, np.float32)
-        units[: layout.n] = unit[scales.order]
-        return cls(
-            {
-                "layout": layout.array,
-                "order": scales.order,
-                "units": units,
-                "scales": _narrow(np.ascontiguousarray(integers.rows.T)),
-                "row_levels": scales.row_levels,
-                "panel_levels": scales.panel_levels,
-                "choice": models.choice,
-                "shifts": models.shifts,
-                "tables": models.tables,
-                "starts": starts,
-                "codes": codes,
-            }
-        )
+        arrays = arrays_of(integers, dtype, threads or native.threads())
+        return None if arrays is None else cls(arrays)
 
     @classmethod
     def expected_nbytes(cls, outline: Integers, coded_nbytes: int) -> int | None:
         """About what `build` will take, from the tensor's bytes in the file; None where it gives none."""
-        if not _fits(outline, "F32"):
-            return None
-        layout = Layout.of(outline, "F32")
-        m, n = layout.m, layout.n
-        groups = outline.rows.shape[1]
-        scales = m * groups * _narrow(outline.rows).itemsize
-        tables = 520 * (1 if outline.bits else min(24, 1 + m * n // (1 << 18)))
-        blocks = layout.blocks * (8 + BLOCK_NBYTES) + m * n / 2048
-        return round(6 * n + scales + m + tables + blocks + _expected_symbols(outline, coded_nbytes))
+        return expected_nbytes(outline, coded_nbytes) if fits(outline, "F32") else None
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> CodedMatrix:
@@ -133,22 +86,14 @@ class CodedMatrix:
 
     @cached_property
     def _native(self) -> Any:
-        assert native._core is not None
-        a = dict(self.arrays)
-        scales = a["scales"]
-        return native._core.Coded(
-            a["layout"],
-            a["order"],
-            a["units"],
-            scales.reshape(-1).view(np.uint8),
-            scales.dtype == np.float16,
-            a["row_levels"],
-            a["panel_levels"],
-            a["choice"],
-            a["shifts"],
-            a["tables"].reshape(-1),
-            a["starts"],
-            a["codes"],
+        core = native.core()
+        assert core is not None
+        a = self.arrays
+        scales = a["scales"].reshape(-1).view(np.uint8), a["scales"].dtype == np.float16
+        alike = a["row_levels"], a["panel_levels"], a["choice"], a["shifts"]
+        tables = a["tables"].reshape(-1)
+        return core.Coded(
+            a["layout"], a["order"], a["units"], *scales, *alike, tables, a["starts"], a["codes"]
         )
 
     def matmul(self, x_ptr: int, x_dtype: str, y_ptr: int, batch: int, threads: int) -> None:
@@ -215,95 +160,3 @@ class CodedMatrix:
             raise ValueError(f"out is float32 or uint16 {shape}, not {out.dtype} {out.shape}")
         if not (out.flags.c_contiguous and out.flags.writeable):
             raise ValueError("out must be contiguous and writeable")
-
-
-def _fits(integers: Integers, dtype: str) -> bool:
-    """Whether weights can be exact, as far as scales tell."""
-    m, n = integers.shape
-    if dtype not in FLOATS or not 0 < m < 1 << 31 or not 0 < n <= MAX_COLUMNS:
-        return False
-    if integers.rows.shape[1] > 1 and integers.group % LANES:
-        return False
-    columns = np.abs(integers.columns[integers.columns != 0])
-    finite = np.isfinite(integers.columns).all() and np.isfinite(integers.rows).all()
-    return bool(finite and (not columns.size or columns.min() >= SMALLEST_UNIT))
-
-
-def _plan(levels: Array, integers: Integers, layout: Layout, threads: int) -> tuple[Scales, Models]:
-    m, n = layout.m, layout.n
-    spread = integers.spread.astype(np.float64)
-    known = np.isfinite(spread) & (spread > 0)
-    weights = np.where(known, 1 / np.square(np.where(known, spread, 1)), 0).astype(np.float32)
-    columns, rows = np.empty(n, np.int64), np.empty(m, np.float64)
-    plain = layout.states == 1
-    core = native.core()
-    flat = levels.reshape(-1).view(np.uint8)
-    if core is None:
-        columns, rows = coded_numpy.power(levels, plain, weights)
-    else:
-        core.coded_power(flat, levels.itemsize, plain, weights, columns, rows, threads)
-    scales = scales_of(columns, rows, layout.group)
-    coarse = coarse_shifts(scales)
-    alike = scales.order, scales.row_levels, scales.panel_levels
-    counts = np.empty(len(coarse) * 256, np.int64)
-    if core is None:
-        counts = coded_numpy.count(levels, plain, scales, coarse)
-    else:
-        core.coded_count(flat, levels.itemsize, plain, *alike, coarse, counts, threads)
-    counts = counts.reshape(-1, 256)
-    # Lanes beyond the last column hold zeros.
-    np.add.at(
-        counts[:, 128], scales.row_levels.astype(np.int64) + scales.panel_levels[-1], -n % LANES
-    )
-    return scales, models_of(counts, coarse)
-
-
-def _encode(
-    levels: Array, layout: Layout, scales: Scales, models: Models, threads: int
-) -> tuple[Array, Array]:
-    core = native.core()
-    if core is None:
-        return coded_numpy.encode(levels, layout, scales, models)
-    starts, codes = core.coded_encode(
-        levels.reshape(-1).view(np.uint8),
-        levels.itemsize,
-        layout.array,
-        scales.order,
-        scales.row_levels,
-        scales.panel_levels,
-        models.choice,
-        models.shifts,
-        models.tables.reshape(-1),
-        threads,
-    )
-    return starts, codes
-
-
-def _narrow(scales: Floats) -> Array:
-    """As float16 where that is exact."""
-    with np.errstate(over="ignore"):
-        half = scales.astype(np.float16)
-    return half if np.array_equal(half.astype(np.float32), scales) else scales
-
-
-def _expected_symbols(outline: Integers, coded_nbytes: int) -> float:
-    """Bytes of all symbols."""
-    m, n = outline.shape
-    if not outline.bits:
-        return 1.011 * coded_nbytes + m * _unlike(outline.spread) / 8
-    codes = coded_nbytes - 2 * outline.rows.size
-    if 8 * codes < outline.bits * m * n:
-        return 1.003 * codes
-    # Stored with a fixed width: what searched scales leave of it, of Gaussian weights.
-    return m * n / 8 * float(np.interp(outline.bits, *INTEGER_ENTROPY))
-
-
-def _unlike(spread: Floats) -> float:
-    """Bits that one row's symbols take more because the columns of a panel differ in scale."""
-    widest = np.sort(np.maximum(spread.astype(np.float64), FLOOR))[::-1]
-    padded = np.full(-(-spread.size // LANES) * LANES, FLOOR)
-    padded[: spread.size] = widest
-    squares = np.square(padded.reshape(-1, LANES))
-    power = squares.mean(axis=1, keepdims=True)
-    # Little where levels are nearly all zero.
-    return float((0.5 * np.log2(power / squares) * (power / (power + 1))).sum())

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from waterfill.coding.coded_models import LANES
+from waterfill.coding.coded_models import LANES, STATES
 from waterfill.coding.trellis import CODES, SEGMENT
 from waterfill.types import Array, Integers
 
 __all__ = ["FLOATS", "MAX_COLUMNS", "TILE", "Layout", "require_valid"]
 
 MAX_COLUMNS = 1 << 16
+MAX_LEVELS = 512
+MAX_SHIFT = 20
 FLOATS = ("F32", "BF16", "F16")
 TILE = 32  # rows of a panel before those of the next
 LARGE, SMALL = 1 << 19, 1 << 18  # weights of a block
@@ -85,6 +87,11 @@ class Layout:
         )
 
     @property
+    def plain(self) -> bool:
+        """Whether all levels are on the even grid."""
+        return self.states == 1
+
+    @property
     def panels(self) -> int:
         """Of 128 columns each."""
         return -(-self.n // LANES)
@@ -121,24 +128,29 @@ class Layout:
         ]
 
 
+TYPES = {
+    "layout": np.int64,
+    "order": np.uint16,
+    "units": np.float32,
+    "row_levels": np.uint8,
+    "panel_levels": np.uint8,
+    "choice": np.uint8,
+    "shifts": np.uint8,
+    "tables": np.uint8,
+    "starts": np.int64,
+    "codes": np.uint8,
+}
+
+
 def require_valid(arrays: Mapping[str, Array]) -> None:
-    """ValueError unless the arrays have the types and sizes of one coded matrix."""
-    names = {
-        "layout": np.int64,
-        "order": np.uint16,
-        "units": np.float32,
-        "row_levels": np.uint8,
-        "panel_levels": np.uint8,
-        "choice": np.uint8,
-        "shifts": np.uint8,
-        "tables": np.uint8,
-        "starts": np.int64,
-        "codes": np.uint8,
-    }
-    missing = {*names, "scales"} - arrays.keys()
+    """ValueError unless the arrays have the types, sizes and values of one coded matrix.
+
+    What is inside of blocks is seen when they are decoded.
+    """
+    missing = {*TYPES, "scales"} - arrays.keys()
     if missing:
         raise ValueError(f"coded: arrays are missing: {', '.join(sorted(missing))}")
-    for name, dtype in names.items():
+    for name, dtype in TYPES.items():
         if arrays[name].dtype != dtype:
             raise ValueError(f"coded: {name} is {np.dtype(dtype)}, not {arrays[name].dtype}")
     if arrays["scales"].dtype not in (np.float16, np.float32):
@@ -155,10 +167,28 @@ def require_valid(arrays: Mapping[str, Array]) -> None:
         "panel_levels": (layout.panels,),
         "choice": (arrays["choice"].size,),
         "shifts": (tables,),
-        "tables": (tables, 512),
+        "tables": (tables, 4 * STATES),
         "starts": (layout.blocks + 1,),
         "codes": (arrays["codes"].size,),
     }
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             raise ValueError(f"coded: {name} is {shape}, not {arrays[name].shape}")
+    _require_values(arrays)
+
+
+def _require_values(arrays: Mapping[str, Array]) -> None:
+    order, choice, starts = arrays["order"], arrays["choice"], arrays["starts"]
+    highest = int(arrays["row_levels"].max()) + int(arrays["panel_levels"].max())
+    rules = {
+        "order is a permutation": (np.bincount(order, minlength=order.size) == 1).all(),
+        "a table for each level": highest < choice.size <= MAX_LEVELS,
+        "no table beyond the last": choice.max(initial=0) < arrays["shifts"].size,
+        "shifts are at most 20": arrays["shifts"].max(initial=0) <= MAX_SHIFT,
+        "states are below 128": (arrays["tables"][:, 2 * STATES :] < STATES).all(),
+        "blocks are in order": starts[0] == 0 and (np.diff(starts) >= 0).all(),
+        "codes end where the last block does": starts[-1] == arrays["codes"].size,
+    }
+    for rule, kept in rules.items():
+        if not kept:
+            raise ValueError(f"coded: {rule}")

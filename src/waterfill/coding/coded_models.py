@@ -11,9 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from waterfill.types import Array, Floats
+from waterfill.types import Array
 
-__all__ = ["FLOOR", "LANES", "Models", "Scales", "coarse_shifts", "decoding_table", "models_of", "odd", "scales_of"]
+__all__ = [
+    "FLOOR",
+    "LANES",
+    "STATES",
+    "Models",
+    "Scales",
+    "coarse_shifts",
+    "decoding_table",
+    "models_of",
+    "odd",
+    "scales_of",
+]
 
 LANES, STATES, SYMBOLS = 128, 128, 16
 PATCH_BITS = 48
@@ -75,8 +86,9 @@ def scales_of(columns: Ints, rows: NDArray[np.float64], group: int) -> Scales:
         LANES, n - LANES * np.arange(len(padded) // LANES)
     )
     panel = np.log2(np.maximum(np.sqrt(power), FLOOR))
-    mean = float(np.mean(rows)) or 1.0
-    row = 0.5 * np.log2(np.maximum(rows / mean, 2.0 ** (-ROW_OCTAVES)))
+    mean = float(np.mean(rows))
+    relative = rows / mean if mean else np.ones(m)
+    row = 0.5 * np.log2(np.maximum(relative, 4.0**-ROW_OCTAVES))
     panel_levels, panel_zero = _levels(panel, COLUMN_OCTAVES)
     row_levels, row_zero = _levels(row, ROW_OCTAVES)
     return Scales(order.astype(np.uint16), row_levels, panel_levels, panel_zero + row_zero)
@@ -92,7 +104,8 @@ def coarse_shifts(scales: Scales) -> Bytes:
     """Shift of each level of scale with which nearly all of its q lie from -64 to 63, uint8 (levels,)."""
     # The same for all of a band, whose models may be merged.
     top = (np.arange(scales.levels) // PER_OCTAVE + 1) + scales.zero - 1
-    return np.clip(np.ceil(top) - 4, 0, 17).astype(np.uint8)
+    shifts: Bytes = np.clip(np.ceil(top) - 4, 0, 17).astype(np.uint8)
+    return shifts
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +155,17 @@ def models_of(counts: Ints, coarse: Bytes) -> Models:
         symbols[some] = _fold(merged[some], f, first[some] == 0)[0]
     # A level that does not occur has the table of the next one below.
     choice = np.searchsorted(used[starts], np.arange(len(counts)), side="right") - 1
-    tables = np.stack([decoding_table(c, bool(s)) for c, s in zip(symbols, shifts, strict=True)])
+    tables = _aligned(starts.size)
+    for table, c, s in zip(tables, symbols, shifts, strict=True):
+        table[:] = decoding_table(c, bool(s))
     return Models(np.maximum(choice, 0).astype(np.uint8), shifts, tables)
+
+
+def _aligned(count: int) -> Bytes:
+    """Tables that begin at a cache line, so that a vector never lies across two: uint8 (count, 512)."""
+    memory = np.empty(count * 4 * STATES + 63, np.uint8)
+    aligned: Bytes = memory[-memory.ctypes.data % 64 :][: count * 4 * STATES]
+    return aligned.reshape(count, 4 * STATES)
 
 
 def _starts(used: Ints, coarse: Bytes, width: int) -> Ints:
@@ -177,13 +199,15 @@ def _cost(symbols: Ints, missing: Ints, finer: int) -> NDArray[np.float64]:
     rounded /= np.maximum(rounded.sum(axis=2, keepdims=True), 1e-9)
     bits = np.where(kept, -np.log2(np.maximum(rounded, 1e-9)), PATCH_BITS)
     cost: NDArray[np.float64] = (symbols * bits).sum(axis=(1, 2)) + PATCH_BITS * missing
-    return cost + finer * total.sum(axis=(1, 2))
+    cost += finer * total.sum(axis=(1, 2))
+    return cost
 
 
 def odd(grid: int, raw: bool) -> Array:
     """Whether k is odd for each symbol, bool (16,); with raw bits, whether it is where the lowest is even."""
     s = np.arange(SYMBOLS)
-    return ((s >= 8) & bool(grid)) ^ ((s % 2 == 1) & (not raw))
+    parity: Array = ((s >= 8) & bool(grid)) ^ ((s % 2 == 1) & (not raw))
+    return parity
 
 
 def decoding_table(counts: Ints, raw: bool) -> Bytes:

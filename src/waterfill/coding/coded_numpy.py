@@ -21,9 +21,7 @@ PLANE_NBYTES = LANES // 8
 HEAD = np.dtype([("strings", "<u4", 2), ("patches", "<u4")])
 PATCH = np.dtype([("place", "<u2"), ("level", "<i4")])
 # The lane of each position.
-LANE = (
-    np.arange(LANES) // 64 * 64 + np.arange(LANES) % 16 * 4 + np.arange(LANES) % 64 // 16
-)
+LANE = np.arange(LANES) // 64 * 64 + np.arange(LANES) % 16 * 4 + np.arange(LANES) % 64 // 16
 POSITION = np.argsort(LANE)
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -70,8 +68,10 @@ def _levels(layout: Layout, arrays: Mapping[str, Array], index: int) -> NDArray[
     """Points of two grids of a block, by position: int32 (rows, panels * 128)."""
     starts, codes = arrays["starts"], arrays["codes"]
     block = codes[starts[index] : starts[index + 1]]
-    head = block[: HEAD.itemsize].view(HEAD)[0]
     tiles = layout.tiles(index)
+    if block.size < HEAD.itemsize + LANES + 2 * len(tiles):
+        raise ValueError("coded: a block's states and counts")
+    head = block[: HEAD.itemsize].view(HEAD)[0]
     at = HEAD.itemsize + LANES
     counts = block[at : at + 2 * len(tiles)].view("<u2").astype(np.int64)
     at += 2 * len(tiles)
@@ -85,6 +85,8 @@ def _levels(layout: Layout, arrays: Mapping[str, Array], index: int) -> NDArray[
     rows, panels = layout.block(index)
     out = np.empty((rows.stop - rows.start, (panels.stop - panels.start) * LANES), np.int32)
     machines = np.zeros((panels.stop - panels.start, LANES), np.int64)
+    if block.size != at + _raw_nbytes(layout, arrays, index):
+        raise ValueError("coded: blocks as long as their parts")
     patched = 0
     for (part, panel), count in zip(tiles, counts, strict=True):
         first = (panel - panels.start) * LANES
@@ -96,6 +98,8 @@ def _levels(layout: Layout, arrays: Mapping[str, Array], index: int) -> NDArray[
             at += raw.size
             machine = machines[panel - panels.start]
             line[:] = _row(lanes, machine, arrays["tables"][table], raw, layout.states)[LANE]
+        if count > len(patches) - patched:
+            raise ValueError("coded: patches run out")
         for one in patches[patched : patched + count]:
             tile[one["place"] // LANES, one["place"] % LANES] = one["level"]
         patched += int(count)
@@ -104,9 +108,19 @@ def _levels(layout: Layout, arrays: Mapping[str, Array], index: int) -> NDArray[
     return out
 
 
+def _raw_nbytes(layout: Layout, arrays: Mapping[str, Array], index: int) -> int:
+    """Of the raw bits of a block."""
+    rows, panels = (
+        arrays[k][s].astype(np.int64)
+        for k, s in zip(("row_levels", "panel_levels"), layout.block(index), strict=True)
+    )
+    shifts = arrays["shifts"][arrays["choice"][rows[:, None] + panels]]
+    return PLANE_NBYTES * int(shifts.sum(dtype=np.int64))
+
+
 def _row(lanes: _Lanes, machine: Ints, table: Bytes, raw: Bytes, states: int) -> Ints:
     """Points of one row by lane; moves machines on."""
-    feedback, source = (0, 0) if states == 1 else CODES[states]
+    feedback, source = CODES.get(states, (0, 0))
     grid = machine & 1
     entry = table[: 2 * STATES][grid * STATES + lanes.states].astype(np.int64)
     base = table[2 * STATES :][grid * STATES + lanes.states].astype(np.int64)
@@ -119,7 +133,8 @@ def _row(lanes: _Lanes, machine: Ints, table: Bytes, raw: Bytes, states: int) ->
         q = 2 * q + plane
     parity = (entry & 1) ^ (planes[0] if len(planes) else 0)
     machine[:] = machine >> 1 ^ feedback * grid ^ source * parity
-    return 2 * q + grid
+    points: Ints = 2 * q + grid
+    return points
 
 
 def weights(
@@ -151,8 +166,9 @@ def matmul_at(
     stored = DTYPES[x_dtype]
 
     def memory(address: int, columns: int) -> Array:
-        buffer = (ctypes.c_char * (batch * columns * stored.itemsize)).from_address(address)
-        return np.frombuffer(buffer, stored).reshape(batch, columns)
+        buffer = (ctypes.c_uint8 * (batch * columns * stored.itemsize)).from_address(address)
+        array: Array = np.ctypeslib.as_array(buffer).view(stored).reshape(batch, columns)
+        return array
 
     matrix = weights(layout, arrays, np.arange(layout.m), np.dtype(np.float32))
     x = to_float32(memory(x_ptr, layout.n), x_dtype)
@@ -161,21 +177,21 @@ def matmul_at(
 
 def power(levels: Array, plain: bool, weights: Floats) -> tuple[Ints, NDArray[np.float64]]:
     """Sums of squared points of each column, and of each row with weighted columns."""
-    points = np.minimum(np.abs(levels.astype(np.int64) * (2 if plain else 1)), 1 << 15)
+    points = np.minimum(np.abs(levels.astype(np.int64) * (1 + plain)), 1 << 15)
     return np.square(points).sum(axis=0), np.square(points).astype(np.float64) @ weights.astype(
         np.float64
     )
 
 
 def count(levels: Array, plain: bool, scales: Scales, coarse: Bytes) -> Ints:
-    """Occurrences of ``128 + 2 * (q >> coarse) + grid`` by level of scale, int64 (levels * 256,)."""
-    counts = np.zeros(len(coarse) * 256, np.int64)
+    """Occurrences of ``128 + 2 * (q >> coarse) + grid`` by level of scale, int64 (levels, 256)."""
+    counts = np.zeros((len(coarse), 256), np.int64)
     panel = np.repeat(scales.panel_levels.astype(np.int64), LANES)[: scales.order.size]
     for level, row in zip(scales.row_levels.astype(np.int64), levels, strict=True):
-        points = row[scales.order].astype(np.int64) * (2 if plain else 1)
+        points = row[scales.order].astype(np.int64) * (1 + plain)
         scale = level + panel
         q = np.clip((points >> 1) >> coarse[scale], -64, 63)
-        np.add.at(counts, scale * 256 + 128 + 2 * q + (points & 1), 1)
+        np.add.at(counts, (scale, 128 + 2 * q + (points & 1)), 1)
     return counts
 
 
@@ -219,7 +235,7 @@ def _steps(
     levels: Array, layout: Layout, scales: Scales, models: Models, index: int
 ) -> Iterator[tuple[int, int, int, Ints]]:
     """Tile, row of the tile, table and points by position of each row of each tile."""
-    times = 2 if layout.states == 1 else 1
+    times = 1 + layout.plain
     for number, (rows, panel) in enumerate(layout.tiles(index)):
         columns = scales.order[panel * LANES : (panel + 1) * LANES]
         for row in range(rows.start, rows.stop):
