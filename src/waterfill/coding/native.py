@@ -36,10 +36,22 @@ def return_freed_memory() -> None:
     glibc's threshold for mapping a block of its own grows with what was freed; tensors of many
     sizes then leave holes in the heap, and streaming a model peaked at half as much again.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is not None and hasattr(libc, "mallopt"):
+    libc = _glibc()
+    if libc is not None:
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
         libc.mallopt(mmap_threshold, 1 << 20)
         libc.mallopt(trim_threshold, 1 << 24)
         gc.collect()
         libc.malloc_trim(0)
+
+
+def trim_memory() -> None:
+    """Hand what is free in the heap back to the system, once; nothing is changed for later."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "malloc_trim") else None

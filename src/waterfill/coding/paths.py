@@ -29,6 +29,7 @@ LIMIT = 4096  # of a level relative to its hint
 SMALL, LARGE = 1 << 14, 1 << 19
 # Elements that a byte may stand for: no model is surer of a symbol than 4094 / 4096, which is 11361.
 MOST_PER_BYTE = 1 << 16
+NARROWED = 1 << 20  # levels put into bytes at a time
 STATE_OVERHEAD = 1 / 1024  # bits an element that the states of the lanes may cost
 
 
@@ -163,11 +164,31 @@ def levels(
     """
     m, n = shape
     ones = np.ones(n, np.float32), np.ones(m, np.float32)
-    values = decode(data, states, *ones, octaves)
-    extreme = max(float(values.max(initial=0)), -float(values.min(initial=0)))
-    if extreme >= 1 << 24:
-        return None
-    return values.astype(np.int8 if extreme < 128 else np.int16 if extreme < 32768 else np.int32)
+    halves = decode(data, states, *ones, octaves, bf16=True)
+    # Above this an upper half no longer holds every integer.
+    if not _narrow(halves):
+        values = decode(data, states, *ones, octaves)
+        extreme = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+        if extreme >= 1 << 24:
+            return None
+        return values.astype(np.int16 if extreme < 32768 else np.int32)
+    return halves.reshape(-1).view(np.int8)[: m * n].reshape(m, n)
+
+
+def _narrow(halves: Array) -> bool:
+    """Put integers in place of the upper halves of their floats, in the first half of the array.
+
+    False, with the array spoilt, where one does not fit in 8 bits. In place because a layer is large.
+    """
+    flat = halves.reshape(-1)
+    narrow = flat.view(np.int8)
+    for first in range(0, flat.size, NARROWED):
+        values = np.left_shift(flat[first : first + NARROWED], 16, dtype=np.uint32)
+        part = values.view(np.float32)
+        if not (np.abs(part) < 128).all():  # nor a NaN
+            return False
+        narrow[first : first + part.size] = part
+    return True
 
 
 def spread(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from waterfill.coding.native import trim_memory
 from waterfill.container import Reader
 from waterfill.runtime import modules
 from waterfill.runtime.arrays import decode
@@ -74,6 +75,7 @@ class Filling:
             found = [model.get_submodule(name) for name in names]
             transposed = not isinstance(found[0], (nn.Linear, nn.Embedding))
             weight = self._weight(root, transposed, scratch)
+            trim_memory()  # what the last tensor took: else its holes add up to more than a layer
             if weight is not None:
                 for module in found:
                     modules.give(module, weight, like)
