@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from waterfill.container import Reader
 from waterfill.runtime.artifact import folder_of
 from waterfill.runtime.torch_model import load_model, quiet_transformers
 from waterfill.sources.text import load_tokenizer
@@ -176,6 +177,9 @@ def open_writer(path: str | Path, **options: Any) -> Writer:
         As `waterfill.load_model`, or if the artifact has no tokenizer.
     """
     folder = folder_of(path)
+    Reader(
+        folder
+    ).close()  # a folder that is no artifact is said to be none, before its tokenizer is missed
     with quiet_transformers():
         trust = options.get("trust_remote_code", False)
         tokenizer = load_tokenizer(folder, trust)
