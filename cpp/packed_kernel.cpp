@@ -20,8 +20,8 @@ constexpr size_t kPlanes = size_t(1) << kLog2Planes;
 constexpr size_t kAhead = 16384;  // bytes that are asked for before they are needed
 // Vectors of which one is asked for. Where they are used quickly one after the other the processor sees
 // what comes next, and many requests of ours would hold up its own; not so where planes are used side
-// by side, or each vector long. Measured; the difference is up to a third.
-constexpr unsigned asked_of(unsigned bits, size_t planes) { return bits % 4 || planes > 1 ? 1 : 4; }
+// by side, or each vector takes long. Measured; the difference is up to a third.
+constexpr unsigned asked_of(unsigned bits, size_t planes) { return bits % 4 || bits < 4 * kParts || planes > 1 ? 1 : 4; }
 
 // Outputs of a block of rows so far: for each token the group's sum, and that of the groups before.
 struct Outputs {

@@ -15,7 +15,7 @@ from waterfill.types import Floats
 __all__ = ["CORRECTION_NBYTES", "MAX_COLUMNS", "Geometry", "Segment", "misfits", "segments_of"]
 
 ROWS, COLUMNS = 16, 32  # of a tile
-WIDTHS = (2, 3, 4, 5, 6, 8)
+WIDTHS = tuple(range(2, 9))
 MAX_COLUMNS = 1 << 18  # a correction has so many bits for its column
 CORRECTION_NBYTES = 4
 # What a correction is priced at, in bits: its own 32 and those of codes read in about half its time of 1 ns.
