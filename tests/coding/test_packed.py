@@ -14,7 +14,16 @@ from tests.coding.test_rans import PATHS
 from waterfill.coding import native
 from waterfill.coding.packed import MAX_BATCH, PackedMatrix
 from waterfill.coding.packed_layout import MAX_COLUMNS, WIDTHS, misfits, widths_of
-from waterfill.types import DTYPES, Integers, from_float32, to_float32
+from waterfill.registry import make_codec
+from waterfill.types import (
+    DTYPES,
+    Integers,
+    Spec,
+    TensorInfo,
+    Weighting,
+    from_float32,
+    to_float32,
+)
 
 COMMON = settings(
     deadline=None,
@@ -45,7 +54,7 @@ def columnwise(m: int, n: int, spread: float, seed: int, tails: bool = True) -> 
     steps = (0.05 / spreads * (1 + random.random(n))).astype(np.float32)
     rows = (0.5 + random.random((m, 1))).astype(np.float32)
     kind = np.int16 if seed % 2 else np.int32
-    return Integers(levels.astype(kind), steps, rows, n, 64, spreads)
+    return Integers(levels.astype(kind), steps, rows, n, 1, spreads)
 
 
 MATRICES = st.one_of(
@@ -222,7 +231,7 @@ def test_expected_nbytes(tails: bool, spread: float) -> None:
     values = random.standard_t(5, (m, n)) * 0.6**0.5 if tails else random.normal(size=(m, n))
     levels = np.rint(values * spreads).astype(np.int16)
     ones = np.ones((m, 1), np.float32)
-    whole = Integers(levels, np.full(n, 0.01, np.float32), ones, n, 64, spreads)
+    whole = Integers(levels, np.full(n, 0.01, np.float32), ones, n, 1, spreads)
     outline = dataclasses.replace(whole, levels=None)
     assert PackedMatrix.expected_nbytes(outline, 0) == pytest.approx(build(whole).nbytes, rel=0.03)
 
@@ -257,6 +266,26 @@ def test_levels_far_too_large_have_no_packed_form(simd: Any, path: str) -> None:
     simd(path)
     integers = dataclasses.replace(columnwise(64, 256, 2.0, 1), levels=np.full((64, 256), 1 << 23, np.int32))  # fmt: skip
     assert PackedMatrix.build(integers, "F32") is None
+
+
+@pytest.mark.skipif(native._core is None, reason="encoding needs the native core")
+@pytest.mark.parametrize("spec", [Spec("integer", {"bits": 3, "group": 32}), Spec("trellis", {"step": 0.3}), Spec("trellis", {"step": 2.0})])  # fmt: skip
+def test_what_codecs_hold_comes_back_as_they_decode_it(spec: Spec) -> None:
+    codec = make_codec(Spec(spec.id, spec.config, 2 if spec.id == "trellis" else 1))
+    info = TensorInfo("w", (80, 96), "BF16")
+    x = from_float32(np.random.default_rng(0).normal(0, 0.02, (80, 96)).astype(np.float32), "BF16")
+    parts, extra = codec.encode(x, info, Weighting())
+    integers = codec.integers(parts, extra, info)
+    assert integers is not None
+    packed = PackedMatrix.build(integers, "BF16")
+    assert packed is not None
+    out = np.empty((80, 96), np.uint16)
+    packed.rows(0, 80, out)
+    assert np.array_equal(out, codec.decode(parts, extra, info))
+    outline = codec.integers(parts, extra, info, outline=True)
+    assert outline is not None
+    expected = PackedMatrix.expected_nbytes(outline, 0)
+    assert expected == pytest.approx(packed.nbytes, rel=0.03)
 
 
 def test_from_arrays_shares_memory_and_gives_the_same() -> None:

@@ -15,7 +15,7 @@ from waterfill.types import Floats
 __all__ = ["CORRECTION_NBYTES", "MAX_COLUMNS", "Geometry", "Segment", "misfits", "segments_of"]
 
 ROWS, COLUMNS = 16, 32  # of a tile
-WIDTHS = (2, 3, 4, 5, 6, 8)
+WIDTHS = tuple(range(2, 9))
 MAX_COLUMNS = 1 << 18  # a correction has so many bits for its column
 CORRECTION_NBYTES = 4
 # What a correction is priced at, in bits: its own 32 and those of codes read in about half its time of 1 ns.
@@ -94,36 +94,42 @@ class Geometry:
         return COLUMNS * next(c for c in (4, 3, 2, 1) if tiles % c == 0)
 
 
-def misfits(spread: Any, bits: int) -> Doubles:
+def misfits(spread: Any, bits: int, states: int = 1) -> Doubles:
     """Share of levels that so many bits cannot hold.
 
     Half way between a Gaussian and a Student t of five degrees of freedom of the same standard
-    deviation: real columns lie between, for their rows differ in scale.
+    deviation: real columns lie between, for their rows differ in scale. The levels of a trellis
+    path lie on two grids of every other integer, so what is rounded to one is up to 1 from it.
     """
     half = 2.0 ** (bits - 1)
     spread = np.maximum(np.asarray(spread, np.float64), 1e-30)
-    return (_tail((half + 0.5) / spread) + _tail((half - 0.5) / spread)) / 2
+    if states == 1:
+        return _tail((half + 0.5) / spread) + _tail((half - 0.5) / spread)
+    ends = _tail((half - 1) / spread) + _tail((half + 1) / spread)
+    return _tail(half / spread) + ends / 2
 
 
 def _tail(x: Doubles) -> Doubles:
-    """Chance of more than x, the sum of both distributions'."""
+    """Chance of more than x, the mean of both distributions'."""
     distinct, places = np.unique(np.minimum(x, 40.0), return_inverse=True)
     gauss = np.array([math.erfc(v / math.sqrt(2)) / 2 for v in distinct.tolist()])
     t = distinct / math.sqrt(3)  # t / sqrt(5) at unit variance: sqrt(5/3) x / sqrt(5)
     share = 1 / (1 + t * t)
     student = 0.5 - (t * share * (1 + 2 / 3 * share) + np.arctan(t)) / math.pi
-    tails: Doubles = (gauss + np.maximum(student, 0))[places.reshape(-1)]
+    tails: Doubles = ((gauss + np.maximum(student, 0)) / 2)[places.reshape(-1)]
     return tails
 
 
-def widths_of(spread: Floats) -> NDArray[np.int64]:
+def widths_of(spread: Floats, states: int = 1) -> NDArray[np.int64]:
     """Bits of each column: fewest together with what its corrections cost."""
-    cost = np.stack([b + CORRECTION_BITS * misfits(spread, b) for b in WIDTHS])
+    cost = np.stack([b + CORRECTION_BITS * misfits(spread, b, states) for b in WIDTHS])
     widths: NDArray[np.int64] = np.array(WIDTHS)[np.argmin(cost, axis=0)]
     return widths
 
 
-def segments_of(spread: Floats, bits: int = 0) -> tuple[Order | None, tuple[Segment, ...]]:
+def segments_of(
+    spread: Floats, bits: int = 0, states: int = 1
+) -> tuple[Order | None, tuple[Segment, ...]]:
     """Order of the columns (None: as they are) and their segments, narrow ones first.
 
     With `bits`, which all levels fit in, there is one segment. A segment that would end within a
@@ -132,7 +138,7 @@ def segments_of(spread: Floats, bits: int = 0) -> tuple[Order | None, tuple[Segm
     n = len(spread)
     if 0 < bits <= 8:
         return None, (Segment(max(bits, 2), n),)
-    widths = widths_of(spread)
+    widths = widths_of(spread, states)
     order = np.argsort(widths, kind="stable").astype(np.int32)
     segments, first = [], 0
     for width in WIDTHS:
