@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from waterfill.coding.matrix import MAX_BATCH
 from waterfill.coding.native import threads
-from waterfill.coding.packed import MAX_BATCH
 from waterfill.runtime.residency import TILE_ROWS
 from waterfill.runtime.streaming import StreamMatrix
 from waterfill.runtime.tensors import to_torch
