@@ -41,6 +41,14 @@ class KernelMatrix(ABC):
         `x_dtype` is F32, BF16 or F16; `batch` 1 to `MAX_BATCH`. Nothing is checked but that.
         """
 
+    @abstractmethod
+    def rows(self, first: int, last: int, out: Array) -> None:
+        """Weights of rows first .. last - 1 into `out` (last - first, n): float32, or uint16 as bf16 bits."""
+
+    @abstractmethod
+    def gather(self, indices: Array, out: Array) -> None:
+        """Weights of the rows at `indices` (int64) into `out` (count, n), as in `rows`."""
+
     @property
     def nbytes(self) -> int:
         """Bytes it keeps in memory."""

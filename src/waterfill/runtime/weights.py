@@ -6,12 +6,12 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from waterfill.coding.matrix import MAX_BATCH
+from waterfill.coding.matrix import MAX_BATCH, KernelMatrix
 from waterfill.coding.native import threads
 from waterfill.runtime.residency import TILE_ROWS
 from waterfill.runtime.streaming import StreamMatrix
@@ -21,7 +21,6 @@ from waterfill.types import Array, WaterfillError
 __all__ = [
     "KERNEL_DTYPES",
     "LazyWeight",
-    "Matrix",
     "MatrixWeight",
     "Scratch",
     "StreamWeight",
@@ -30,27 +29,6 @@ __all__ = [
 ]
 
 KERNEL_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-class Matrix(Protocol):
-    """The face of `waterfill.coding.packed.PackedMatrix` and `waterfill.coding.coded.CodedMatrix`."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(outputs m, inputs n)."""
-
-    @property
-    def arrays(self) -> Mapping[str, Array]:
-        """All it holds."""
-
-    def matmul(self, x_ptr: int, x_dtype: str, y_ptr: int, batch: int, threads: int) -> None:
-        """Product with a few vectors at a time, by address."""
-
-    def rows(self, first: int, last: int, out: Array) -> None:
-        """Some rows, dequantised."""
-
-    def gather(self, indices: Array, out: Array) -> None:
-        """Rows at some places, dequantised."""
 
 
 class Scratch:
@@ -132,9 +110,9 @@ class MatrixWeight(Weight):
     """A packed or coded matrix."""
 
     max_batch = MAX_BATCH
-    matrix: Matrix
+    matrix: KernelMatrix
 
-    def __init__(self, matrix: Matrix, scratch: Scratch) -> None:
+    def __init__(self, matrix: KernelMatrix, scratch: Scratch) -> None:
         super().__init__(matrix, scratch)
         self.matmul = matrix.matmul  # type: ignore[method-assign]
 
