@@ -4,11 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "packed.h"
+#include "floats.h"
 
 namespace waterfill::attention {
-
-using packed::Float;
 
 constexpr size_t kChunk = 256;     // keys whose softmax is taken together; results depend on it
 constexpr size_t kMaxWidth = 512;  // of a key or a value

@@ -1,11 +1,10 @@
 // What a token needs beside products with weights, between Python and the kernels.
-#include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 
 #include <array>
-#include <cstring>
 
 #include "attention_run.h"
+#include "bind_arrays.h"
 #include "norm_run.h"
 
 namespace nb = nanobind;
@@ -13,13 +12,6 @@ using namespace nb::literals;
 using namespace waterfill;
 
 namespace {
-
-packed::Float float_named(const char* name) {
-    if (!std::strcmp(name, "F32")) return packed::Float::f32;
-    if (!std::strcmp(name, "BF16")) return packed::Float::bf16;
-    if (!std::strcmp(name, "F16")) return packed::Float::f16;
-    throw std::invalid_argument("numbers are F32, BF16 or F16");
-}
 
 using Strides = std::array<ptrdiff_t, 4>;
 

@@ -1,7 +1,5 @@
 // Coded matrices between Python and the kernels.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-
+#include "bind_arrays.h"
 #include "coded_encode.h"
 
 namespace nb = nanobind;
@@ -10,17 +8,7 @@ using namespace waterfill;
 
 namespace {
 
-template <class T> using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <class T> using Owned = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
-
 template <class T> coded::Span<T> span(const Vector<const T>& array) { return {array.data(), array.shape(0)}; }
-
-coded::Float float_named(const char* name) {
-    if (!std::strcmp(name, "F32")) return coded::Float::f32;
-    if (!std::strcmp(name, "BF16")) return coded::Float::bf16;
-    if (!std::strcmp(name, "F16")) return coded::Float::f16;
-    throw std::invalid_argument("coded: activations are F32, BF16 or F16");
-}
 
 // Holds on to the arrays that the matrix points into.
 class Matrix {
@@ -33,7 +21,7 @@ public:
 
     void matmul(uintptr_t x, const char* type, uintptr_t y, size_t batch, unsigned threads) const {
         coded::require(x && y, "no memory at null");
-        const coded::Float dtype = float_named(type);
+        const Float dtype = float_named(type);
         const Isa isa = chosen_isa();
         nb::gil_scoped_release release;
         matrix_.matmul(reinterpret_cast<const void*>(x), dtype, reinterpret_cast<void*>(y), batch, threads, isa);
@@ -110,23 +98,18 @@ nb::tuple encode(const Vector<const uint8_t>& levels, unsigned width, const Vect
     coded::require(tables.shape(0) == shifts.shape(0) * coded::kTableNbytes, "a shift for each table");
     for (size_t i = 0; i < choice.shape(0); ++i) coded::require(choice.data()[i] < shifts.shape(0), "no table beyond the last");
     for (size_t i = 0; i < shifts.shape(0); ++i) coded::require(shifts.data()[i] <= coded::kMaxShift, "shifts of at most 20");
-    auto starts = std::make_unique<std::vector<int64_t>>(1, 0);
-    auto codes = std::make_unique<std::vector<uint8_t>>();
+    std::vector<int64_t> starts(1, 0);
+    std::vector<uint8_t> codes;
     {
         nb::gil_scoped_release release;
         std::vector<std::vector<uint8_t>> blocks = coded::encode(shape, source, plan, span(choice), span(shifts), tables.data(), threads);
-        for (const auto& block : blocks) starts->push_back(starts->back() + int64_t(block.size()));
-        codes->reserve(size_t(starts->back()));
+        for (const auto& block : blocks) starts.push_back(starts.back() + int64_t(block.size()));
+        codes.reserve(size_t(starts.back()));
         for (auto& block : blocks) {
-            codes->insert(codes->end(), block.begin(), block.end());
+            codes.insert(codes.end(), block.begin(), block.end());
             std::vector<uint8_t>().swap(block);
         }
     }
-    const auto owned = [](auto vector) {
-        using T = typename decltype(vector)::element_type::value_type;
-        auto* kept = vector.release();
-        return Owned<T>(kept->data(), {kept->size()}, nb::capsule(kept, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); }));
-    };
     return nb::make_tuple(owned(std::move(starts)), owned(std::move(codes)));
 }
 

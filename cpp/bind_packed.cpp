@@ -1,10 +1,9 @@
 // Packed matrices between Python and the kernels.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
 #include <optional>
 
+#include "bind_arrays.h"
 #include "packed_matrix.h"
 
 namespace nb = nanobind;
@@ -13,16 +12,7 @@ using namespace waterfill;
 
 namespace {
 
-template <class T> using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T> using Maybe = std::optional<Vector<const T>>;
-template <class T> using Owned = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
-
-packed::Float float_named(const char* name) {
-    if (!std::strcmp(name, "F32")) return packed::Float::f32;
-    if (!std::strcmp(name, "BF16")) return packed::Float::bf16;
-    if (!std::strcmp(name, "F16")) return packed::Float::f16;
-    throw std::invalid_argument("packed: activations are F32, BF16 or F16");
-}
 
 template <class T> const T* data_of(const Maybe<T>& array) { return array ? array->data() : nullptr; }
 template <class T> size_t size_of(const Maybe<T>& array) { return array ? array->shape(0) : 0; }
@@ -40,7 +30,7 @@ public:
     void matmul(uintptr_t x, const char* type, uintptr_t y, size_t batch, unsigned planes, unsigned threads) const {
         if (planes != 1 && planes != 2) throw std::invalid_argument("packed: activations have one plane or two");
         if (!x || !y) throw std::invalid_argument("packed: no memory at null");
-        const packed::Float kind = float_named(type);
+        const Float kind = float_named(type);
         const Isa isa = chosen_isa();
         nb::gil_scoped_release release;
         packed::matmul(matrix_, {reinterpret_cast<const void*>(x), kind}, batch, planes, {reinterpret_cast<void*>(y), kind}, threads, isa);
@@ -64,7 +54,7 @@ public:
 
 private:
     packed::Writer writer(const Vector<uint8_t>& out, size_t rows, bool bf16) const {
-        const packed::Float kind = bf16 ? packed::Float::bf16 : packed::Float::f32;
+        const Float kind = bf16 ? Float::bf16 : Float::f32;
         if (out.shape(0) != rows * matrix_.n * packed::width_of(kind)) throw std::invalid_argument("packed: an output of another size");
         return {out.data(), kind};
     }
@@ -77,11 +67,6 @@ private:
     Maybe<uint32_t> corrections_;
     Maybe<int8_t> table_;
 };
-
-template <class T> Owned<T> owned(std::vector<T> values) {
-    auto* kept = new std::vector<T>(std::move(values));
-    return {kept->data(), {kept->size()}, nb::capsule(kept, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); })};
-}
 
 nb::object pack(const Vector<const int64_t>& layout, const Vector<const uint8_t>& levels, unsigned width, const Maybe<int32_t>& order, const Vector<uint8_t>& codes, unsigned threads) {
     packed::Matrix matrix = packed::geometry_of(layout.data(), layout.shape(0));

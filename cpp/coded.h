@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "floats.h"
 #include "trellis.h"
 
 namespace waterfill::coded {
@@ -32,8 +33,6 @@ constexpr unsigned lane_of(unsigned position) { return position / 64 * 64 + posi
 // Of a table, a byte for each grid and state: [bits : 3][symbol : 4][odd : 1], then the next state
 // before those bits are added.
 constexpr unsigned kTableNbytes = 4 * kStates;
-
-enum class Float : unsigned { f32, bf16, f16 };
 
 struct Matrix {
     size_t m, n, panels;

@@ -33,11 +33,11 @@ template <class To, class From> inline __attribute__((always_inline)) void copy_
 
 inline __attribute__((always_inline)) void widen(Wide& out, const float* at) { std::memcpy(&out, at, sizeof out); }
 
-template <packed::Float Type> inline __attribute__((always_inline)) void widen(Wide& out, const uint16_t* at) {
+template <Float Type> inline __attribute__((always_inline)) void widen(Wide& out, const uint16_t* at) {
     WideHalves halves;
     std::memcpy(&halves, at, sizeof halves);
     const WideBits bits = __builtin_convertvector(halves, WideBits);
-    if constexpr (Type == packed::Float::bf16) {
+    if constexpr (Type == Float::bf16) {
         copy_bits(out, bits << 16);
     } else {
         // As `from_half`, without branches.
@@ -53,10 +53,10 @@ template <packed::Float Type> inline __attribute__((always_inline)) void widen(W
 }
 
 // As `to_bf16` and `to_half`, without branches: the bits in the lower halves.
-template <packed::Float Type> inline __attribute__((always_inline)) WideBits narrowed(const Wide& x) {
+template <Float Type> inline __attribute__((always_inline)) WideBits narrowed(const Wide& x) {
     WideBits bits;
     copy_bits(bits, x);
-    if constexpr (Type == packed::Float::bf16) {
+    if constexpr (Type == Float::bf16) {
         const WideBits rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
         return (bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16 | 0x40u) : rounded;
     } else {
@@ -80,24 +80,24 @@ struct Lanes16 {
         for (size_t i = 0; i < kRegisters; ++i) out.v[i] = Wide{} + x;
         return out;
     }
-    template <packed::Float Type> static inline __attribute__((always_inline)) Lanes16 load(const typename Stored<Type>::type* at) {
+    template <Float Type> static inline __attribute__((always_inline)) Lanes16 load(const typename Stored<Type>::type* at) {
         Lanes16 out;
         for (size_t i = 0; i < kRegisters; ++i) {
-            if constexpr (Type == packed::Float::f32) widen(out.v[i], at + i * kWide);
+            if constexpr (Type == Float::f32) widen(out.v[i], at + i * kWide);
             else widen<Type>(out.v[i], at + i * kWide);
         }
         return out;
     }
     // The first `count` of sixteen, then zeros; reads no further.
-    template <packed::Float Type> static inline __attribute__((always_inline)) Lanes16 load(const typename Stored<Type>::type* at, size_t count) {
+    template <Float Type> static inline __attribute__((always_inline)) Lanes16 load(const typename Stored<Type>::type* at, size_t count) {
         typename Stored<Type>::type padded[kLanes] = {};
         std::memcpy(padded, at, count * sizeof *padded);
         return load<Type>(padded);
     }
-    static inline __attribute__((always_inline)) Lanes16 load(const float* at) { return load<packed::Float::f32>(at); }
+    static inline __attribute__((always_inline)) Lanes16 load(const float* at) { return load<Float::f32>(at); }
     inline __attribute__((always_inline)) void store(float* at) const { std::memcpy(at, v, sizeof v); }
-    template <packed::Float Type> inline __attribute__((always_inline)) void store(typename Stored<Type>::type* at) const {
-        if constexpr (Type == packed::Float::f32) {
+    template <Float Type> inline __attribute__((always_inline)) void store(typename Stored<Type>::type* at) const {
+        if constexpr (Type == Float::f32) {
             store(static_cast<float*>(at));
         } else {
             for (size_t i = 0; i < kRegisters; ++i) {
@@ -107,14 +107,14 @@ struct Lanes16 {
         }
     }
     // The first `count`; writes no further.
-    template <packed::Float Type> inline __attribute__((always_inline)) void store(typename Stored<Type>::type* at, size_t count) const {
+    template <Float Type> inline __attribute__((always_inline)) void store(typename Stored<Type>::type* at, size_t count) const {
         typename Stored<Type>::type all[kLanes];
         store<Type>(all);
         std::memcpy(at, all, count * sizeof *all);
     }
     // Each as it would be read again.
-    template <packed::Float Type> inline __attribute__((always_inline)) Lanes16 rounded() const {
-        if constexpr (Type == packed::Float::f32) return *this;
+    template <Float Type> inline __attribute__((always_inline)) Lanes16 rounded() const {
+        if constexpr (Type == Float::f32) return *this;
         typename Stored<Type>::type all[kLanes];
         store<Type>(all);
         return load<Type>(all);

@@ -2,11 +2,9 @@
 #pragma once
 #include <cstddef>
 
-#include "packed.h"
+#include "floats.h"
 
 namespace waterfill::norm {
-
-using packed::Float;
 
 // y = x / sqrt(mean(x^2) + epsilon), times (offset + weight). All of one type.
 struct Call {

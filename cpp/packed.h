@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "floats.h"
+
 namespace waterfill::packed {
 
 constexpr size_t kRows = 16;     // rows side by side in a block
@@ -21,8 +23,6 @@ constexpr int32_t kDifferenceZero = 512;
 
 // Activations are levels up to 127, or two such numbers to the base 255.
 constexpr int32_t kLargest = 127, kBase = 255;
-
-enum class Float { f32, bf16, f16 };
 
 // Consecutive tiles of one width.
 struct Segment {

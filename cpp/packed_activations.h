@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "packed.h"
 #include "packed_floats.h"
 
 namespace waterfill::WATERFILL_ISA {
@@ -60,7 +61,7 @@ inline float quantise_chunk(const float* __restrict values, size_t count, unsign
     return !finite ? largest - largest : none ? 0.0f : largest / most;
 }
 
-template <packed::Float Type> void load_chunk(const packed::Matrix& matrix, const void* token, size_t place, size_t count, float* __restrict out) {
+template <Float Type> void load_chunk(const packed::Matrix& matrix, const void* token, size_t place, size_t count, float* __restrict out) {
     using Kind = Stored<Type>;
     const auto* x = static_cast<const typename Kind::type*>(token);
     const size_t known = std::min(count, matrix.n - place);
@@ -74,7 +75,7 @@ template <packed::Float Type> void load_chunk(const packed::Matrix& matrix, cons
     std::fill(out + known, out + count, 0.0f);
 }
 
-template <packed::Float Type> void quantise_as(const packed::Matrix& matrix, const void* x, const packed::Activations& out, size_t most) {
+template <Float Type> void quantise_as(const packed::Matrix& matrix, const void* x, const packed::Activations& out, size_t most) {
     using Value = typename Stored<Type>::type;
     alignas(64) float values[kChunk];
     Pass passes[packed::kMaxBatch];

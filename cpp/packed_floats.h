@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "packed.h"
+#include "floats.h"
 
 namespace waterfill::WATERFILL_ISA {
 namespace {
@@ -44,18 +44,18 @@ inline uint16_t to_bf16(float x) {
     return uint16_t((x != x ? bits | 0x400000u : rounded) >> 16);
 }
 
-template <packed::Float Type> struct Stored;
-template <> struct Stored<packed::Float::f32> {
+template <Float Type> struct Stored;
+template <> struct Stored<Float::f32> {
     using type = float;
     static float read(float x) { return x; }
     static float write(float x) { return x; }
 };
-template <> struct Stored<packed::Float::bf16> {
+template <> struct Stored<Float::bf16> {
     using type = uint16_t;
     static float read(uint16_t x) { return from_bf16(x); }
     static uint16_t write(float x) { return to_bf16(x); }
 };
-template <> struct Stored<packed::Float::f16> {
+template <> struct Stored<Float::f16> {
     using type = uint16_t;
     static float read(uint16_t x) { return from_half(x); }
     static uint16_t write(float x) { return to_half(x); }

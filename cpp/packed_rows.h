@@ -73,7 +73,7 @@ inline void line_of(const packed::Matrix& matrix, size_t block, size_t row, int8
 
 inline float scale_of(const packed::Matrix& matrix, size_t block, size_t group, size_t row) {
     const size_t at = (block * matrix.groups + group) * kRows + row;
-    return matrix.scale_type == packed::Float::f16 ? from_half(static_cast<const uint16_t*>(matrix.scales)[at]) : static_cast<const float*>(matrix.scales)[at];
+    return matrix.scale_type == Float::f16 ? from_half(static_cast<const uint16_t*>(matrix.scales)[at]) : static_cast<const float*>(matrix.scales)[at];
 }
 
 // Steps in the order of columns; null for ones.
@@ -84,7 +84,7 @@ inline const float* steps_of(const packed::Matrix& matrix, float* memory) {
 }
 
 // Where the weights of one row go.
-template <packed::Float Type> struct Row {
+template <Float Type> struct Row {
     const packed::Matrix& matrix;
     const float* steps;
     size_t block, row;
@@ -105,13 +105,13 @@ template <packed::Float Type> struct Row {
         auto* __restrict to = out + first;
         float kept[kChunk];
         float* __restrict weights = kept;
-        if constexpr (Type == packed::Float::f32) weights = to;
+        if constexpr (Type == Float::f32) weights = to;
         if (steps) {
             for (size_t j = 0; j < count; ++j) weights[j] = float(levels[j]) * steps[first + j] * scale;
         } else {
             for (size_t j = 0; j < count; ++j) weights[j] = float(levels[j]) * scale;
         }
-        if constexpr (Type != packed::Float::f32)
+        if constexpr (Type != Float::f32)
             for (size_t j = 0; j < count; ++j) to[j] = Stored<Type>::write(weights[j]);
     }
 
@@ -131,7 +131,7 @@ template <packed::Float Type> struct Row {
 };
 
 // `scratch` has room for a block's levels, rounded up to whole chunks, and for a row of floats.
-template <packed::Float Type> void rows_as(const packed::Matrix& matrix, size_t block, const uint8_t* which, size_t count, void* const* out, uint8_t* scratch) {
+template <Float Type> void rows_as(const packed::Matrix& matrix, size_t block, const uint8_t* which, size_t count, void* const* out, uint8_t* scratch) {
     const size_t n = matrix.n, padded = (n + kChunk - 1) / kChunk * kChunk;
     int8_t* levels = reinterpret_cast<int8_t*>(scratch);
     const float* steps = steps_of(matrix, reinterpret_cast<float*>(scratch + padded * kRows));
@@ -157,9 +157,9 @@ template <packed::Float Type> void rows_as(const packed::Matrix& matrix, size_t 
         for (size_t i = 0; i < count; ++i) row(i).correct(levels + which[i], kRows);
 }
 
-void rows(const packed::Matrix& matrix, size_t block, const uint8_t* which, size_t count, void* const* out, packed::Float type, uint8_t* scratch) {
-    if (type == packed::Float::f32) rows_as<packed::Float::f32>(matrix, block, which, count, out, scratch);
-    else rows_as<packed::Float::bf16>(matrix, block, which, count, out, scratch);
+void rows(const packed::Matrix& matrix, size_t block, const uint8_t* which, size_t count, void* const* out, Float type, uint8_t* scratch) {
+    if (type == Float::f32) rows_as<Float::f32>(matrix, block, which, count, out, scratch);
+    else rows_as<Float::bf16>(matrix, block, which, count, out, scratch);
 }
 
 // Places of one row from a tile on, as codes; what does not fit goes to `corrections`.

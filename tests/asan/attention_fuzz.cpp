@@ -11,10 +11,10 @@ using namespace waterfill;
 
 namespace {
 
-size_t width_of(packed::Float type) { return type == packed::Float::f32 ? 4 : 2; }
+size_t width_of(Float type) { return type == Float::f32 ? 4 : 2; }
 
 // Numbers of any kind, the special ones too.
-std::vector<uint8_t> numbers(size_t count, packed::Float type) {
+std::vector<uint8_t> numbers(size_t count, Float type) {
     std::vector<uint8_t> bytes(count * width_of(type));
     for (uint8_t& byte : bytes) byte = uint8_t(random(256));
     return bytes;
@@ -42,7 +42,7 @@ int main(int, char** argv) {
     const std::vector<Isa> isas = available();
     unsigned refusals = 0;
     for (unsigned round = 0; round < rounds; ++round) {
-        const packed::Float type = packed::Float(random(3));
+        const Float type = Float(random(3));
         attention::Call call{};
         call.batch = 1 + random(2), call.shared = 1 + random(3), call.heads = call.shared * (1 + random(9)), call.queries = 1 + random(3);
         call.keys = 1 + (random(4) ? random(70) : random(600)), call.key_width = 1 + random(70), call.value_width = 1 + random(70);

@@ -60,9 +60,9 @@ struct Case {
         const packed::Matrix matrix = packed::matrix_of(arrays(codes, n_codes));
         const auto in = exactly(x);
         const std::unique_ptr<float[]> y(new float[batch * m]), rows(new float[m * n]), some(new float[indices.size() * n]);
-        packed::matmul(matrix, {in.get(), packed::Float::f32}, batch, planes, {y.get(), packed::Float::f32}, 2, isa);
-        packed::rows(matrix, 0, m, {rows.get(), packed::Float::f32}, 2, isa);
-        packed::gather(matrix, indices.data(), indices.size(), {some.get(), packed::Float::f32}, 2, isa);
+        packed::matmul(matrix, {in.get(), Float::f32}, batch, planes, {y.get(), Float::f32}, 2, isa);
+        packed::rows(matrix, 0, m, {rows.get(), Float::f32}, 2, isa);
+        packed::gather(matrix, indices.data(), indices.size(), {some.get(), Float::f32}, 2, isa);
         std::vector<float> all(y.get(), y.get() + batch * m);
         all.insert(all.end(), rows.get(), rows.get() + m * n);
         all.insert(all.end(), some.get(), some.get() + indices.size() * n);

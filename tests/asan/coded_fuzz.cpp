@@ -134,10 +134,10 @@ bool runs(const Problem& p, Isa isa, std::vector<float>& weights, std::vector<fl
         std::vector<void*> outs;
         for (size_t i = 0; i < m; ++i) rows.push_back(i), outs.push_back(w.get() + i * n);
         matrix.rows(rows, outs, false, 2, isa);
-        matrix.matmul(x.get(), coded::Float::f32, y.get(), batch, 2, isa);
+        matrix.matmul(x.get(), Float::f32, y.get(), batch, 2, isa);
         const std::unique_ptr<uint16_t[]> halves(new uint16_t[batch * n]), y16(new uint16_t[batch * m]), w16(new uint16_t[n]);
         std::fill_n(halves.get(), batch * n, uint16_t(0x3F80));
-        matrix.matmul(halves.get(), random(2) ? coded::Float::bf16 : coded::Float::f16, y16.get(), batch, 1, isa);
+        matrix.matmul(halves.get(), random(2) ? Float::bf16 : Float::f16, y16.get(), batch, 1, isa);
         matrix.rows({m - 1}, {w16.get()}, true, 1, isa);
         weights.assign(w.get(), w.get() + m * n);
         product.assign(y.get(), y.get() + batch * m);
@@ -152,7 +152,7 @@ bool runs(const Problem& p, Isa isa, std::vector<float>& weights, std::vector<fl
 float rounded(float value, int64_t dtype) {
     if (dtype == 0) return value;
     const uint16_t half = dtype == 1 ? coded::as_bf16(value) : coded::as_half(value);
-    return coded::as_float(half, coded::Float(dtype));
+    return coded::as_float(half, Float(dtype));
 }
 
 bool are_the_weights(const Problem& p, const std::vector<float>& weights) {

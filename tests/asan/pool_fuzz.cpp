@@ -2,6 +2,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
@@ -15,12 +16,12 @@ using namespace waterfill;
 namespace {
 
 bool once_each(size_t count, unsigned threads, bool nested) {
-    std::vector<int> hits(count, 0);
+    std::vector<std::atomic<int>> hits(count);  // nested work of an outer thread alone is shared too
     pool::run(count, threads, [&](size_t i) {
         hits[i] += 1;
         if (nested) pool::run(3, 4, [&](size_t) { hits[i] += 1; });
     });
-    for (const int hit : hits)
+    for (const std::atomic<int>& hit : hits)
         if (hit != (nested ? 4 : 1)) return false;
     return true;
 }

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tests.coding.test_rans import PATHS
 from waterfill.coding import native
-from waterfill.coding.packed import MAX_BATCH, PackedMatrix
+from waterfill.coding.matrix import MAX_BATCH
+from waterfill.coding.packed import PackedMatrix
 from waterfill.coding.packed_layout import MAX_COLUMNS, WIDTHS, misfits, widths_of
 from waterfill.registry import make_codec
 from waterfill.types import (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,8 @@ def test_every_architecture(name: str) -> None:
     for residency in RESIDENCIES:
         for door in DOORS.values():
             model = door(folder, residency)
-            assert type(model) is type(plain) and not model.training and model.dtype == plain.dtype
+            assert isinstance(model, type(plain)) and type(model).__name__ == type(plain).__name__
+            assert not model.training and model.dtype == plain.dtype
             assert bool(kept(model)) == (residency != "dense")
             for tokens, expected in want.items():
                 error = distance(logits(model, tokens), expected)
@@ -124,7 +127,7 @@ def test_a_base_model(residency: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("llama", "gpt2", "bert"):
         got = transformers.AutoModel.from_pretrained(artifact(name))
         want = transformers.AutoModel.from_pretrained(artifacts.plain(name))
-        assert type(got) is type(want)
+        assert isinstance(got, type(want)) and type(got).__name__ == type(want).__name__
         assert distance(logits(got), logits(want)) <= BOUNDS[residency]
 
 
@@ -215,6 +218,37 @@ def test_saving_looks_whether_the_file_is_still_the_one(tmp_path: Path) -> None:
     shutil.copyfile(artifact("qwen2") / "model.safetensors", folder / "model.safetensors")
     with pytest.raises(WaterfillError, match="is not the file that this model was loaded from"):
         model.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_a_model_that_rescales_its_weights(residency: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(artifact("rwkv"), tmp_path / "out")
+    plain = shutil.copytree(artifacts.plain("rwkv"), tmp_path / "plain")
+    for each in (folder, plain):
+        small.change_config(each, rescale_every=1)
+    want = logits(artifacts.load_plain(plain))
+    assert distance(logits(waterfill.load_model(folder, residency=residency)), want) <= 0.05
+
+
+@pytest.mark.parametrize("residency", ["packed", "coded"])
+def test_a_model_goes_with_its_last_user(residency: str) -> None:
+    gc.collect()
+    gc.disable()  # a cycle would keep gigabytes until the next collection, whenever that is
+    try:
+        model = waterfill.load_model(artifact("llama"), residency=residency)
+        kept = weakref.ref(model.model.layers[0].mlp.down_proj.held)
+        assert kept() is not None
+        del model
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("residency", ["packed", "coded"])
+def test_a_call_without_no_grad(residency: str) -> None:
+    model = waterfill.load_model(artifact("llama"), residency=residency)
+    ids = torch.arange(12)[None] * 7 % 250
+    assert torch.equal(model(ids)[0], logits(model))
 
 
 @pytest.mark.parametrize("residency", ["packed", "coded"])

@@ -75,7 +75,10 @@ def test_a_seed_repeats_the_draws(writer: Writer) -> None:
     ],
 )
 def test_sampling_as_transformers_names_it(sampling: Sampling, options: dict[str, Any]) -> None:
-    assert sampling.options() == options
+    got = sampling.options()
+    assert got == options
+    # Of an int transformers says that it is no positive float.
+    assert not any(type(value) is int for value in got.values())
 
 
 def test_an_end_token_stops(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:

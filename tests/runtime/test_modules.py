@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -195,6 +197,25 @@ def test_what_is_refused() -> None:
         assert held(x).shape == (2, 24)
 
 
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "in place": lambda m: m.weight.mul_(2),
+    "an init": lambda m: torch.nn.init.normal_(m.weight),
+    "a copy": lambda m: m.weight.copy_(torch.zeros(m.weight.shape)),
+    "an output": lambda m: torch.add(torch.ones(()), 1, out=m.weight),
+    "an item": lambda m: operator.setitem(m.weight, 0, 1),
+    "data": lambda m: setattr(m.weight, "data", torch.zeros(m.weight.shape)),
+    "another": lambda m: setattr(m, "weight", torch.nn.Parameter(torch.zeros(m.weight.shape))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_weight_cannot_be_changed(change: str) -> None:
+    dense, held = pair(torch.nn.Linear, 24, 32, "coded")
+    with torch.no_grad(), pytest.raises(WaterfillError, match=r"cannot be changed.*dense"):
+        CHANGES[change](held)
+    assert torch.equal(held.weight + 0, dense.weight)
+
+
 def test_a_large_batch_goes_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "TILE_ROWS", 5)
     for form in FORMS:
@@ -203,7 +224,7 @@ def test_a_large_batch_goes_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> Non
             x = torch.randn(20, 32)
             assert far(held(x.to(dtype)), dense(x)) <= (1e-6 if dtype == torch.float32 else 2e-2)
             room = 4 * 32 * 64 if form == "stream" else 4 * 32 * 5
-            assert len(held.held.scratch.bytes) <= room
+            assert held.held.scratch.nbytes <= room
 
 
 def test_streams_share_a_buffer_and_find_the_last_one_decoded(
@@ -223,7 +244,7 @@ def test_streams_share_a_buffer_and_find_the_last_one_decoded(
     for weight, source in zip(held, made, strict=True):
         for _ in range(2):
             assert torch.equal(weight.dense(torch.float32), to_torch(unpack(source), "F32"))
-    assert calls == [(16, 32), (48, 32), (8, 32)] and len(scratch.bytes) == 48 * 32 * 4
+    assert calls == [(16, 32), (48, 32), (8, 32)] and scratch.nbytes == 48 * 32 * 4
     again = StreamMatrix.from_arrays(held[0].matrix.arrays)
     x = np.ones((1, 32), np.float32)
     assert (

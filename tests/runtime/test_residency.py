@@ -68,6 +68,8 @@ def test_a_dtype_and_words() -> None:
     assert foretold.least_nbytes <= min(foretold.nbytes(r) for r in RESIDENCIES)
     with pytest.raises(WaterfillError, match="not 'thin'"):
         foretold.nbytes("thin")
+    tied = artifact("qwen3")  # its embedding is multiplied with too
+    assert estimate(tied / "model.safetensors").rows == estimate(tied).rows
 
 
 def rows(seed: int, count: int = 5) -> list[Row]:

@@ -18,16 +18,15 @@ import numpy as np
 
 from waterfill.coding import coded_numpy, native
 from waterfill.coding.coded_build import arrays_of, expected_nbytes, fits
-from waterfill.coding.coded_layout import FLOATS, Layout, require_valid
-from waterfill.types import Array, Floats, Integers
+from waterfill.coding.coded_layout import Layout, require_valid
+from waterfill.coding.matrix import FLOATS, MAX_BATCH, KernelMatrix
+from waterfill.types import Array, Integers
 
 __all__ = ["MAX_BATCH", "CodedMatrix"]
 
-MAX_BATCH = 16
-
 
 @dataclass(frozen=True, eq=False)
-class CodedMatrix:
+class CodedMatrix(KernelMatrix):
     """Weights (m, n) that stay entropy-coded in memory; `matmul` and `rows` decode them as they go.
 
     Attributes
@@ -79,11 +78,6 @@ class CodedMatrix:
         """(outputs m, inputs n)."""
         return self.layout.m, self.layout.n
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes it keeps in memory."""
-        return sum(a.nbytes for a in self.arrays.values())
-
     @cached_property
     def _native(self) -> Any:
         core = native.core()
@@ -107,18 +101,6 @@ class CodedMatrix:
         if x_dtype not in FLOATS or not 1 <= batch <= MAX_BATCH:
             raise ValueError("coded: F32, BF16 or F16, and a batch of 1 to 16")
         coded_numpy.matmul_at(self.layout, self.arrays, x_ptr, x_dtype, y_ptr, batch)
-
-    def apply(self, x: Floats) -> Floats:
-        """``x W^T``: float32 (batch, n) -> float32 (batch, m), any batch."""
-        m, n = self.shape
-        if x.ndim != 2 or x.shape[1] != n or x.dtype != np.float32:
-            raise ValueError(f"activations are float32 (batch, {n}), not {x.dtype} {x.shape}")
-        x = np.ascontiguousarray(x)
-        y = np.empty((len(x), m), np.float32)
-        for first in range(0, len(x), MAX_BATCH):
-            part, out = x[first : first + MAX_BATCH], y[first : first + MAX_BATCH]
-            self.matmul(part.ctypes.data, "F32", out.ctypes.data, len(part), native.threads())
-        return y
 
     def rows(self, first: int, last: int, out: Array) -> None:
         """Weights of rows first .. last - 1 into `out` (last - first, n): float32, or uint16 as bf16 bits.
@@ -153,10 +135,3 @@ class CodedMatrix:
             self._native.rows(rows, flat, out.dtype == np.uint16, native.threads())
         else:
             out[:] = coded_numpy.weights(self.layout, self.arrays, rows, out.dtype)
-
-    def _require_out(self, out: Array, count: int) -> None:
-        shape = (count, self.shape[1])
-        if out.shape != shape or out.dtype not in (np.float32, np.uint16):
-            raise ValueError(f"out is float32 or uint16 {shape}, not {out.dtype} {out.shape}")
-        if not (out.flags.c_contiguous and out.flags.writeable):
-            raise ValueError("out must be contiguous and writeable")

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding import coded_numpy, native
-from waterfill.coding.coded_layout import FLOATS, MAX_COLUMNS, Layout
+from waterfill.coding.coded_layout import MAX_COLUMNS, Layout
 from waterfill.coding.coded_models import (
     FLOOR,
     LANES,
@@ -16,6 +16,7 @@ from waterfill.coding.coded_models import (
     models_of,
     scales_of,
 )
+from waterfill.coding.matrix import FLOATS
 from waterfill.types import Array, Floats, Integers
 
 __all__ = ["arrays_of", "expected_nbytes", "fits"]

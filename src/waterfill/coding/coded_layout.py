@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding.coded_models import LANES, STATES
+from waterfill.coding.matrix import FLOATS
 from waterfill.coding.trellis import CODES, SEGMENT
 from waterfill.types import Array, Integers
 
-__all__ = ["FLOATS", "MAX_COLUMNS", "TILE", "Layout", "require_valid"]
+__all__ = ["MAX_COLUMNS", "TILE", "Layout", "require_valid"]
 
 MAX_COLUMNS = 1 << 16
 MAX_LEVELS = 512
 MAX_SHIFT = 20
-FLOATS = ("F32", "BF16", "F16")
 TILE = 32  # rows of a panel before those of the next
 LARGE, SMALL = 1 << 19, 1 << 18  # weights of a block
 MOST_BLOCKS = 128  # about

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from waterfill.coding.matrix import aligned
 from waterfill.types import Array
 
 __all__ = [
@@ -155,17 +156,10 @@ def models_of(counts: Ints, coarse: Bytes) -> Models:
         symbols[some] = _fold(merged[some], f, first[some] == 0)[0]
     # A level that does not occur has the table of the next one below.
     choice = np.searchsorted(used[starts], np.arange(len(counts)), side="right") - 1
-    tables = _aligned(starts.size)
+    tables = aligned(starts.size * 4 * STATES).reshape(-1, 4 * STATES)
     for table, c, s in zip(tables, symbols, shifts, strict=True):
         table[:] = decoding_table(c, bool(s))
     return Models(np.maximum(choice, 0).astype(np.uint8), shifts, tables)
-
-
-def _aligned(count: int) -> Bytes:
-    """Tables that begin at a cache line, so that a vector never lies across two: uint8 (count, 512)."""
-    memory = np.empty(count * 4 * STATES + 63, np.uint8)
-    aligned: Bytes = memory[-memory.ctypes.data % 64 :][: count * 4 * STATES]
-    return aligned.reshape(count, 4 * STATES)
 
 
 def _starts(used: Ints, coarse: Bytes, width: int) -> Ints:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -10,8 +9,9 @@ from numpy.typing import NDArray
 
 from waterfill.coding.coded_layout import TILE, Layout
 from waterfill.coding.coded_models import LANES, Models, Scales, odd
+from waterfill.coding.matrix import array_at
 from waterfill.coding.trellis import CODES, SEGMENT
-from waterfill.types import DTYPES, Array, Floats, from_float32, to_float32
+from waterfill.types import Array, Floats, from_float32, to_float32
 
 __all__ = ["count", "encode", "matmul_at", "power", "weights"]
 
@@ -163,16 +163,10 @@ def matmul_at(
     layout: Layout, arrays: Mapping[str, Array], x_ptr: int, x_dtype: str, y_ptr: int, batch: int
 ) -> None:
     """``y = x W^T`` at addresses."""
-    stored = DTYPES[x_dtype]
-
-    def memory(address: int, columns: int) -> Array:
-        buffer = (ctypes.c_uint8 * (batch * columns * stored.itemsize)).from_address(address)
-        array: Array = np.ctypeslib.as_array(buffer).view(stored).reshape(batch, columns)
-        return array
-
+    x = array_at(x_ptr, (batch, layout.n), x_dtype)
+    y = array_at(y_ptr, (batch, layout.m), x_dtype)
     matrix = weights(layout, arrays, np.arange(layout.m), np.dtype(np.float32))
-    x = to_float32(memory(x_ptr, layout.n), x_dtype)
-    memory(y_ptr, layout.m)[:] = from_float32(x @ matrix.T, x_dtype)
+    y[:] = from_float32(to_float32(x, x_dtype) @ matrix.T, x_dtype)
 
 
 def power(levels: Array, plain: bool, weights: Floats) -> tuple[Ints, NDArray[np.float64]]:

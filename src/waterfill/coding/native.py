@@ -20,9 +20,17 @@ def core() -> ModuleType | None:
 
 
 def threads() -> int:
-    """How many threads a kernel may use: WATERFILL_THREADS, or one per core."""
+    """How many threads a kernel may use: WATERFILL_THREADS, or one per core that this process may use."""
     wanted = os.environ.get("WATERFILL_THREADS", "")
-    return max(1, int(wanted)) if wanted.isdigit() else os.cpu_count() or 1
+    return max(1, int(wanted)) if wanted.isdecimal() else _cores()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(
+            os.sched_getaffinity(0)
+        )  # fewer than the machine's under taskset, or in a container
+    return os.cpu_count() or 1
 
 
 def device() -> str:

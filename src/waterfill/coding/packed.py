@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from waterfill.coding import native, packed_numpy
+from waterfill.coding.matrix import FLOATS, MAX_BATCH, KernelMatrix, aligned
 from waterfill.coding.packed_layout import (
     CORRECTION_NBYTES,
     MAX_COLUMNS,
@@ -29,14 +30,12 @@ from waterfill.types import DTYPES, Array, Floats, Integers
 
 __all__ = ["MAX_BATCH", "PackedMatrix"]
 
-MAX_BATCH = 16
-FLOATS = {"F32", "BF16", "F16"}
 PLANES = {"int8": 1, "int16": 2}
 Activations = Literal["int8", "int16"]
 
 
 @dataclass(frozen=True, eq=False)
-class PackedMatrix:
+class PackedMatrix(KernelMatrix):
     """Weights (m, n) that stay packed in memory; `matmul` and `rows` read them as they are.
 
     Attributes
@@ -128,11 +127,6 @@ class PackedMatrix:
         """(outputs m, inputs n)."""
         return self.geometry.m, self.geometry.n
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes it keeps in memory."""
-        return sum(a.nbytes for a in self.arrays.values())
-
     @cached_property
     def _native(self) -> Any:
         core, arrays = native.core(), self.arrays
@@ -159,24 +153,13 @@ class PackedMatrix:
                 raise ValueError("packed: F32, BF16 or F16, and a batch of 1 to 16")
             packed_numpy.matmul_at(self.geometry, self.arrays, x_ptr, x_dtype, y_ptr, batch, planes)
 
-    def apply(self, x: Floats) -> Floats:
-        """``x W^T``: float32 (batch, n) -> float32 (batch, m), any batch."""
-        m, n = self.shape
-        if x.ndim != 2 or x.shape[1] != n or x.dtype != np.float32:
-            raise ValueError(f"activations are float32 (batch, {n}), not {x.dtype} {x.shape}")
-        x = np.ascontiguousarray(x)
-        y = np.empty((len(x), m), np.float32)
-        for first in range(0, len(x), MAX_BATCH):
-            part, out = x[first : first + MAX_BATCH], y[first : first + MAX_BATCH]
-            self.matmul(part.ctypes.data, "F32", out.ctypes.data, len(part), native.threads())
-        return y
-
     def rows(self, first: int, last: int, out: Array) -> None:
         """Weights of rows first .. last - 1 into `out` (last - first, n): float32, or uint16 as bf16 bits."""
         if not 0 <= first <= last <= self.shape[0]:
             raise ValueError(f"rows {first} to {last} of {self.shape[0]}")
-        flat = self._flat(out, last - first)
+        self._require_out(out, last - first)
         if native.core() is not None:
+            flat = out.reshape(-1).view(np.uint8)
             self._native.rows(first, last, flat, out.dtype == np.uint16, native.threads())
         else:
             out[:] = packed_numpy.weights(
@@ -188,19 +171,12 @@ class PackedMatrix:
         indices = np.ascontiguousarray(indices, np.int64).reshape(-1)
         if indices.size and not 0 <= indices.min() <= indices.max() < self.shape[0]:
             raise ValueError(f"an index beyond the {self.shape[0]} rows")
-        flat = self._flat(out, indices.size)
+        self._require_out(out, indices.size)
         if native.core() is not None:
+            flat = out.reshape(-1).view(np.uint8)
             self._native.gather(indices, flat, out.dtype == np.uint16, native.threads())
         else:
             out[:] = packed_numpy.weights(self.geometry, self.arrays, indices, out.dtype)
-
-    def _flat(self, out: Array, count: int) -> Array:
-        shape = (count, self.shape[1])
-        if out.shape != shape or out.dtype not in (np.float32, np.uint16):
-            raise ValueError(f"out is float32 or uint16 {shape}, not {out.dtype} {out.shape}")
-        if not (out.flags.c_contiguous and out.flags.writeable):
-            raise ValueError("out must be contiguous and writeable")
-        return out.reshape(-1).view(np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +242,7 @@ def _pack(levels: Array, plan: _Plan, threads: int) -> tuple[Array, Array, Array
     order = plan.arrays.get("order")
     if core is None:
         return packed_numpy.pack(levels, plan.geometry, order)
-    codes = _aligned(plan.geometry.codes_nbytes)
+    codes = aligned(plan.geometry.codes_nbytes)
     flat = levels.reshape(-1).view(np.uint8)
     found = core.packed_pack(plan.geometry.layout, flat, levels.itemsize, order, codes, threads)
     return None if found is None else (codes, *found)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from waterfill.coding.matrix import array_at
 from waterfill.coding.packed_layout import COLUMNS, ROWS, Geometry
-from waterfill.types import DTYPES, Array, Floats, from_float32, to_float32
+from waterfill.types import Array, Floats, from_float32, to_float32
 
 LARGEST, BASE = 127, 255  # of a level of the activations; two levels are digits to this base
 SMALLEST = np.float32(2.0**-100)
@@ -268,13 +268,6 @@ def matmul_at(
     planes: int,
 ) -> None:
     """`matmul` at addresses, of activations in `dtype`."""
-    x = _array_at(x_ptr, (batch, geometry.n), dtype)
-    y = _array_at(y_ptr, (batch, geometry.m), dtype)
+    x = array_at(x_ptr, (batch, geometry.n), dtype)
+    y = array_at(y_ptr, (batch, geometry.m), dtype)
     y[:] = from_float32(matmul(geometry, arrays, to_float32(x, dtype), planes), dtype)
-
-
-def _array_at(address: int, shape: tuple[int, int], dtype: str) -> Array:
-    kind = DTYPES[dtype]
-    memory = (ctypes.c_uint8 * (shape[0] * shape[1] * kind.itemsize)).from_address(address)
-    array: Array = np.ctypeslib.as_array(memory).view(kind).reshape(shape)
-    return array

@@ -57,8 +57,9 @@ class Sampling:
             return {}
         if self.temperature == 0:
             return {"do_sample": False}
-        temperature = 1.0 if self.temperature is None else self.temperature
-        top_p = 1.0 if self.top_p is None else self.top_p
+        # Floats: transformers takes no 2 for 2.0.
+        temperature = 1.0 if self.temperature is None else float(self.temperature)
+        top_p = 1.0 if self.top_p is None else float(self.top_p)
         return {"do_sample": True, "temperature": temperature, "top_p": top_p}
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from waterfill.runtime.weights import KERNEL_DTYPES, LazyWeight, Weight
+from waterfill.runtime.weights import KERNEL_DTYPES, LazyWeight, Weight, unchangeable
 from waterfill.types import WaterfillError
 
 __all__ = ["give", "hollow", "restore", "stored_transposed"]
@@ -40,6 +40,11 @@ class _Holding(_Base):
         for name, buffer in weight.buffers.items():
             self.register_buffer(_PREFIX + name, buffer, persistent=False)
         self.weight = LazyWeight(weight, self.transposed, like.dtype, like.device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and not isinstance(value, LazyWeight):
+            raise unchangeable()  # `forward` would not look at it
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         kept = {n: self._buffers.pop(n) for n in list(self._buffers) if n.startswith(_PREFIX)}

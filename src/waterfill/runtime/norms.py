@@ -7,13 +7,13 @@ before the product with them or after. Which one a module has is not read but tr
 from __future__ import annotations
 
 import copy
-import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from waterfill.coding import native
+from waterfill.runtime.extending import Extension, extend
 from waterfill.runtime.weights import KERNEL_DTYPES
 
 __all__ = ["Formula", "formula_of", "quicken_norm"]
@@ -23,11 +23,6 @@ __all__ = ["Formula", "formula_of", "quicken_norm"]
 SAME = 0.99
 TRIED = 4096  # numbers, at least
 _SCALES = (1.0, 1e-3, 30.0)  # of the input tried; with the second epsilon counts
-
-if TYPE_CHECKING:
-    _Base = nn.Module
-else:
-    _Base = object
 
 
 class Formula(NamedTuple):
@@ -50,11 +45,11 @@ class Formula(NamedTuple):
         return y
 
 
-class _Quick(_Base):
+class _Quick(Extension):
     """Common to norms that know their formula."""
 
     formula: Formula
-    plain: Any  # the class that it had
+    _parameters: dict[str, Any]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         weight: Any = self._parameters["weight"]
@@ -75,27 +70,12 @@ class _Quick(_Base):
             return self.plain.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
         return self.formula.apply(x.contiguous(), weight)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (self.plain,), self.__dict__
-
-
-def _blank(plain: Any) -> nn.Module:
-    module: nn.Module = object.__new__(_class_for(plain))
-    return module
-
-
-@functools.cache
-def _class_for(plain: Any) -> Any:
-    names = {"plain": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (_Quick, plain), names)
-
 
 def quicken_norm(module: nn.Module) -> None:
     """Let a module that computes a root-mean-square norm do so by the kernel; others stay as they are."""
     formula = formula_of(module)
     if formula is not None:
-        kind: Any = type(module)
-        module.__class__ = _class_for(kind)
+        extend(module, _Quick)
         module.formula = formula  # type: ignore[assignment]
 
 

@@ -171,7 +171,7 @@ def estimate(path: str | Path, dtype: str | None = None) -> Estimate:
     dtype : safetensors name of the dtype that dense weights are loaded in; default as stored
     """
     with Reader(path) as reader:
-        tied = _tied(Path(path))
+        tied = _tied(reader.path.parent)
         uses: dict[str, int] = {}
         for name, entry in reader.entries.items():
             if _may_stay(entry.info):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +22,51 @@ from waterfill.runtime.artifact import (
     write_config,
 )
 from waterfill.runtime.digests import digest
+from waterfill.runtime.extending import Extension, extend
 from waterfill.types import WaterfillError
 
 __all__ = ["saves_artifact"]
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What a model was loaded from: the file, and digests of it and of each dense tensor."""
+
+    file: Path
+    fingerprint: str
+    digests: Mapping[str, str]
+
+
+class _Saves(Extension):
+    """Common to models that are saved as the artifact that they come from."""
+
+    saved_from: _Origin
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any
+    ) -> None:
+        """Write the artifact that this model was loaded from, with its configuration as it is now.
+
+        Raises
+        ------
+        WaterfillError
+            If weights were changed since, the artifact was, or `push_to_hub` is asked for.
+        """
+        if push_to_hub:
+            raise WaterfillError("save to a folder, then upload it: hf upload NAME FOLDER")
+        if options.get("is_main_process", True):
+            _save(self, self.saved_from, Path(save_directory))
+
+
 def saves_artifact(model: Any, reader: Reader) -> None:
     """Have the model's `save_pretrained` write what it was loaded from."""
-    model.save_pretrained = functools.partial(
-        _save, model, reader.path.absolute(), _fingerprint(reader), _digests(model)
-    )
+    # A class, for a method that the model kept would keep the model: it would outlive its last user.
+    extend(model, _Saves)
+    model.saved_from = _Origin(reader.path.absolute(), _fingerprint(reader), _digests(model))
 
 
-def _save(
-    model: Any,
-    file: Path,
-    fingerprint: str,
-    digests: Mapping[str, str],
-    save_directory: str | os.PathLike[str],
-    push_to_hub: bool = False,
-    **options: Any,
-) -> None:
-    """Write the artifact that a model was loaded from to a folder, with its configuration as it is now.
-
-    Raises
-    ------
-    WaterfillError
-        If weights were changed since, the artifact was, or `push_to_hub` is asked for.
-    """
-    if push_to_hub:
-        raise WaterfillError("save to a folder, then upload it: hf upload NAME FOLDER")
+def _save(model: Any, origin: _Origin, folder: Path) -> None:
+    file, digests = origin.file, origin.digests
     now = _digests(model)
     changed = [name for name in {**digests, **now} if digests.get(name) != now.get(name)]
     if changed:
@@ -60,9 +75,8 @@ def _save(
             'as they were: to change and save a model, load it with residency="dense"'
         )
     with Reader(file) as reader:
-        if _fingerprint(reader) != fingerprint:
+        if _fingerprint(reader) != origin.fingerprint:
             raise WaterfillError(f"{file} is not the file that this model was loaded from")
-    folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / FILE_NAME).exists() or not (folder / FILE_NAME).samefile(file):
         temporary = folder / f"{FILE_NAME}.partial"

@@ -204,6 +204,12 @@ def _run_compressed(model: Any, reader: Reader, choice: Choose) -> None:
     from waterfill.runtime.saving import saves_artifact
 
     if _keeps(choice):
+        model.requires_grad_(
+            False
+        )  # else a norm's output would ask for a gradient through the next weight
+        if getattr(model.config, "rescale_every", 0):
+            # RWKV would halve its weights in place, and what they add to, lest float16 overflow.
+            model.config.rescale_every = 0
         saves_artifact(model, reader)
         quicken(model)
 

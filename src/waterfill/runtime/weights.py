@@ -6,72 +6,58 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
+from waterfill.coding.matrix import MAX_BATCH, KernelMatrix
 from waterfill.coding.native import threads
-from waterfill.coding.packed import MAX_BATCH
 from waterfill.runtime.residency import TILE_ROWS
 from waterfill.runtime.streaming import StreamMatrix
 from waterfill.runtime.tensors import to_torch
-from waterfill.types import Array
+from waterfill.types import Array, WaterfillError
 
 __all__ = [
     "KERNEL_DTYPES",
     "LazyWeight",
-    "Matrix",
     "MatrixWeight",
     "Scratch",
     "StreamWeight",
     "Weight",
+    "unchangeable",
 ]
 
 KERNEL_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-class Matrix(Protocol):
-    """The face of `waterfill.coding.packed.PackedMatrix` and `waterfill.coding.coded.CodedMatrix`."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(outputs m, inputs n)."""
-
-    @property
-    def arrays(self) -> Mapping[str, Array]:
-        """All it holds."""
-
-    def matmul(self, x_ptr: int, x_dtype: str, y_ptr: int, batch: int, threads: int) -> None:
-        """Product with a few vectors at a time, by address."""
-
-    def rows(self, first: int, last: int, out: Array) -> None:
-        """Some rows, dequantised."""
-
-    def gather(self, indices: Array, out: Array) -> None:
-        """Rows at some places, dequantised."""
-
-
 class Scratch:
-    """One buffer for all weights of a model that need room for a moment; `lock` it while in use."""
+    """One buffer for all weights of a model that need room for a moment; `lock` it while in use.
+
+    Attributes
+    ----------
+    owner : whose numbers are in it, if anyone will want to find them there
+    view : the array of them; kept here and not by the owner, or the buffer could not grow
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.owner: object = None
+        self.view: Array | None = None
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def take(self, nbytes: int) -> torch.Tensor:
         """Uint8 tensor of at least so many bytes; what was in it is lost, its owner too."""
-        self.owner = None
+        self.owner = self.view = None
         if len(self._bytes) < nbytes:
             self._bytes = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new comes
             self._bytes = torch.empty(nbytes, dtype=torch.uint8)
         return self._bytes
 
     @property
-    def bytes(self) -> torch.Tensor:
-        """What the owner has put there."""
-        return self._bytes
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return len(self._bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Scratch, ()
@@ -88,11 +74,13 @@ class Weight(ABC):
 
     max_batch = 0
 
-    def __init__(
-        self, shape: tuple[int, int], arrays: Mapping[str, Array], scratch: Scratch
-    ) -> None:
-        self.shape, self.scratch, self.threads = shape, scratch, threads()
-        self.buffers = {name: _shared(array) for name, array in arrays.items()}
+    def __init__(self, matrix: Any, scratch: Scratch) -> None:
+        self.matrix, self.scratch, self.threads = matrix, scratch, threads()
+        self.shape: tuple[int, int] = matrix.shape
+        self.buffers = {name: _shared(array) for name, array in matrix.arrays.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), type(self.matrix), dict(self.matrix.arrays), self.scratch)
 
     def matmul(self, x_ptr: int, x_dtype: str, y_ptr: int, batch: int, threads: int) -> None:
         """Product with up to `max_batch` vectors, by address."""
@@ -122,10 +110,10 @@ class MatrixWeight(Weight):
     """A packed or coded matrix."""
 
     max_batch = MAX_BATCH
+    matrix: KernelMatrix
 
-    def __init__(self, matrix: Matrix, scratch: Scratch) -> None:
-        super().__init__(matrix.shape, matrix.arrays, scratch)
-        self.matrix = matrix
+    def __init__(self, matrix: KernelMatrix, scratch: Scratch) -> None:
+        super().__init__(matrix, scratch)
         self.matmul = matrix.matmul  # type: ignore[method-assign]
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -145,26 +133,19 @@ class MatrixWeight(Weight):
         self.matrix.gather(indices.numpy(), _array(out))
         return out.to(dtype)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        arrays = {name: np.array(array) for name, array in self.matrix.arrays.items()}
-        return _restore, (type(self), type(self.matrix), arrays, self.scratch)
-
 
 class StreamWeight(Weight):
     """A weight that is decoded for each use; the last one used is found decoded."""
 
-    def __init__(self, matrix: StreamMatrix, scratch: Scratch) -> None:
-        m, n = matrix.shape
-        super().__init__((m, n), matrix.arrays, scratch)
-        self.matrix = matrix
+    matrix: StreamMatrix
 
     def _bits(self) -> torch.Tensor:
         """All of it as stored (m, n), in the scratch buffer, which must be locked."""
-        nbytes = self.matrix.scratch_nbytes
-        if self.scratch.owner is not self:
-            self._view = self.matrix.decode(self.scratch.take(nbytes).numpy())
-            self.scratch.owner = self
-        return to_torch(self._view, self.matrix.encoded.info.dtype)
+        scratch, matrix = self.scratch, self.matrix
+        if scratch.owner is not self or scratch.view is None:
+            scratch.view = matrix.decode(scratch.take(matrix.scratch_nbytes).numpy())
+            scratch.owner = self
+        return to_torch(scratch.view, matrix.encoded.info.dtype)
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
         bits = self._bits()
@@ -177,10 +158,6 @@ class StreamWeight(Weight):
     def gather(self, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         with self.scratch.lock:
             return self._bits()[indices].to(dtype)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        arrays = {name: np.array(array) for name, array in self.matrix.arrays.items()}
-        return _restore, (type(self), type(self.matrix), arrays, self.scratch)
 
 
 def _restore(kind: Any, form: Any, arrays: Mapping[str, Array], scratch: Scratch) -> Weight:
@@ -206,6 +183,7 @@ class LazyWeight(torch.Tensor):
     """Says its shape, dtype and device at no cost, and is decoded by whatever computes with it.
 
     Some models look at ``linear.weight.dtype``, and a few multiply with ``linear.weight`` themselves.
+    What would change it is refused: it would change a decoded copy.
     """
 
     # torch makes the class itself behave as a tensor; these are ours.
@@ -232,13 +210,35 @@ class LazyWeight(torch.Tensor):
         return (dense.T if self._transposed else dense).to(self.device)
 
     @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.Tensor.__setitem__, torch.Tensor.data.__set__):  # type: ignore[attr-defined]
+            raise unchangeable()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         from torch.utils._pytree import tree_map_only
 
+        written = (s for s in func._schema.arguments if s.alias_info and s.alias_info.is_write)
+        named = {s.name: a for s, a in zip(func._schema.arguments, args, strict=False)}
+        given = {**named, **(kwargs or {})}
+        if any(isinstance(given.get(s.name), LazyWeight) for s in written):
+            raise unchangeable()
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.decoded, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight({list(self.shape)}, {self.dtype})"
+
+
+def unchangeable() -> WaterfillError:
+    """What is said to whoever would change a weight."""
+    return WaterfillError(
+        "weights that stay packed or coded cannot be changed; to change a model, load it with "
+        'residency="dense"'
+    )
