@@ -47,7 +47,7 @@ class PackedMatrix:
         int32 (n,), ``steps`` float32 (n,), ``starts`` int64 (blocks + 1,), ``corrections`` uint32.
     activations : str
         int8: fast; outputs are off by about 0.7 % of their root mean square for Gaussian activations.
-        int16: 15 bits, 0.003 %, where activations rounded to bf16 are off by 0.17 %.
+        int16: 15 bits, 0.003 %, where activations rounded to bf16 are off by 0.16 %.
     """
 
     arrays: Mapping[str, Array]
