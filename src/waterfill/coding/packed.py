@@ -47,7 +47,7 @@ class PackedMatrix(KernelMatrix):
         int8 (16,), levels that codes of 4 bits stand for (see `waterfill.coding.codebook`).
     activations : str
         int8: fast; outputs are off by about 0.7 % of their root mean square for Gaussian activations.
-        int16: 15 bits, 0.003 %, where activations rounded to bf16 are off by 0.17 %.
+        int16: 15 bits, 0.003 %, where activations rounded to bf16 are off by 0.16 %.
     """
 
     arrays: Mapping[str, Array]
