@@ -137,7 +137,7 @@ def copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {name: array.copy() for name, array in arrays.items()}
 
 
-def run(quick: bool) -> Iterator[Row]:
+def rows(quick: bool) -> Iterator[Row]:
     import torch
 
     torch.set_num_threads(1)
@@ -146,4 +146,4 @@ def run(quick: bool) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    main("transforms", PROTOCOL, run)
+    main("transforms", PROTOCOL, rows)
