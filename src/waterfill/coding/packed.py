@@ -246,9 +246,3 @@ def _pack(levels: Array, plan: _Plan, threads: int) -> tuple[Array, Array, Array
     flat = levels.reshape(-1).view(np.uint8)
     found = core.packed_pack(plan.geometry.layout, flat, levels.itemsize, order, codes, threads)
     return None if found is None else (codes, *found)
-
-
-def _aligned(nbytes: int) -> Array:
-    """Bytes that begin where four cache lines do: 15 % faster at 4 bits than a line further."""
-    memory = np.empty(nbytes + 255, np.uint8)
-    return memory[-memory.ctypes.data % 256 :][:nbytes]
