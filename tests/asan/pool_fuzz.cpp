@@ -15,12 +15,12 @@ using namespace waterfill;
 namespace {
 
 bool once_each(size_t count, unsigned threads, bool nested) {
-    std::vector<int> hits(count, 0);
+    std::vector<std::atomic<int>> hits(count);
     pool::run(count, threads, [&](size_t i) {
         hits[i] += 1;
         if (nested) pool::run(3, 4, [&](size_t) { hits[i] += 1; });
     });
-    for (const int hit : hits)
+    for (const auto& hit : hits)
         if (hit != (nested ? 4 : 1)) return false;
     return true;
 }
