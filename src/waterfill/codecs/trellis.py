@@ -160,10 +160,10 @@ class Trellis(Codec):
 
     def _read(
         self, data: bytes, info: TensorInfo
-    ) -> tuple[bytes, Floats, Floats, tuple[Array, Array]]:
+    ) -> tuple[memoryview, Floats, Floats, tuple[Array, Array]]:
         """Path, steps of the columns, scales of the rows, and hints for the path."""
         m, n = info.matrix_shape
-        columns, rows, gains, codes = split(data, 4)
+        columns, rows, gains, codes = split(memoryview(data), 4)
         paths.require_plausible(codes, m * n)  # before anything of that size is made
         per_octave = _column_grid(m)
         column_grid = decode_grid(columns, n, LIMIT * per_octave)

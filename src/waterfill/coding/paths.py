@@ -89,7 +89,7 @@ def encode(
 
 
 def decode(
-    data: bytes,
+    data: bytes | memoryview,
     states: int,
     step: Floats,
     scale: Floats,
@@ -125,7 +125,7 @@ def decode(
             raise FormatError("bytes where there are no weights")
         return np.zeros((m, n), np.uint16 if bf16 else np.float32)
     require_plausible(data, m * n)
-    packed_columns, packed_rows, rest = split(data, 3)
+    packed_columns, packed_rows, rest = split(memoryview(data), 3)
     source = np.frombuffer(rest, np.uint8)
     if source.size < 3:
         raise FormatError("a path is cut short")
@@ -150,7 +150,7 @@ def decode(
 
 
 def levels(
-    data: bytes, states: int, shape: tuple[int, int], octaves: tuple[Array, Array]
+    data: bytes | memoryview, states: int, shape: tuple[int, int], octaves: tuple[Array, Array]
 ) -> Array | None:
     """Integers that `decode` multiplies by step and scale, (m, n) in the narrowest signed type.
 
@@ -172,7 +172,8 @@ def levels(
         if extreme >= 1 << 24:
             return None
         return values.astype(np.int16 if extreme < 32768 else np.int32)
-    return halves.reshape(-1).view(np.int8)[: m * n].reshape(m, n)
+    halves.resize((m * n + 1) // 2, refcheck=False)  # hands the other half back
+    return halves.view(np.int8)[: m * n].reshape(m, n)
 
 
 def _narrow(halves: Array) -> bool:
@@ -192,12 +193,12 @@ def _narrow(halves: Array) -> bool:
 
 
 def spread(
-    data: bytes, states: int, shape: tuple[int, int], octaves: tuple[Array, Array]
+    data: bytes | memoryview, states: int, shape: tuple[int, int], octaves: tuple[Array, Array]
 ) -> Floats:
     """Standard deviation of each column's `levels` by the coder's model, float32 (n,); decodes nothing."""
     m, n = shape
     require_plausible(data, m * n)
-    packed_columns, packed_rows, rest = split(data, 3)
+    packed_columns, packed_rows, rest = split(memoryview(data), 3)
     source = np.frombuffer(rest, np.uint8)
     if source.size < 3:
         raise FormatError("a path is cut short")
@@ -210,7 +211,7 @@ def spread(
     return scaled
 
 
-def require_plausible(data: bytes, count: int) -> None:
+def require_plausible(data: bytes | memoryview, count: int) -> None:
     """FormatError where so few bytes cannot be the path of so many weights."""
     if count > len(data) * MOST_PER_BYTE:
         raise FormatError(f"{len(data)} bytes where {count} weights were promised")
@@ -279,7 +280,7 @@ def _hints(octaves: tuple[Array, Array], precision: int) -> tuple[Ints, Ints]:
 
 
 def _read_envelope(
-    source: NDArray[np.uint8], packed: tuple[bytes, bytes], octaves: tuple[Array, Array]
+    source: NDArray[np.uint8], packed: tuple[memoryview, memoryview], octaves: tuple[Array, Array]
 ) -> Envelope:
     kind, first = (int(v) for v in source[:2])
     precision, border, hinted = 1 << (kind & 3), kind >> 2 & 15, (kind >> 6 & 1, kind >> 7)

@@ -61,7 +61,7 @@ def encode_grid(exponents: Indices) -> bytes:
     return gamma.varint(int(gamma.zigzag(middle))) + coded
 
 
-def decode_grid(data: bytes, count: int, limit: int) -> Indices:
+def decode_grid(data: bytes | memoryview, count: int, limit: int) -> Indices:
     """Inverse of `encode_grid` for `count` exponents of at most `limit` either way."""
     if not data:
         return np.zeros(count, np.int32)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from waterfill.types import FormatError
+
+Buffer = TypeVar("Buffer", bytes, memoryview)
 
 
 def join(sections: Sequence[bytes]) -> bytes:
@@ -20,9 +23,16 @@ def join(sections: Sequence[bytes]) -> bytes:
     return bytes(out) + sections[-1]
 
 
-def split(data: bytes, count: int) -> list[bytes]:
-    """Inverse of `join` for a known count; FormatError where a length leaves the data."""
-    sections, at = [], 0
+def split(data: Buffer, count: int) -> list[Buffer]:
+    """Inverse of `join` for a known count, copying nothing of a memoryview.
+
+    Raises
+    ------
+    FormatError
+        Where a length leaves the data.
+    """
+    sections: list[Buffer] = []
+    at = 0
     for _ in range(count - 1):
         length, shift = 0, 0
         while True:
@@ -38,4 +48,5 @@ def split(data: bytes, count: int) -> list[bytes]:
             raise FormatError(f"a section of {length} bytes where {len(data) - at} are left")
         sections.append(data[at : at + length])
         at += length
-    return [*sections, data[at:]]
+    sections.append(data[at:])
+    return sections
