@@ -61,7 +61,7 @@ def test_every_implementation_gives_the_same_bits(
     rows, seen = np.array([m - 1, 0, m // 2, m // 2]), set()
     for path in PATHS:
         simd(path)
-        matrix = packed(levels, activations=activations)
+        matrix = packed(levels).using(activations)
         y, part, some = matrix.apply(x), np.zeros((few, m), DTYPES[dtype]), np.zeros((4, n), "<u2")
         matrix.matmul(bits.ctypes.data, dtype, part.ctypes.data, few, 1 + seed % 3)
         weights = np.zeros_like(want)

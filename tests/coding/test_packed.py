@@ -20,6 +20,7 @@ from waterfill.types import (
     DTYPES,
     Integers,
     Spec,
+    SpecError,
     TensorInfo,
     Weighting,
     from_float32,
@@ -403,8 +404,8 @@ def test_wrong_use(simd: Any, path: str) -> None:
     for index in (-1, 20):
         with pytest.raises(ValueError, match="index"):
             packed.gather(np.array([0, index]), whole[:2])
-    with pytest.raises(ValueError, match="int8"):
-        packed.using("int4")  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="int8"):
+        packed.using("int4")
 
 
 def test_more_tokens_than_a_batch(simd: Any) -> None:
@@ -424,3 +425,15 @@ def test_threads_share_a_large_matrix(simd: Any, path: str) -> None:
     want = product(packed, x, "BF16", 1)
     for threads in (2, 3, 8):
         assert product(packed, x, "BF16", threads).tobytes() == want.tobytes()
+
+
+def test_the_environment_says_how_activations_are_rounded(monkeypatch: Any) -> None:
+    levels = grouped(20, 64, 4, 32, 1)
+    monkeypatch.setenv("WATERFILL_ACTIVATIONS", "int16")
+    fine = build(levels)
+    assert fine.activations == "int16"
+    monkeypatch.delenv("WATERFILL_ACTIVATIONS")
+    assert build(levels).activations == "int8"
+    monkeypatch.setenv("WATERFILL_ACTIVATIONS", "int4")
+    with pytest.raises(SpecError, match="int8 or int16, not 'int4'"):
+        build(levels)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from waterfill.coding.packed import Activations, PackedMatrix
+from waterfill.coding.packed import PackedMatrix
 from waterfill.types import Floats, Integers
 
 __all__ = ["ENTRIES", "CodebookMatrix", "integers"]
@@ -61,7 +61,6 @@ class CodebookMatrix(PackedMatrix):
         integers: Integers,
         dtype: str,
         threads: int | None = None,
-        activations: Activations = "int8",
     ) -> CodebookMatrix | None:
         """Packed form of levels that are at most sixteen numbers of int8, exact; None for other levels.
 
@@ -85,7 +84,7 @@ class CodebookMatrix(PackedMatrix):
         packed = PackedMatrix.build(
             _of_codes(integers, code[levels.view(np.uint8)]), dtype, threads
         )
-        return None if packed is None else cls({**packed.arrays, "table": table}, activations)
+        return None if packed is None else cls({**packed.arrays, "table": table})
 
     @classmethod
     def expected_nbytes(cls, outline: Integers, coded_nbytes: int) -> int | None:

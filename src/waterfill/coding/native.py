@@ -33,6 +33,11 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+def activations() -> str:
+    """How packed products round activations: WATERFILL_ACTIVATIONS, or int8."""
+    return os.environ.get("WATERFILL_ACTIVATIONS") or "int8"
+
+
 def device() -> str:
     """Where encoding computes, in torch's words: WATERFILL_DEVICE, or the CPU (without torch)."""
     return os.environ.get("WATERFILL_DEVICE") or "cpu"

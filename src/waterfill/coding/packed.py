@@ -11,9 +11,9 @@ number of threads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,12 +26,11 @@ from waterfill.coding.packed_layout import (
     misfits,
     segments_of,
 )
-from waterfill.types import DTYPES, Array, Floats, Integers
+from waterfill.types import DTYPES, Array, Floats, Integers, SpecError
 
 __all__ = ["MAX_BATCH", "PackedMatrix"]
 
 PLANES = {"int8": 1, "int16": 2}
-Activations = Literal["int8", "int16"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,16 +45,17 @@ class PackedMatrix(KernelMatrix):
         int32 (n,), ``steps`` float32 (n,), ``starts`` int64 (blocks + 1,), ``corrections`` uint32; ``table``
         int8 (16,), levels that codes of 4 bits stand for (see `waterfill.coding.codebook`).
     activations : str
+        As the environment says, WATERFILL_ACTIVATIONS, or int8.
         int8: fast; outputs are off by about 0.7 % of their root mean square for Gaussian activations.
         int16: 15 bits, 0.003 %, where activations rounded to bf16 are off by 0.16 %.
     """
 
     arrays: Mapping[str, Array]
-    activations: Activations = "int8"
+    activations: str = field(default_factory=native.activations)
 
     def __post_init__(self) -> None:
         if self.activations not in PLANES:
-            raise ValueError(f"activations are int8 or int16, not {self.activations!r}")
+            raise SpecError(f"activations are int8 or int16, not {self.activations!r}")
         packed_numpy.require_valid(self.arrays)
 
     @classmethod
@@ -64,7 +64,6 @@ class PackedMatrix(KernelMatrix):
         integers: Integers,
         dtype: str,
         threads: int | None = None,
-        activations: Activations = "int8",
     ) -> PackedMatrix | None:
         """Packed form of what a codec holds, exact; None where there is none.
 
@@ -92,7 +91,7 @@ class PackedMatrix(KernelMatrix):
             arrays |= {"starts": starts, "corrections": corrections}
         if sum(a.nbytes for a in arrays.values()) > plan.most:
             return None
-        return cls(arrays, activations)
+        return cls(arrays)
 
     @classmethod
     def expected_nbytes(cls, outline: Integers, coded_nbytes: int) -> int | None:
@@ -107,15 +106,13 @@ class PackedMatrix(KernelMatrix):
         return nbytes
 
     @classmethod
-    def from_arrays(
-        cls, arrays: Mapping[str, Array], activations: Activations = "int8"
-    ) -> PackedMatrix:
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> PackedMatrix:
         """The matrix that holds these arrays, without a copy; ValueError where they do not fit."""
-        return cls(dict(arrays), activations)
+        return cls(dict(arrays))
 
-    def using(self, activations: Activations) -> PackedMatrix:
+    def using(self, activations: str) -> Self:
         """The same weights with another rounding of activations."""
-        return PackedMatrix(self.arrays, activations)
+        return type(self)(self.arrays, activations)
 
     @cached_property
     def geometry(self) -> Geometry:

@@ -56,14 +56,14 @@ TILE_ROWS = 1024
 class Speeds:
     """What a product with one vector runs at, on one thread: only the ratios matter.
 
-    Medians of 9 interleaved rounds with 8192 x 4096 bfloat16 weights of 2.5 bit, AVX-512, on a Zen 5
-    server with other work on it; torch's own product with dense weights.
+    As ``python -m bench.matvec`` and ``python -m bench.lossless`` measured them on a Zen 4 server with
+    AVX-512; torch's own product with dense weights.
     """
 
-    dense_weights: float = 2.4e9  # per second, bfloat16 and float32 alike
-    packed_nbytes: float = 22e9
-    coded_weights: float = 2.6e9
-    streamed_nbytes: float = 2.8e9  # decoded; the dense product comes on top
+    dense_weights: float = 4.6e9  # per second, bfloat16 and float32 alike
+    packed_nbytes: float = 21e9
+    coded_weights: float = 4.7e9
+    streamed_nbytes: float = 5.5e9  # decoded; the dense product comes on top
 
 
 SPEEDS = Speeds()
