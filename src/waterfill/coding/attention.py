@@ -7,12 +7,10 @@ within the rounding of float32 sums.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from waterfill.coding import native
-from waterfill.types import Array, Floats
+from waterfill.types import Array, Floats, from_float32, to_float32
 
 __all__ = ["MAX_WIDTH", "attend", "rms_norm"]
 
@@ -106,18 +104,7 @@ def _at(array: Array, unit: bool = True) -> tuple[int, tuple[int, ...]]:
 
 
 def _floats(x: Array) -> Floats:
-    if x.dtype == np.uint16:
-        return (x.astype(np.uint32) << 16).view(np.float32)
-    return x.astype(np.float32)
-
-
-def _rounded(x: Floats, dtype: np.dtype[Any]) -> Array:
-    if dtype != np.uint16:
-        with np.errstate(over="ignore"):
-            return x.astype(dtype)
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    upper = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return np.where(np.isnan(x), bits >> 16 | 0x40, upper).astype(np.uint16)
+    return to_float32(x, NAMES[x.dtype])
 
 
 def _attend_numpy(q: Array, k: Array, v: Array, scale: float, mask: Array | None) -> Array:
@@ -133,7 +120,7 @@ def _attend_numpy(q: Array, k: Array, v: Array, scale: float, mask: Array | None
     total = weights.sum(3, keepdims=True)
     sums = (weights.reshape(batch, shared, -1, keys) @ _floats(v)).reshape(*q.shape[:3], -1)
     out = sums / np.where(total == 0, np.float32(1), total)
-    return _rounded(out.swapaxes(1, 2), q.dtype)
+    return from_float32(out.swapaxes(1, 2), NAMES[q.dtype])
 
 
 def _norm_numpy(x: Array, weight: Array, epsilon: float, offset: float, first: bool) -> Array:
@@ -141,5 +128,5 @@ def _norm_numpy(x: Array, weight: Array, epsilon: float, offset: float, first: b
     mean: Floats = np.mean(values * values, axis=-1, keepdims=True, dtype=np.float32)
     normal: Floats = values * (1 / np.sqrt(mean + np.float32(epsilon)))
     if first:
-        normal = _floats(_rounded(normal, x.dtype))
-    return _rounded(normal * (np.float32(offset) + _floats(weight)), x.dtype)
+        normal = _floats(from_float32(normal, NAMES[x.dtype]))
+    return from_float32(normal * (np.float32(offset) + _floats(weight)), NAMES[x.dtype])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,21 +52,28 @@ def unpack(encoded: Encoded, out: Array | None = None) -> Array:
     They go to `out` if it is given: C-contiguous, of the tensor's shape and `DTYPES` dtype.
     """
     name = encoded.info.name
-    try:
+    with damage_of(name):
         chosen = make_codec(encoded.spec)
         if out is not None:
             chosen.decode_into(encoded.parts, encoded.extra, encoded.info, out)
             return out
         bits = chosen.decode(encoded.parts, encoded.extra, encoded.info)
+    if bits.shape != encoded.info.shape or bits.dtype != DTYPES[encoded.info.dtype]:
+        raise FormatError(f"{name}: decoded to {bits.dtype}{bits.shape}, not {encoded.info.shape}")
+    return bits
+
+
+@contextlib.contextmanager
+def damage_of(name: str) -> Iterator[None]:
+    """Whatever bytes that lie can provoke in a codec becomes a FormatError with the tensor's name."""
+    try:
+        yield
     except KeyError as error:
         raise FormatError(f"{name}: the part {error} is missing") from error
     except (FormatError, SpecError) as error:
         raise FormatError(f"{name}: {error}") from error
     except (MemoryError, OverflowError, ValueError) as error:
         raise FormatError(f"{name}: the file promises what cannot be decoded ({error})") from error
-    if bits.shape != encoded.info.shape or bits.dtype != DTYPES[encoded.info.dtype]:
-        raise FormatError(f"{name}: decoded to {bits.dtype}{bits.shape}, not {encoded.info.shape}")
-    return bits
 
 
 def checkpoint_infos(reader: Reader) -> dict[str, tuple[str, tuple[int, ...]]]:

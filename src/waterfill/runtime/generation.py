@@ -178,9 +178,8 @@ def open_writer(path: str | Path, **options: Any) -> Writer:
         As `waterfill.load_model`, or if the artifact has no tokenizer.
     """
     folder = folder_of(path)
-    Reader(
-        folder
-    ).close()  # a folder that is no artifact is said to be none, before its tokenizer is missed
+    # A folder that is no artifact is said to be none, before its tokenizer is missed.
+    Reader(folder).close()
     with quiet_transformers():
         trust = options.get("trust_remote_code", False)
         tokenizer = load_tokenizer(folder, trust)

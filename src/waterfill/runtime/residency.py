@@ -22,11 +22,11 @@ from waterfill.container import Entry, Reader
 from waterfill.plan import hull
 from waterfill.plan.budget import parse_size
 from waterfill.registry import make_codec
+from waterfill.runtime.arrays import damage_of
 from waterfill.types import (
     DTYPES,
     FLOAT_DTYPES,
     BudgetError,
-    FormatError,
     Integers,
     Point,
     Spec,
@@ -252,13 +252,9 @@ def _row(reader: Reader, entry: Entry, dense: int, products: int, itemsize: int)
 def integers_of(reader: Reader, name: str, outline: bool = False) -> Integers | None:
     """What a tensor holds as integers; FormatError if it is damaged."""
     encoded = reader.read(name)
-    try:
+    with damage_of(name):
         codec = make_codec(encoded.spec)
         return codec.integers(encoded.parts, encoded.extra, encoded.info, outline)
-    except KeyError as error:
-        raise FormatError(f"{name}: the part {error} is missing") from error
-    except (FormatError, MemoryError, OverflowError, ValueError) as error:
-        raise FormatError(f"{name}: {error}") from error
 
 
 def forms_for(rows: Iterable[Row], residency: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -70,9 +70,11 @@ class Weight(ABC):
     ----------
     buffers : tensors over the memory that it keeps, by name
     max_batch : most vectors that `matmul` takes at a time; 0 if there is no such kernel
+    matmul : product with up to `max_batch` vectors, by address: x, its dtype, y, batch, threads
     """
 
     max_batch = 0
+    matmul: Callable[[int, str, int, int, int], None]
 
     def __init__(self, matrix: Any, scratch: Scratch) -> None:
         self.matrix, self.scratch, self.threads = matrix, scratch, threads()
@@ -81,10 +83,6 @@ class Weight(ABC):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), type(self.matrix), dict(self.matrix.arrays), self.scratch)
-
-    def matmul(self, x_ptr: int, x_dtype: str, y_ptr: int, batch: int, threads: int) -> None:
-        """Product with up to `max_batch` vectors, by address."""
-        raise NotImplementedError
 
     @abstractmethod
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -114,7 +112,7 @@ class MatrixWeight(Weight):
 
     def __init__(self, matrix: KernelMatrix, scratch: Scratch) -> None:
         super().__init__(matrix, scratch)
-        self.matmul = matrix.matmul  # type: ignore[method-assign]
+        self.matmul = matrix.matmul
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
         m, n = self.shape
