@@ -51,7 +51,8 @@ def nearest(x: Floats, levels: Floats) -> tuple[Codes, Floats]:
 
 def scaled(x: Floats, scale: Floats) -> Floats:
     """``x / scale``, and x itself where the scale is zero."""
-    divided: Floats = x / np.where(scale == 0, 1, scale).astype(np.float32)
+    safe: Any = np.where(scale == 0, np.float32(1), scale)
+    divided: Floats = x / safe
     return divided
 
 

@@ -62,6 +62,7 @@ def compare(
     stride: int | None = None,
     tokens: int | None = None,
     layers: bool = False,
+    activations: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
@@ -74,6 +75,8 @@ def compare(
     text : text files; default: a packaged text
     window, stride, tokens : see `waterfill.evaluate.text_windows`
     layers : also measure each tensor alone
+    activations : int8, e4m3, e5m2 (``int8:tensor``, ...): what the inputs of linear layers are
+        rounded to; such figures are of more than the file, and are not kept beside it
 
     Returns
     -------
@@ -82,6 +85,8 @@ def compare(
     """
     from waterfill import evaluate  # which needs torch; `show` must not
 
+    if activations:
+        evaluate.Activations.parse(activations)  # before anything takes time
     folder = artifact.folder_of(path)
     source = open_source(against, trust_remote_code=trust_remote_code)
     if source.path is None:
@@ -108,7 +113,9 @@ def compare(
         masked=evaluate.is_masked(original),
     )
     watched = _watcher(progress)
-    metrics = evaluate.compare(original, compressed, windows, progress=watched)
+    metrics = evaluate.compare(
+        original, compressed, windows, activations=activations, progress=watched
+    )
     predicted = record_of(path).predicted
     metrics["predicted_kl_nats"] = predicted["kl_nats"]
     if "kl_nats_calibration" in predicted:
@@ -116,7 +123,7 @@ def compare(
     if layers:
         metrics["layers"] = _layers(folder, original, windows, shown["ledger"], watched)
     stored = artifact.read_record(folder)
-    if stored:
+    if stored and not activations:
         artifact.write_record(folder, {**stored, METRICS: metrics})
     return metrics
 
