@@ -16,12 +16,12 @@ from waterfill.types import Floats
 __all__ = ["best_levels", "histogram", "lloyd", "rms", "row_levels", "scaled_levels"]
 
 Sums = NDArray[np.float64]
-BINS, ROW_BINS = 1024, 256
+ROW_BINS = 256
 CHUNK = 1 << 20  # numbers worked on at a time
 ROUNDS = 30
 
 
-def histogram(x: Any, weights: Any, bins: int = BINS, by_row: bool = False) -> Sums:
+def histogram(x: Any, weights: Any, bins: int, by_row: bool = False) -> Sums:
     """Sums of weights, and of weights times numbers, in each bin: float64 (2, 1 or rows, bins).
 
     Parameters
@@ -61,17 +61,15 @@ def best_levels(sums: Sums, k: int) -> Floats:
     if not weight.size:
         return np.zeros(k, np.float32)
     mass, moment = (np.concatenate([[0.0], np.cumsum(v)]) for v in (weight, total))
-    span = mass[None, :] - mass[:, None]
-    # Less the squares, which are the same for any choice; from bin a (row) up to bin b (column).
-    gain = np.divide(
-        np.square(moment[None, :] - moment[:, None]), span, where=span > 0, out=span * 0
-    )
+    # What bins a (columns) to b (rows) gain by a level of their own, over one at zero.
+    span = mass[:, None] - mass
+    gain = np.square(moment[:, None] - moment) / np.where(span > 0, span, 1)
     gain[span <= 0] = -np.inf
-    best, cuts = gain[0], []
+    best, cuts = gain[:, 0], []
     for _ in range(min(k, len(weight)) - 1):
-        reached = best[:, None] + gain
-        cuts.append(np.argmax(reached, axis=0))
-        best = np.max(reached, axis=0)
+        reached = best + gain
+        cuts.append(reached.argmax(axis=1))
+        best = np.take_along_axis(reached, cuts[-1][:, None], axis=1)[:, 0]
     borders = [len(weight)]
     for cut in reversed(cuts):
         borders.append(int(cut[borders[-1]]))
@@ -117,7 +115,8 @@ def scaled_levels(columns: Floats, weights: Any, scales: Floats, group: int, k: 
     """
     spread = np.repeat(scales, group, axis=0)[: len(columns)]
     x = columns / np.where(spread == 0, np.float32(1), spread)
-    return best_levels(histogram(x, weights * np.square(spread)), k)
+    bins = min(max(16 * k, 256), 1024)  # many to a level, and the square of them soon worked through
+    return best_levels(histogram(x, weights * np.square(spread), bins), k)
 
 
 def row_levels(columns: Floats, weights: Any, k: int) -> Floats:

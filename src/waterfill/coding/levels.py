@@ -22,7 +22,7 @@ Codes = NDArray[np.uint8]
 ScaleOf = Callable[[int, Floats, Floats], Floats]
 BLOCK_WEIGHTS = 1 << 18  # decoded at a time
 SAMPLE_WEIGHTS = 1 << 16  # enough to choose between grids
-CLIPS = np.linspace(0.3, 1.0, 15, dtype=np.float32)  # shares of the largest weight
+CLIPS = np.linspace(0.35, 1.0, 9, dtype=np.float32)  # shares of the largest weight: 27 gain 0.5 %
 
 
 def nearest(x: Floats, levels: Floats) -> tuple[Codes, Floats]:
