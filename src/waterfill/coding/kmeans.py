@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from waterfill.types import Floats
 
-__all__ = ["best_levels", "histogram", "lloyd", "rms", "row_levels", "scaled_levels"]
+__all__ = ["best_levels", "histogram", "rms", "row_levels", "scaled_levels"]
 
 Sums = NDArray[np.float64]
-ROW_BINS = 256
+BINS, ROW_BINS = 256, 96  # at least; the time goes with their square
 CHUNK = 1 << 20  # numbers worked on at a time
-ROUNDS = 30
 
 
 def histogram(x: Any, weights: Any, bins: int, by_row: bool = False) -> Sums:
@@ -47,61 +46,50 @@ def histogram(x: Any, weights: Any, bins: int, by_row: bool = False) -> Sums:
 
 
 def best_levels(sums: Sums, k: int) -> Floats:
-    """The k levels of least weighted squared error, ascending: exact, but that bins stay whole.
+    """The k levels of least weighted squared error: exact, but that bins stay whole.
+
+    The least error of the first bins on so many levels follows from that on one level fewer
+    (Fisher 1958; Bruce 1965); all ends of the last level are tried at once.
 
     Parameters
     ----------
-    sums : of `histogram`, (2, 1, bins)
+    sums : of `histogram`, (2, rows, bins)
 
     Returns
     -------
-    float32 (k,), the last one repeated where there are fewer than k bins in use
+    float32 (rows, k), ascending; some alike where fewer bins are in use
     """
-    weight, total = sums[:, 0][:, sums[0, 0] > 0]
-    if not weight.size:
-        return np.zeros(k, np.float32)
-    mass, moment = (np.concatenate([[0.0], np.cumsum(v)]) for v in (weight, total))
-    # What bins a (columns) to b (rows) gain by a level of their own, over one at zero.
-    span = mass[:, None] - mass
-    gain = np.square(moment[:, None] - moment) / np.where(span > 0, span, 1)
-    gain[span <= 0] = -np.inf
-    best, cuts = gain[:, 0], []
-    for _ in range(min(k, len(weight)) - 1):
-        reached = best + gain
-        cuts.append(reached.argmax(axis=1))
-        best = np.take_along_axis(reached, cuts[-1][:, None], axis=1)[:, 0]
-    borders = [len(weight)]
-    for cut in reversed(cuts):
-        borders.append(int(cut[borders[-1]]))
-    edges = np.array([0, *borders[::-1]])
-    means = np.diff(moment[edges]) / np.diff(mass[edges])
-    levels: Floats = np.pad(means, (0, k - len(means)), "edge").astype(np.float32)
+    rows, bins = sums.shape[1:]
+    below = np.concatenate([np.zeros((2, rows, 1)), np.cumsum(sums, axis=2)], axis=2)
+    step = max(1, CHUNK // (bins + 1) ** 2)
+    found = [_best_borders(below[:, a : a + step], k) for a in range(0, rows, step)]
+    borders = np.concatenate([np.zeros((0, k + 1), np.int64), *found])
+    mass, moment = np.diff(np.take_along_axis(below, borders[None], axis=2), axis=2)
+    with np.errstate(invalid="ignore"):
+        means = np.where(mass > 0, moment / np.where(mass > 0, mass, 1), np.nan)
+        # A level without weights is a neighbour's.
+        means = np.fmax.accumulate(means, axis=1)
+        means = np.fmin.accumulate(means[:, ::-1], axis=1)[:, ::-1]
+    levels: Floats = np.nan_to_num(means).astype(np.float32)
     return levels
 
 
-def lloyd(sums: Sums, k: int) -> Floats:
-    """As `best_levels` for each histogram of (2, rows, bins), to a local optimum: float32 (rows, k).
-
-    It begins where the density of levels is the cube root of the numbers' (Panter & Dite 1951).
-    """
-    rows, bins = sums.shape[1:]
-    edges = np.arange(1, bins) / bins * 2 - 1
-    edges = np.concatenate([[-2.0 * bins], edges / (1 - np.abs(edges)), [2.0 * bins]])
-    density = np.cumsum(np.cbrt(sums[0]) * np.cbrt(np.diff(edges)) ** 2, axis=1)
-    wanted = (np.arange(k) + 0.5) / k * density[:, -1:]
-    start = np.stack([(density < wanted[:, i : i + 1]).sum(axis=1) for i in range(k)], axis=1)
-    middle = 0.5 * (edges[1:] + edges[:-1])
-    levels = middle[np.minimum(start, bins - 1)]
-    below = np.concatenate([np.zeros((2, rows, 1)), np.cumsum(sums, axis=2)], axis=2)
-    for _ in range(ROUNDS):
-        cut = np.zeros((rows, k + 1), np.int64)
-        cut[:, 1:-1] = np.rint((_companded(0.5 * (levels[:, 1:] + levels[:, :-1])) + 1) / 2 * bins)
-        cut[:, -1] = bins
-        weight, total = np.diff(np.take_along_axis(below, cut[None], axis=2), axis=2)
-        levels = np.where(weight > 0, total / np.where(weight > 0, weight, 1), levels)
-        levels.sort(axis=1)
-    found: Floats = levels.astype(np.float32)
-    return found
+def _best_borders(below: Sums, k: int) -> NDArray[np.int64]:
+    """Bins where levels begin and end, int64 (rows, k + 1), given sums below each bin (2, rows, bins + 1)."""
+    bins = below.shape[2] - 1
+    mass, moment = below[:, :, :, None] - below[:, :, None, :]
+    # What one level for bins a (last axis) to b gains over one at zero.
+    gain = np.square(moment) / np.where(mass > 0, mass, 1)
+    gain += np.triu(np.full(gain.shape[1:], -np.inf), 1)
+    best, cuts = gain[:, :, 0], []
+    for _ in range(k - 1):
+        reached = best[:, None, :] + gain
+        cuts.append(reached.argmax(axis=2))
+        best = np.take_along_axis(reached, cuts[-1][:, :, None], axis=2)[:, :, 0]
+    borders = [np.full(len(best), bins)]
+    for cut in reversed(cuts):
+        borders.append(np.take_along_axis(cut, borders[-1][:, None], axis=1)[:, 0])
+    return np.stack([np.zeros(len(best), np.int64), *borders[::-1]], axis=1)
 
 
 def scaled_levels(columns: Floats, weights: Any, scales: Floats, group: int, k: int) -> Floats:
@@ -115,8 +103,9 @@ def scaled_levels(columns: Floats, weights: Any, scales: Floats, group: int, k: 
     """
     spread = np.repeat(scales, group, axis=0)[: len(columns)]
     x = columns / np.where(spread == 0, np.float32(1), spread)
-    bins = min(max(16 * k, 256), 1024)  # many to a level, and the square of them soon worked through
-    return best_levels(histogram(x, weights * np.square(spread), bins), k)
+    sums = histogram(x, weights * np.square(spread), max(BINS, 8 * k))
+    found: Floats = best_levels(sums, k)[0]
+    return found
 
 
 def row_levels(columns: Floats, weights: Any, k: int) -> Floats:
@@ -124,7 +113,9 @@ def row_levels(columns: Floats, weights: Any, k: int) -> Floats:
     scale = np.sqrt(np.square(columns).sum(axis=0) / max(len(columns), 1))
     x = columns / np.where(scale == 0, np.float32(1), scale)
     weights = np.broadcast_to(weights, x.shape)
-    levels: Floats = lloyd(histogram(x.T, weights.T, ROW_BINS, by_row=True), k).T * scale
+    levels: Floats = (
+        best_levels(histogram(x.T, weights.T, max(ROW_BINS, 4 * k), by_row=True), k).T * scale
+    )
     return levels
 
 
