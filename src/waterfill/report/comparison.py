@@ -17,7 +17,10 @@ from waterfill.types import WaterfillError
 __all__ = ["comparison_rows", "mixing", "write_comparison"]
 
 AUTO = "auto"
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 920, 520, 70, 700, 20, 470
+LONGEST = 32  # letters of a name, in the picture
+NAME_HEIGHT = 15
+WIDTH, LEFT, RIGHT, TOP = 920, 70, 700, 20
+LEAST_HEIGHT, MARGIN = 520, 50
 
 
 def comparison_rows(
@@ -107,13 +110,15 @@ def _picture(result: Mapping[str, Any]) -> dict[str, Any]:
     """Lines of a chart, KL on a logarithmic axis over bits per weight, in pixels."""
     cells = [c for c in result["cells"] if c.get("kl_nats", 0) > 0]
     if not cells:
-        return {"lines": [], "x": [], "y": [], "width": WIDTH, "height": HEIGHT}
+        return {"lines": [], "x": [], "y": [], "width": WIDTH, "height": MARGIN}
+    methods = list(dict.fromkeys(c["method"] for c in cells))
+    height = max(LEAST_HEIGHT, NAME_HEIGHT * (len(methods) + 2))
+    bottom = height - MARGIN
     bits = [c["bits_per_weight"] for c in cells]
     logs = [math.log10(c["kl_nats"]) for c in cells]
     x = _scale(min(bits), max(bits), LEFT, RIGHT)
-    y = _scale(min(logs), max(logs), BOTTOM, TOP)
+    y = _scale(min(logs), max(logs), bottom, TOP)
     lines = []
-    methods = list(dict.fromkeys(c["method"] for c in cells))
     for number, method in enumerate(methods):
         own = sorted((c for c in cells if c["method"] == method), key=lambda c: c["nbytes"])
         dots = [
@@ -127,6 +132,7 @@ def _picture(result: Mapping[str, Any]) -> dict[str, Any]:
         lines.append(
             {
                 "method": method,
+                "name": method if len(method) <= LONGEST else method[: LONGEST - 1] + "…",
                 "dots": dots,
                 "path": " ".join(f"{d['x']:.1f},{d['y']:.1f}" for d in dots),
                 "hue": round(360 * number / len(methods)),
@@ -135,17 +141,15 @@ def _picture(result: Mapping[str, Any]) -> dict[str, Any]:
             }
         )
     return {
-        "lines": _apart(lines),
+        "lines": _apart(lines, height - NAME_HEIGHT),
         "x": [(x(v), f"{v:g}") for v in _ticks(min(bits), max(bits))],
-        "y": [
-            (y(e), f"{10.0**e:g}") for e in range(math.ceil(min(logs)), math.floor(max(logs)) + 1)
-        ],
+        "y": [(y(math.log10(v)), f"{v:g}") for v in _log_ticks(min(logs), max(logs))],
         "width": WIDTH,
-        "height": HEIGHT,
+        "height": height,
         "left": LEFT,
         "right": RIGHT,
         "top": TOP,
-        "bottom": BOTTOM,
+        "bottom": bottom,
     }
 
 
@@ -161,18 +165,23 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _apart(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Names beside the ends of their lines, moved down where they would lie on one another."""
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, and numbers between where those are few."""
+    steps = (1,) if high - low > 2 else (1, 2, 5)
+    all_of_them = [
+        float(f"{step}e{e}") for e in range(math.floor(low), math.ceil(high) + 1) for step in steps
+    ]
+    return [v for v in all_of_them if low - 0.02 <= math.log10(v) <= high + 0.02]
+
+
+def _apart(lines: Sequence[dict[str, Any]], bottom: float) -> list[dict[str, Any]]:
+    """Names beside the ends of their lines, moved apart where they would lie on one another."""
     ordered = sorted(lines, key=lambda line: float(line["at"]))
-    room, last = 15.0, -math.inf
+    last = 0.0
     for line in ordered:
-        line["name_y"] = max(line["at"], last + room)
-        last = line["name_y"]
-    over = max(0.0, last - (HEIGHT - 8))
+        last = line["name_y"] = max(line["at"], last + NAME_HEIGHT)
+    last = bottom
     for line in reversed(ordered):
-        if over <= 0:
-            break
-        line["name_y"] -= over
-        above = ordered[max(0, ordered.index(line) - 1)]
-        over = above["name_y"] + room - line["name_y"] if above is not line else 0.0
+        line["name_y"] = min(line["name_y"], last)
+        last = line["name_y"] - NAME_HEIGHT
     return ordered
