@@ -11,7 +11,8 @@ import pytest
 from waterfill import registry
 from waterfill.coding.nested import decode_inner, encode_inner
 from waterfill.registry import Codec, Inner, parse_spec
-from waterfill.types import Array, FormatError, TensorInfo, Weighting
+from waterfill.runtime.arrays import unpack
+from waterfill.types import Array, Encoded, FormatError, Spec, TensorInfo, Weighting
 
 INFO = TensorInfo("w", (6, 8), "BF16", "linear", transposed=True)
 MATRIX = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
@@ -102,3 +103,12 @@ def test_between_is_where_the_codec_inside_goes(name: str) -> None:
 def test_between_two_that_differ_in_more_there_is_nothing() -> None:
     a, b = (parse_spec(f"lowrank:inner=trellis,rank={rank}") for rank in (1, 2))
     assert a.between(b, 0.5) is None
+
+
+def test_a_nest_without_end_is_refused() -> None:
+    text = "integer"
+    for _ in range(500):
+        text = f"rotate:inner=({text})"
+    encoded = Encoded(Spec("rotate", {"inner": text}), INFO, {"codes": b""}, {"version": 1})
+    with pytest.raises(FormatError, match="w: the file promises"):
+        unpack(encoded)

@@ -25,7 +25,8 @@ from waterfill.types import (
 )
 
 MAX_RANK = 1024
-BITS_A_WEIGHT = 0.1  # that the factors of a rung take, more or less
+BITS_A_WEIGHT = 0.1  # that the factors of a rung take, at most
+MOST = 8  # directions of a rung: a sample of 1024 rows tells what those are worth
 
 
 @codec("lowrank", version=1)
@@ -70,12 +71,17 @@ class LowRank(Codec):
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
-        """Integers of two to six bits, with a tenth of a bit a weight for the factors."""
+        """Integers of two to six bits, eight directions or a tenth of a bit a weight for the factors."""
         if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
             m, n = info.matrix_shape
-            rank = max(1, min(MAX_RANK, round(BITS_A_WEIGHT * m * n / (5 * (m + n)))))
+            rank = max(1, min(MOST, round(BITS_A_WEIGHT * m * n / (5 * (m + n)))))
             for bits in (2, 3, 4, 5, 6):
-                yield cls(inner=Inner(f"integer:bits={bits}"), rank=rank)
+                yield cls(inner=Inner(f"integer:bits={bits},pack=coded"), rank=rank)
+
+    @property
+    def fair_rows(self) -> int:
+        """So many that chance errors which the factors fit lower the price by a few per cent at most."""
+        return max(128 * self.rank, self.inner.codec.fair_rows)
 
     def between(self, other: Self, t: float) -> Self | None:
         """Where the codec inside has something between, that with our rank."""

@@ -54,7 +54,12 @@ class Rotate(Codec):
         """Integers of two to six bits."""
         if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
             for bits in (2, 3, 4, 5, 6):
-                yield cls(inner=Inner(f"integer:bits={bits}"))
+                yield cls(inner=Inner(f"integer:bits={bits},pack=coded"))
+
+    @property
+    def fair_rows(self) -> int:
+        """As the codec inside."""
+        return self.inner.codec.fair_rows
 
     def between(self, other: Self, t: float) -> Self | None:
         """Where the codec inside has something between, that rotated alike."""
