@@ -127,9 +127,22 @@ def test_words_for_people(run: Shell) -> None:
     assert "html" in run("report", "copy").out
     done = run("eval", "copy", "--against", small.model(), "--window", "64", "--tokens", "128")
     assert "kl_nats" in done.out and "protocol:" in done.out
-    assert [line.split()[0] for line in run("codecs").out.splitlines()[::2]] == [
-        entry["id"] for entry in run("codecs", "--json").json
+    listed = run("codecs", "--json").json
+    assert [line.split()[0] for line in run("codecs").out.splitlines()[1:-1]] == [
+        entry["id"] for entry in listed
     ]
+    for entry in listed:
+        bits = entry["bits_per_weight"]
+        assert bits == sorted(bits) and entry["encode_weights_per_second"] > 0
+
+
+def test_methods_are_compared(run: Shell) -> None:
+    done = run(
+        "compare", small.model(), "-o", "compared", "--methods", "integer", "auto", "--sizes", "7",
+        "--calibrate", small.statistics(), "--text", small.text(), "--window", "32", "--tokens", "64",
+    )  # fmt: skip
+    assert done.status == 0 and "auto at 7 chose" in done.out
+    assert "next: waterfill compress" in done.out and Path("compared/report.html").exists()
 
 
 def test_a_dry_run_writes_nothing(run: Shell, tmp_path: Path) -> None:
@@ -285,8 +298,7 @@ def test_the_unforeseen_is_one_line_too(run: Shell, monkeypatch: pytest.MonkeyPa
 def test_help(verb: str, run: Shell) -> None:
     done = run(verb, "--help")
     assert done.status == 0 and done.err == ""
-    if verb != "codecs":
-        assert "example" in done.out and f"waterfill {verb} " in done.out
+    assert "example" in done.out and f"waterfill {verb} " in done.out
     assert "--json" in done.out and "--debug" in done.out
 
 
@@ -296,7 +308,7 @@ def test_every_verb_is_in_the_overview(run: Shell) -> None:
     assert run("--version").out.startswith("waterfill ")
 
 
-@pytest.mark.parametrize("verb", [v for v in NAMES if v != "codecs"])
+@pytest.mark.parametrize("verb", NAMES)
 def test_examples_parse(verb: str, run: Shell) -> None:
     import shlex
 

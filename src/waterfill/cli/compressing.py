@@ -29,7 +29,7 @@ def compress(args: argparse.Namespace) -> Any:
         lossless=args.lossless,
         keep=args.keep,
         codec=dict(args.codec),
-        calibration=_calibration(args.calibrate),
+        calibration=calibration(args.calibrate),
         tokens=args.tokens or TOKENS,
         propagate=not args.no_propagate,
         force=args.force,
@@ -217,7 +217,8 @@ def _plan_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _calibration(values: Sequence[str] | None) -> Any:
+def calibration(values: Sequence[str] | None) -> Any:
+    """What --calibrate was given, as `waterfill.compress` takes it."""
     if not values:
         return None
     return "self" if list(values) == ["self"] else list(values)

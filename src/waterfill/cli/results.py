@@ -1,4 +1,4 @@
-"""The verbs that look at what there is: show, eval, verify, report, codecs."""
+"""The verbs that look at what there is: show, eval, verify, report."""
 
 from __future__ import annotations
 
@@ -151,28 +151,6 @@ def _report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("-o", "--out", type=path, metavar="HTML", help="default: OUT/report.html")
 
 
-def codecs(args: argparse.Namespace) -> Any:
-    """List the codecs and their options."""
-    from waterfill.registry import codec_ids, find_codec
-
-    result = []
-    for name in codec_ids():
-        cls = find_codec(name)
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
-        result.append(
-            {
-                "id": name,
-                "version": cls.version,
-                "lossy": cls.lossy,
-                "example": str(cls().spec),
-                "about": summary,
-            }
-        )
-        if not args.json:
-            print(f"{name:<10} {summary}\n{'':<10} {cls().spec}")
-    return result
-
-
 VERBS = (
     Verb(
         "show",
@@ -211,5 +189,4 @@ VERBS = (
             "waterfill report out/small out/smaller -o both.html",
         ),
     ),
-    Verb("codecs", codecs),
 )
