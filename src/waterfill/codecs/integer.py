@@ -64,6 +64,7 @@ class Integer(Codec):
         again between descents (QuantEase's outlier-aware form).
     """
 
+    usual = True
     parts = ("codes", "scales", "outliers")
 
     bits: int = 4
@@ -87,6 +88,8 @@ class Integer(Codec):
             raise SpecError(
                 f"integer: solver is one of {', '.join(SOLVERS)}, pack is packed or coded"
             )
+        if not self.outliers:  # what is never written must not be counted in the header
+            object.__setattr__(self, "parts", ("codes", "scales"))
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
