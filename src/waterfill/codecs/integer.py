@@ -59,7 +59,7 @@ class Integer(Codec):
     damping : float
         Added to the diagonal of S, relative to its mean.
     outliers : float
-        Share of the weights kept to eight significant bits beside the integers: about 18 bits each
+        Share of the weights kept to eight significant bits beside the integers: about 19 bits each
         where they are 1 %. Those largest by their weight in the harm; `coordinate` chooses them
         again between descents (QuantEase's outlier-aware form).
     """

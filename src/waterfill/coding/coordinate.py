@@ -19,6 +19,7 @@ from waterfill.types import Floats
 
 BLOCK = 64  # columns whose products with S are kept current
 SWEEPS = 12
+UNSEEN = 1e-7  # of the mean energy: below it an input's products with others are float32's noise
 PERIOD = 3  # the last of so many sweeps is a relaxed one
 Nearest = Callable[[int, Floats], Floats]
 
@@ -118,12 +119,13 @@ def _sweep(weight: Floats, error: Floats, quadratic: Quadratic, nearest: Nearest
     """Set each column once, first to last, in `error`; whether any weight moved."""
     moved = False
     moment, pivots = quadratic.moment, quadratic.diagonal
+    least = UNSEEN * float(np.mean(pivots, dtype=np.float64))
     for first in range(0, len(error), BLOCK):
         some = slice(first, min(first + BLOCK, len(error)))
         slopes = quadratic.products(error, some)
         for j in range(some.start, some.stop):
-            if pivots[j] <= 0:
-                continue  # an input that is never there: any value is as good
+            if pivots[j] <= least:
+                continue  # any value is as good
             best = weight[j] + error[j] - slopes[j - first] / pivots[j]
             step = nearest(j, best) - weight[j] - error[j]
             error[j] += step
