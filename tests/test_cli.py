@@ -30,6 +30,7 @@ from tests.pipeline import small  # noqa: E402
 from waterfill import container  # noqa: E402
 from waterfill.cli import VERBS, build_parser  # noqa: E402
 from waterfill.container import FILE_NAME, Reader  # noqa: E402
+from waterfill.pipeline import record_of  # noqa: E402
 
 NAMES = [verb.name for verb in VERBS]
 QUICK = ["--tokens", str(small.TOKENS), "--codec", "*=integer", "--codec", f"{small.BIG}=trellis"]
@@ -83,6 +84,13 @@ def test_the_whole_chain(run: Shell, tmp_path: Path) -> None:
     assert (done.status, done.err) == (0, "")
     assert done.json["kl_nats"] > 0 and 0 < done.json["top1_agreement"] <= 1
     assert {"perplexity", "perplexity_original", "protocol"} <= done.json.keys()
+    kept = record_of("out").metrics
+    assert kept["kl_nats"] == done.json["kl_nats"]
+    rounded = run("eval", "out", "--against", model, "--text", text, *window, "--json", "--activations", "e5m2")  # fmt: skip
+    assert (rounded.status, rounded.err) == (0, "")
+    assert rounded.json["kl_nats"] > done.json["kl_nats"]
+    assert rounded.json["protocol"]["activations"].startswith("e5m2, simulated: inputs of the 7 ")
+    assert record_of("out").metrics == kept
 
     done = run("generate", "out", "--prompt", "The river", "--tokens", "4", "--json")
     assert (done.status, done.err) == (0, "")
@@ -525,6 +533,11 @@ def test_texts_that_are_none(content: bytes | None, said: str, run: Shell, tmp_p
         said = "no text" if said == "empty" else said
         refused(run("eval", small.artifact(), "--against", small.model(), "--text", "text"), said)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_activations_that_are_none(run: Shell) -> None:
+    done = run("eval", small.artifact(), "--against", small.model(), "--activations", "int4")
+    refused(done, "activations are int8, e4m3, e5m2")
 
 
 def test_a_text_shorter_than_a_window_is_run_and_noted(run: Shell) -> None:

@@ -69,6 +69,7 @@ def evaluate(args: argparse.Namespace) -> Any:
         stride=args.stride,
         tokens=args.tokens,
         layers=args.layers,
+        activations=args.activations,
         trust_remote_code=args.trust_remote_code,
         progress=args.progress,
     )
@@ -104,6 +105,12 @@ def _eval_options(p: argparse.ArgumentParser) -> None:
         "--layers",
         action="store_true",
         help="also measure each tensor alone (slow), for the report",
+    )
+    p.add_argument(
+        "--activations",
+        metavar="FORM",
+        help="round the inputs of linear layers to int8, e4m3 or e5m2 with a scale per token "
+        "(int8:tensor: per window), simulated; shown, not kept for the report",
     )
     trust(p)
 
@@ -159,7 +166,10 @@ VERBS = (
         "eval",
         evaluate,
         _eval_options,
-        ("waterfill eval out/small --against demo --text book.txt",),
+        (
+            "waterfill eval out/small --against demo --text book.txt",
+            "waterfill eval out/small --against demo --activations e4m3",
+        ),
     ),
     Verb(
         "verify",

@@ -63,6 +63,7 @@ def compare(
     stride: int | None = None,
     tokens: int | None = None,
     layers: bool = False,
+    activations: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
@@ -75,6 +76,8 @@ def compare(
     text : text files; default: a packaged text
     window, stride, tokens : see `waterfill.evaluate.text_windows`
     layers : also measure each tensor alone
+    activations : int8, e4m3, e5m2 (``int8:tensor``, ...): what the inputs of linear layers are
+        rounded to; such figures are of more than the file, and are not kept beside it
 
     Returns
     -------
@@ -91,6 +94,7 @@ def compare(
         window=window,
         stride=stride,
         tokens=tokens,
+        activations=activations,
         trust_remote_code=trust_remote_code,
     )
     metrics = yardstick.measure(folder, progress)
@@ -101,7 +105,7 @@ def compare(
     if layers:
         metrics["layers"] = _layers(folder, yardstick, shown["ledger"], _watcher(progress))
     stored = artifact.read_record(folder)
-    if stored:
+    if stored and not activations:
         artifact.write_record(folder, {**stored, METRICS: metrics})
     return metrics
 
@@ -114,11 +118,13 @@ class Yardstick:
     ----------
     original : transformers model in float32
     windows : waterfill.evaluate.Windows
+    activations : see `waterfill.evaluate.Activations`, or None
     trust_remote_code : bool
     """
 
     original: Any
     windows: Any
+    activations: str | None = None
     trust_remote_code: bool = False
 
     @classmethod
@@ -130,11 +136,14 @@ class Yardstick:
         window: int | None = None,
         stride: int | None = None,
         tokens: int | None = None,
+        activations: str | None = None,
         trust_remote_code: bool = False,
     ) -> Self:
         """Load the original and cut the text; parameters as of `compare`."""
         from waterfill import evaluate  # which needs torch; `show` must not
 
+        if activations:
+            evaluate.Activations.parse(activations)  # before anything takes time
         if source.path is None:
             raise WaterfillError(
                 "compare with a folder, a hub id or demo; or call waterfill.evaluate.compare"
@@ -152,7 +161,7 @@ class Yardstick:
             max_tokens=tokens,
             masked=evaluate.is_masked(original),
         )
-        return cls(original, windows, trust_remote_code)
+        return cls(original, windows, activations, trust_remote_code)
 
     def measure(self, folder: Path, progress: Progress = quiet) -> dict[str, Any]:
         """An artifact's harm, as of `waterfill.evaluate.compare`."""
@@ -165,7 +174,11 @@ class Yardstick:
             trust_remote_code=self.trust_remote_code,
         )
         return evaluate.compare(
-            self.original, compressed, self.windows, progress=_watcher(progress)
+            self.original,
+            compressed,
+            self.windows,
+            activations=self.activations,
+            progress=_watcher(progress),
         )
 
 
