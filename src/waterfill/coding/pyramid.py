@@ -16,7 +16,7 @@ from waterfill.types import Floats, FormatError
 
 __all__ = ["MAX_PULSES", "counts", "most_pulses", "nearest", "number", "pack", "point", "unpack"]
 
-MAX_PULSES = 255
+MAX_PULSES = 1023
 CHUNK = 1 << 16  # points decoded at a time
 Numbers = NDArray[np.uint64]
 Points = NDArray[np.int32]
