@@ -9,9 +9,18 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from waterfill.coding.columns import GRID, scaled_columns
 from waterfill.coding.entropy import decode_ints, encode_ints
-from waterfill.coding.pyramid import counts, most_pulses, nearest, pack, unpack
-from waterfill.coding.rounding import factor, finite, successive
+from waterfill.coding.pyramid import (
+    counts,
+    gain_exponents,
+    gains_of,
+    most_pulses,
+    nearest,
+    pack,
+    unpack,
+)
+from waterfill.coding.rounding import finite, successive
 from waterfill.coding.scales import LIMIT, decode_grid, encode_grid, from_grid, to_grid
 from waterfill.coding.sections import join, split
 from waterfill.registry import Codec, codec
@@ -25,7 +34,7 @@ from waterfill.types import (
     Weighting,
 )
 
-GRID, ROW_GRID = 4, 2  # scales to the octave
+ROW_GRID = 2  # row scales to the octave
 LEVELS = 4  # to a pulse: a group's usual number, before the row has its say
 MAX_LEVEL = 1 << 16
 TINY = 1e-30
@@ -46,7 +55,7 @@ class Pyramid(Codec):
     length : int
         Weights to a point, 2 to 64: one number has at most 64 bits.
     gain : int
-        Steps of the gain to the octave: 2, 4 or 8.
+        Steps of the gain to the octave, equal ones: 2, 4, 8, 16 or 32.
     solver : str
         nearest | successive
     rows : float
@@ -62,7 +71,7 @@ class Pyramid(Codec):
 
     bits: float = 3.0
     length: int = 16
-    gain: int = 4
+    gain: int = 8
     solver: str = "successive"
     rows: float = 0.5
     even: bool = False
@@ -72,26 +81,33 @@ class Pyramid(Codec):
         if (
             not 0 < self.bits <= 16
             or not 2 <= self.length <= 64
-            or self.gain not in (2, 4, 8)
+            or self.gain not in (2, 4, 8, 16, 32)
             or not 0 <= self.damping < math.inf
         ):
             raise SpecError(
-                "pyramid: bits is at most 16, length 2 to 64, gain 2, 4 or 8, damping not negative"
+                "pyramid: bits is at most 16, length 2 to 64, gain 2 to 32, damping not negative"
             )
         if self.solver not in ("nearest", "successive") or not 0 <= self.rows <= 2:
             raise SpecError("pyramid: solver is nearest or successive, rows 0 to 2")
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
-        """One to six bits."""
+        """One to six bits: the more of them, the finer the gains, and the shorter a 64-bit number."""
         if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
-            for bits, length in ((1.0, 16), (1.5, 16), (2.0, 16), (3.0, 16), (4.0, 8), (6.0, 8)):
-                yield cls(bits=bits, length=length)
+            for bits, length, gain in (
+                (1.0, 16, 2),
+                (1.5, 16, 4),
+                (2.0, 16, 4),
+                (3.0, 16, 8),
+                (4.0, 12, 16),
+                (5.5, 10, 32),
+            ):
+                yield cls(bits=bits, length=length, gain=gain)
 
     def between(self, other: Self, t: float) -> Self | None:
-        """Bits in arithmetic progression."""
+        """Bits in arithmetic progression; the other options are those of the nearer rung."""
         bits = float(f"{self.bits * (1 - t) + other.bits * t:.6g}")
-        return dataclasses.replace(self, bits=bits)
+        return dataclasses.replace(self if t < 0.5 else other, bits=bits)
 
     def encode(
         self, x: Array, info: TensorInfo, weighting: Weighting
@@ -99,13 +115,11 @@ class Pyramid(Codec):
         """Bits of `info.shape` -> parts ``codes``, ``gains`` and ``columns``."""
         if not info.size:
             return dict.fromkeys(self.parts, b""), {}
-        weight = np.ascontiguousarray(finite(info.matrix(x), info.name).T)
+        matrix = finite(info.matrix(x), info.name)
+        weight, lower, column_grid = scaled_columns(
+            matrix, weighting, self.damping, self.solver == "successive", not self.even
+        )
         n, m = weight.shape
-        lower = self._lower(n, weighting)
-        column_grid = np.zeros(n, np.int32) if self.even else to_grid(1 / _diagonal(lower), GRID)
-        scale = from_grid(column_grid, GRID)[:, None]
-        weight /= scale
-        lower = lower * (scale[:, 0] if lower.ndim == 1 else scale)
         row_grid, rate_grid = self._rows(weight, weighting)
         weight /= from_grid(row_grid, ROW_GRID)
         levels = self._levels(weight, rate_grid)
@@ -121,10 +135,10 @@ class Pyramid(Codec):
             group = first // self.length
             y, gain = self._round(aim.astype(np.float32), pulses[group], here)
             points[first:last], gains[group] = y, gain
-            return block - y * from_grid(gain, self.gain)
+            return block - y.astype(np.float32) * gains_of(gain, self.gain)
 
         successive(weight, lower, round_block, block=self.length)
-        columns = join([encode_grid(column_grid), encode_ints(levels[None])])
+        columns = join([encode_grid(column_grid), encode_grid(levels)])
         rows = [encode_grid(row_grid), encode_grid(rate_grid), encode_ints(gains.T)]
         return {"codes": self._pack(points, pulses), "gains": join(rows), "columns": columns}, {}
 
@@ -132,15 +146,15 @@ class Pyramid(Codec):
         """Points (d, m) and the grid exponents of their gains (m,)."""
         some = pulses > 0
         step = np.maximum(np.abs(aim).sum(axis=0), TINY) / np.maximum(pulses, 1)
-        least = step / 8  # few pulses are longer than they would be if all were there, but not so short
+        least = step / 8  # where few pulses are, a gain is below the usual step, but not so far
         for _ in range(2):
             y = nearest(aim, pulses, lower, np.where(some, step, np.inf).astype(np.float32))
             pulled = lower.T @ y.astype(np.float32)
             step = np.einsum("ij,ij->j", pulled, lower.T @ aim)
             step = np.maximum(step / np.maximum(np.square(pulled).sum(axis=0), TINY), least)
-        gain = np.where(some, to_grid(step, self.gain), 0)
-        step = np.where(some, from_grid(gain, self.gain), np.inf).astype(np.float32)
-        return nearest(aim, pulses, lower, step), gain
+        gain: Array = np.where(some, gain_exponents(step, self.gain), 0)
+        step = np.where(some, np.maximum(gains_of(gain, self.gain), TINY), np.inf)
+        return nearest(aim, pulses, lower, step.astype(np.float32)), gain
 
     def _rows(self, weight: Floats, weighting: Weighting) -> tuple[Array, Array]:
         """Grid exponents of the row scales, and of how many times the usual pulses a row gets."""
@@ -158,6 +172,7 @@ class Pyramid(Codec):
         n, m = weight.shape
         starts = np.arange(0, n, self.length)
         usual = weight / from_grid(rate_grid, ROW_GRID)
+        rates, times = np.unique(rate_grid, return_counts=True)
         level = np.add.reduceat(np.abs(usual).mean(axis=1, dtype=np.float64), starts)
         widths = np.minimum(self.length, n - starts)
         if self.even:
@@ -167,13 +182,12 @@ class Pyramid(Codec):
         for _ in range(60):
             middle = math.sqrt(low * high)
             trial = np.minimum(np.rint(level / middle), MAX_LEVEL).astype(np.int64)
-            spent = cost[widths[:, None], _pulses(trial, rate_grid, self.length)].sum()
+            spent = (cost[widths[:, None], _pulses(trial, rates, self.length)] @ times).sum()
             low, high = (low, middle) if spent <= self.bits * n * m else (middle, high)
         return np.minimum(np.rint(level / high), MAX_LEVEL).astype(np.int64)
 
     def _pack(self, points: Array, pulses: Array) -> bytes:
-        n, m = points.shape
-        whole = n // self.length
+        whole = len(points) // self.length
         # Rows first: what a row decodes to lies together.
         vectors = points.T[:, : whole * self.length].reshape(-1, self.length)
         coded = pack(vectors, pulses[:whole].T.reshape(-1))
@@ -195,13 +209,13 @@ class Pyramid(Codec):
         scale = from_grid(decode_grid(columns, n, LIMIT * GRID), GRID)
         row_scale = from_grid(decode_grid(rows, m, LIMIT * ROW_GRID), ROW_GRID)
         rate_grid = decode_grid(rates, m, LIMIT * ROW_GRID)
-        levels = decode_ints(coded_levels, 1, groups)[0].astype(np.int64)
+        levels = decode_grid(coded_levels, groups, MAX_LEVEL)
         gains = decode_ints(coded_gains, m, groups)
-        if levels.min() < 0 or levels.max() > MAX_LEVEL or np.abs(gains).max() > LIMIT * self.gain:
+        if levels.min() < 0:
             raise FormatError(f"{info.name}: a level or a gain lies outside its range")
         points = self._points(parts["codes"], _pulses(levels, rate_grid, self.length), n)
         with np.errstate(over="ignore", under="ignore"):
-            spread = from_grid(gains, self.gain) * row_scale[:, None]
+            spread = gains_of(gains, self.gain) * row_scale[:, None]
             values = points * np.repeat(spread, self.length, axis=1)[:, :n] * scale
         if not np.isfinite(values).all():
             raise FormatError(f"{info.name}: a weight is not finite")
@@ -219,19 +233,6 @@ class Pyramid(Codec):
         elif rest:
             raise FormatError("points beyond the last column")
         return out
-
-    def _lower(self, n: int, weighting: Weighting) -> Floats:
-        moment = weighting.second_moment
-        if moment is None or (self.even and self.solver == "nearest"):
-            return np.ones(n, np.float32)
-        lower = factor(moment, self.damping)
-        if self.solver == "nearest" and lower.ndim == 2:
-            return np.sqrt(np.maximum(moment.diagonal(), 1e-12))
-        return lower
-
-
-def _diagonal(lower: Floats) -> Floats:
-    return lower if lower.ndim == 1 else lower.diagonal()
 
 
 def _pulses(levels: Array, rate_grid: Array, length: int) -> Array:

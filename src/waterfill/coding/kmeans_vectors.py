@@ -1,17 +1,22 @@
-"""Weighted k-means over short vectors: codebooks, and the nearest centroid."""
+"""Codebooks of short vectors: weighted k-means, the nearest centroid, and coded indices."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from waterfill.types import Floats
+from waterfill.coding.entropy import decode_ints, encode_ints
+from waterfill.coding.packing import pack, unpack
+from waterfill.types import Array, Floats, FormatError
 
-__all__ = ["assign", "kmeans"]
+__all__ = ["MAX_SIZE", "assign", "decode_indices", "encode_indices", "kmeans"]
+
+MAX_SIZE = 4096
 
 Indices = NDArray[np.int64]
-PER_CENTROID = 64  # vectors that train each: more changes little
-PASSES = 12
+PER_CENTROID = 24  # vectors that train each: more changes little
+FEWEST = 1 << 14
+WORK = 1 << 28  # distances computed in all, about: small codebooks can afford more passes
 CHUNK = 1 << 21  # distances held at a time
 
 
@@ -46,12 +51,12 @@ def kmeans(vectors: Floats, weights: Floats, size: int, seed: int = 0) -> Floats
     float32 (size, d), shortest first. Fewer vectors than centroids leave some at zero.
     """
     random = np.random.default_rng(seed)
-    many = PER_CENTROID * max(size, 64)
+    many = max(PER_CENTROID * size, FEWEST)
     if len(vectors) > many:
         chosen = np.sort(random.choice(len(vectors), many, replace=False))
         vectors, weights = vectors[chosen], weights[chosen]
     centroids = _start(vectors, weights, size, random)
-    for _ in range(PASSES):
+    for _ in range(min(40, max(6, WORK // (size * len(vectors) + 1)))):
         nearest = assign(vectors, centroids)
         mass = np.bincount(nearest, weights, size)
         for k in range(vectors.shape[1]):
@@ -63,9 +68,9 @@ def kmeans(vectors: Floats, weights: Floats, size: int, seed: int = 0) -> Floats
 
 
 def _start(vectors: Floats, weights: Floats, size: int, random: np.random.Generator) -> Floats:
-    """k-means++ (Arthur and Vassilvitskii 2007) on a few vectors for each centroid."""
-    if len(vectors) > 8 * size:
-        chosen = random.choice(len(vectors), 8 * size, replace=False)
+    """k-means++ (Arthur and Vassilvitskii 2007) on four vectors for each centroid."""
+    if len(vectors) > 4 * size:
+        chosen = random.choice(len(vectors), 4 * size, replace=False)
         vectors, weights = vectors[chosen], weights[chosen]
     centroids = np.zeros((size, vectors.shape[1]), np.float32)
     far = np.einsum("ij,ij->i", vectors, vectors)
@@ -81,7 +86,7 @@ def _start(vectors: Floats, weights: Floats, size: int, random: np.random.Genera
 
 
 def _revive(
-    centroids: Floats, mass: Floats, vectors: Floats, weights: Floats, nearest: Indices
+    centroids: Floats, mass: Array, vectors: Floats, weights: Floats, nearest: Indices
 ) -> None:
     """Send centroids that nothing is near to where the error is largest."""
     lost = np.flatnonzero(mass <= 0)
@@ -89,3 +94,45 @@ def _revive(
         gap = vectors - centroids[nearest]
         worst = np.argsort(-weights * np.einsum("ij,ij->i", gap, gap), kind="stable")[: lost.size]
         centroids[lost[: worst.size]] = vectors[worst]
+
+
+def encode_indices(index: Array, size: int) -> bytes:
+    """Indices (rows, cols) below `size`, at most 2**16: eight bits modelled, the lower ones as they are.
+
+    Nothing where there is no choice.
+    """
+    if size <= 1:
+        return b""
+    width = _plain_bits(size)
+    high = encode_ints((index >> width).astype(np.int32), classes=None)
+    if not width:
+        return high
+    return high + pack((index & ((1 << width) - 1)).astype(np.uint8), width)
+
+
+def decode_indices(
+    data: bytes | memoryview, shape: tuple[int, int], size: int
+) -> NDArray[np.int32]:
+    """Inverse of `encode_indices`: int32 of `shape`; FormatError on bytes that lie."""
+    if size <= 1:
+        if len(data):
+            raise FormatError("indices where there is no choice")
+        return np.zeros(shape, np.int32)
+    width = _plain_bits(size)
+    at = len(data) - -(-shape[0] * shape[1] * width // 8)
+    if at < 0:
+        raise FormatError("indices are cut short")
+    index = decode_ints(data[:at], *shape)
+    if index.min() < 0 or index.max() > (size - 1) >> width:
+        raise FormatError(f"an index beyond a codebook of {size}")
+    if width:
+        low = unpack(bytes(data[at:]), index.size, width).reshape(shape)
+        index = index << width | low
+        if index.max() >= size:
+            raise FormatError(f"an index beyond a codebook of {size}")
+    return index
+
+
+def _plain_bits(size: int) -> int:
+    """Lower bits that are not modelled."""
+    return max(0, (size - 1).bit_length() - 8)

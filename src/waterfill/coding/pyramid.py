@@ -7,6 +7,7 @@ pulses, a direction needs no codebook, and its number takes ``log2 N(d, K)`` bit
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,21 @@ from numpy.typing import NDArray
 from waterfill.coding.wide import best_split, pack_digits, unpack_digits
 from waterfill.types import Floats, FormatError
 
-__all__ = ["MAX_PULSES", "counts", "most_pulses", "nearest", "number", "pack", "point", "unpack"]
+__all__ = [
+    "MAX_PULSES",
+    "counts",
+    "gain_exponents",
+    "gains_of",
+    "most_pulses",
+    "nearest",
+    "number",
+    "pack",
+    "point",
+    "unpack",
+]
 
 MAX_PULSES = 1023
+LARGEST, NONE = 126, -24  # octaves of the largest gain, and of what stands for none
 CHUNK = 1 << 16  # points decoded at a time
 Numbers = NDArray[np.uint64]
 Points = NDArray[np.int32]
@@ -120,6 +133,34 @@ def point(numbers: Numbers, pulses: NDArray[np.int64], length: int) -> Points:
         rest[some] = before - np.where(negative, below[kept], np.uint64(0))
         left[some] = kept
     return out
+
+
+def gain_exponents(gains: NDArray[Any], per_octave: int) -> Points:
+    """Nearest grid exponents, int32, of gains that are not negative; see `gains_of`."""
+    mantissa, octave = np.frexp(gains)
+    steps = np.rint((2 * mantissa - 1) * per_octave).astype(np.int32)
+    exponents: Points = (octave - 1) * per_octave + steps
+    small = gains < 2.0 ** (NONE + 1)
+    return np.where(small, NONE * per_octave, np.minimum(exponents, LARGEST * per_octave))
+
+
+def gains_of(exponents: Points, per_octave: int) -> Floats:
+    """``(1 + r / p) 2^q`` of each exponent ``p q + r``, exact in float32; 0 of the lowest, ``p NONE``.
+
+    Steps within an octave are equal: what a rounding of gains near one value wants, and no tables.
+
+    Raises
+    ------
+    FormatError
+        For an exponent below the lowest or beyond the largest.
+    """
+    least, most = exponents.min(initial=0), exponents.max(initial=0)
+    if least < NONE * per_octave or most > LARGEST * per_octave:
+        raise FormatError("a gain lies outside its grid")
+    part = (exponents % per_octave).astype(np.float32) / np.float32(per_octave)
+    gains: Floats = np.ldexp(np.float32(1) + part, exponents // per_octave)
+    gains[exponents == NONE * per_octave] = 0
+    return gains
 
 
 def nearest(target: Floats, pulses: NDArray[np.int64], lower: Floats, step: Floats) -> Points:

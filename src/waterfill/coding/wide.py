@@ -76,7 +76,8 @@ class Split:
     @property
     def width(self) -> int:
         """Bits of a word."""
-        return (self.radix**self.digits - 1).bit_length()
+        largest: int = self.radix**self.digits - 1
+        return largest.bit_length()
 
     def nbytes(self, count: int) -> int:
         """Bytes that `count` values take."""
