@@ -7,6 +7,7 @@ from waterfill.pipeline.patching import patch, show_patch
 from waterfill.pipeline.planning import plan, price_statistics
 from waterfill.pipeline.plans import plan_json, read_plan
 from waterfill.pipeline.preparing import calibrate_to, warnings_of
+from waterfill.pipeline.truncating import truncate
 
 __all__ = [
     "calibrate_to",
@@ -22,5 +23,6 @@ __all__ = [
     "record_of",
     "show",
     "show_patch",
+    "truncate",
     "warnings_of",
 ]

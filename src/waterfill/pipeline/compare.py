@@ -11,6 +11,7 @@ from waterfill.container import Reader
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.runtime import artifact
 from waterfill.runtime.arrays import checkpoint_infos, decode
+from waterfill.runtime.sizing import open_at
 from waterfill.runtime.tensors import to_torch
 from waterfill.runtime.torch_model import load_model, load_original
 from waterfill.sources import Source, open_source
@@ -21,9 +22,9 @@ T = TypeVar("T")
 METRICS = "metrics"
 
 
-def show(path: str | Path) -> dict[str, Any]:
-    """The ledger of an artifact; its rows' bytes sum to the file."""
-    with Reader(path) as reader:
+def show(path: str | Path, size: str | int | None = None) -> dict[str, Any]:
+    """The ledger of an artifact, perhaps opened at a smaller size; its rows' bytes sum to the file."""
+    with open_at(path, size) as reader:
         rows = artifact.ledger(reader)
         params = sum(r["params"] for r in rows)
         return {
@@ -62,6 +63,7 @@ def compare(
     stride: int | None = None,
     tokens: int | None = None,
     layers: bool = False,
+    size: str | int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def compare(
     text : text files; default: a packaged text
     window, stride, tokens : see `waterfill.evaluate.text_windows`
     layers : also measure each tensor alone
+    size : open the artifact at this size, as of `waterfill.load_model`; the figures are not kept then
 
     Returns
     -------
@@ -90,12 +93,16 @@ def compare(
         )
     if "quantization_config" in source.config:
         raise WaterfillError(f"{source.name} is itself quantised; compare with the original")
-    shown = show(folder)
+    shown = show(folder, size)
     _check_alike(folder, source)
     tokenizer = load_tokenizer(source.path, trust_remote_code)
     original = load_original(source.path, trust_remote_code)
     compressed = load_model(
-        folder, residency="dense", dtype="float32", trust_remote_code=trust_remote_code
+        folder,
+        residency="dense",
+        dtype="float32",
+        size=size,
+        trust_remote_code=trust_remote_code,
     )
     paths = [Path(t) for t in text] if text else [_packaged_text()]
     windows = evaluate.text_windows(
@@ -109,14 +116,15 @@ def compare(
     )
     watched = _watcher(progress)
     metrics = evaluate.compare(original, compressed, windows, progress=watched)
-    predicted = record_of(path).predicted
-    metrics["predicted_kl_nats"] = predicted["kl_nats"]
+    metrics["nbytes"] = shown["nbytes"]
+    metrics["predicted_kl_nats"] = shown["predicted_kl_nats"]
+    predicted = record_of(path).predicted if size is None else {}
     if "kl_nats_calibration" in predicted:
         metrics["calibration_kl_nats"] = predicted["kl_nats_calibration"]
     if layers:
-        metrics["layers"] = _layers(folder, original, windows, shown["ledger"], watched)
+        metrics["layers"] = _layers(folder, size, original, windows, shown["ledger"], watched)
     stored = artifact.read_record(folder)
-    if stored:
+    if stored and size is None:
         artifact.write_record(folder, {**stored, METRICS: metrics})
     return metrics
 
@@ -138,12 +146,17 @@ def _check_alike(folder: Path, source: Source) -> None:
 
 
 def _layers(
-    folder: Path, original: Any, windows: Any, ledger: Sequence[dict[str, Any]], watched: Any
+    folder: Path,
+    size: str | int | None,
+    original: Any,
+    windows: Any,
+    ledger: Sequence[dict[str, Any]],
+    watched: Any,
 ) -> list[dict[str, Any]]:
     from waterfill import evaluate
 
     predicted = {r["name"]: r["predicted_nats"] for r in ledger if r["predicted_nats"] > 0}
-    with Reader(folder) as reader:
+    with open_at(folder, size) as reader:
         weights = _Decoded(reader)
         measured = evaluate.layer_kl(original, weights, windows, list(predicted), progress=watched)
     return [{**row, "predicted_nats": predicted[row["name"]]} for row in measured]
