@@ -252,7 +252,10 @@ class Spec:
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return repr(value) if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return repr(value)
+    text = str(value)
+    return f"({text})" if "," in text or "=" in text else text
 
 
 @dataclass(frozen=True)

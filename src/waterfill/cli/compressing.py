@@ -244,13 +244,16 @@ def _budget(p: argparse.ArgumentParser, or_plan: bool = False) -> None:
         metavar="GLOB",
         help="keep these tensors exact (repeatable)",
     )
-    p.add_argument("--codec", action="append", default=[], type=_pair, metavar="GLOB=SPEC",
-                   help="a codec id, with options (integer:bits=3) or without; the last match wins")  # fmt: skip
+    p.add_argument("--codec", action="append", default=[], type=_pair, metavar="[GLOB=]SPEC",
+                   help="a codec id, with options (integer:bits=3) or without, or auto: the best of all; "
+                   "the last match wins, no GLOB is all")  # fmt: skip
 
 
 def _pair(text: str) -> tuple[str, str]:
     glob, sep, spec = text.partition("=")
-    if not sep or not glob or not spec:
+    if glob and (not sep or ":" in glob):  # no tensor's name has a colon, every option follows one
+        glob, spec = "*", text
+    if not glob or not spec:
         raise argparse.ArgumentTypeError(
             f"{text!r}: write GLOB=SPEC, for example '*.mlp.*=integer:bits=4'"
         )

@@ -53,6 +53,7 @@ class Integer(Codec):
         Added to the diagonal of S, relative to its mean.
     """
 
+    usual = True
     parts = ("codes", "scales")
 
     bits: int = 4

@@ -101,7 +101,7 @@ def prepare(
                 repr([c.spec.to_json() for c in candidates]).encode()
             ).hexdigest()[:12]
             prices[name] = kept.get((name, ladder), [])
-            alike = info.kind, info.matrix_shape, info.dtype
+            alike = info.kind, info.matrix_shape, info.dtype, frozenset(c.id for c in candidates)
             if not prices[name]:
                 if not forced and alike in worth:
                     candidates = [c for c in candidates if c.id in worth[alike]]
