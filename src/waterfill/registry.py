@@ -127,6 +127,10 @@ class Codec:
         """
         return None
 
+    def at(self, count: int) -> Self:
+        """These settings with so many layers: what `encode` gives is a prefix of more layers' bytes."""
+        return self
+
     def truncate(
         self, sizes: Mapping[str, int], extra: Mapping[str, Any], info: TensorInfo, nbytes: int
     ) -> Mapping[str, int]:

@@ -27,9 +27,7 @@ from waterfill.types import (
     from_float32,
 )
 
-GRID = 2  # column scales to the octave
-MOST = 16  # blocks
-DECODED_WEIGHTS = 1 << 18  # at a time
+GRID, MOST = 2, 16  # column scales to the octave; blocks
 
 
 @codec("stack", version=1)
@@ -58,25 +56,28 @@ class Stack(Codec):
     blocks: float = 4.0
     rank: int = 1
     precision: int = 8
-    sweeps: int = 6
+    sweeps: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 < self.blocks <= MOST or not 1 <= self.rank <= 64:
-            raise SpecError(f"stack: blocks is up to {MOST}, rank 1 to 64")
-        if self.precision not in (8, 16) or not 0 <= self.sweeps <= 64:
-            raise SpecError("stack: precision is 8 or 16, sweeps 0 to 64")
+        if not 0 < self.blocks <= MOST or not 1 <= self.rank <= 64 or not 0 <= self.sweeps <= 64:
+            raise SpecError(f"stack: blocks is up to {MOST}, rank 1 to 64, sweeps 0 to 64")
+        if self.precision not in (8, 16):
+            raise SpecError("stack: precision is 8 or 16")
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """One block to eight."""
         if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
-            for blocks in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0):
-                yield cls(blocks=blocks)
+            yield from (cls().at(count) for count in (1, 2, 3, 4, 5, 6, 8))
 
     def between(self, other: Self, t: float) -> Self:
         """A part of the rows of a block more."""
         blocks = float(f"{self.blocks + t * (other.blocks - self.blocks):.6g}")
         return dataclasses.replace(self, blocks=blocks)
+
+    def at(self, count: int) -> Self:
+        """With so many blocks."""
+        return dataclasses.replace(self, blocks=float(count))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -154,7 +155,7 @@ class Stack(Codec):
         scale = from_grid(decode_grid(grid, n, LIMIT * GRID), GRID)
         rights = [self._right(factors, b, n, scale) for b in range(len(layers))]
         matrix = out.reshape(n, m).T if info.transposed else out.reshape(m, n)
-        step = max(1, DECODED_WEIGHTS // max(n, 1))
+        step = max(1, (1 << 18) // max(n, 1))
         for first in range(0, m, step):
             rows = slice(first, min(first + step, m))
             values = np.zeros((rows.stop - first, n), np.float32)
@@ -168,7 +169,6 @@ class Stack(Codec):
         """Records of each block, uint8 (rows, bytes of a record), and exponents of all rows."""
         m, n = info.matrix_shape
         layers: list[Array] = []
-        exponents = np.zeros(m, np.int32)
         for name in itertools.takewhile(parts.__contains__, self.names[1:]):
             record = self._record_nbytes(n, len(layers))
             rows, over = divmod(len(parts[name]), record)
@@ -177,9 +177,10 @@ class Stack(Codec):
             layers.append(np.frombuffer(parts[name], np.uint8).reshape(rows, record))
         if len(parts) != 1 + len(layers):
             raise FormatError("a block is missing below another, or there are too many")
-        if layers:
-            exponents[: len(layers[0])] = layers[0][:, 0].view(np.int8)
-            layers[0] = layers[0][:, 1:]
+        exponents = np.zeros(m, np.int32)
+        for first in layers[:1]:
+            exponents[: len(first)] = first[:, 0].view(np.int8)
+            layers[0] = first[:, 1:]
         return layers, exponents
 
     def _right(self, factors: bytes, block: int, n: int, scale: Floats) -> Floats:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 Prefixes = Sequence[tuple[int, float]]
-ATTEMPTS = 12
+ATTEMPTS = 32
 
 
 def keep(prefixes: Mapping[str, Prefixes], room: int) -> dict[str, int]:
@@ -78,12 +78,18 @@ def fit(
     name -> bytes; None if even the shortest prefixes are too much
     """
     best, best_slack = None, budget + 1
+    low, high = sum(found[0][0] for found in prefixes.values()) - 1, None
     room = sum(found[-1][0] for found in prefixes.values())
     for _ in range(ATTEMPTS):
         kept = keep(prefixes, room)
         slack = budget - file_nbytes(kept)
         if 0 <= slack < best_slack:
             best, best_slack = kept, slack
-        # Grows until the next row fits, and the file is too large: then back by as much.
+        low, high = (room, high) if slack >= 0 else (low, room)
+        # Header and index grow too, so that what is left is a little too much to add.
         room += slack
+        if high is not None and not low < room < high:
+            room = (low + high) // 2
+        if room == low:
+            break
     return best

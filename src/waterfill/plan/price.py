@@ -22,7 +22,7 @@ from waterfill.registry import (
     parse_spec,
     read_spec,
 )
-from waterfill.types import Array, Encoded, Point, SpecError, TensorInfo, Weighting
+from waterfill.types import Array, Point, SpecError, TensorInfo, Weighting
 
 SAMPLE_WEIGHTS = 1 << 18  # enough for rate and harm to within a few per mille
 SAMPLE_ROWS = 128  # at least, so that side information of columns does not swamp the estimate
@@ -153,16 +153,27 @@ def price(
         share = wanted / m
         bits, info, weighting = _sample(bits, info, weighting, rows)
     exact = info.matrix(bits) if weighting is not None else None
-    points = []
-    for rung in codecs:
+    points: dict[Codec, Point] = {}
+    for rung in reversed(codecs):
+        if rung in points:
+            continue  # a prefix of one that was encoded
         parts, extra = rung.encode(bits, info, weighting or Weighting())
         nats = 0.0
         if rung.lossy and weighting is not None and exact is not None:
             nats = weighting.distortion(exact, info.matrix(rung.decode(parts, extra, info)))
-        once = sum(len(parts.get(name, b"")) for name in rung.shared)
-        nbytes = Encoded(rung.spec, info, parts, extra).nbytes
-        points.append(Point((nbytes - once) / share + once, nats / share, rung.spec))
-    return points
+        sizes = {name: len(part) for name, part in parts.items()}
+        points[rung] = _point(rung, sizes, nats, share)
+        for count, (nbytes, harm) in enumerate(rung.layers(sizes, extra, info) or ()):
+            if count:
+                kept = rung.truncate(sizes, extra, info, nbytes)
+                points.setdefault(rung.at(count), _point(rung.at(count), kept, harm, share))
+    return [points[rung] for rung in codecs]
+
+
+def _point(rung: Codec, sizes: Mapping[str, int], nats: float, share: float) -> Point:
+    """What bytes of parts and nats of some of the rows come to for all of them."""
+    once = sum(sizes.get(name, 0) for name in rung.shared)
+    return Point((sum(sizes.values()) - once) / share + once, nats / share, rung.spec)
 
 
 def _sample(
