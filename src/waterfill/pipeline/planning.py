@@ -138,7 +138,7 @@ def overhead_nbytes(priced: Priced, points: Mapping[str, Point]) -> int:
             entry["codec"] = _made_up(chosen, random)
             entry["parts"] = {
                 part: [int(random.integers(info.size + 1)), int(random.integers(2**32))]
-                for part in chosen.parts
+                for part in chosen.names
             }
             nats = {"nats": float(f"{random.random():.4g}")} if chosen.lossy else {}
             entry["note"] = {"why": priced.why[name]} | nats
