@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -24,7 +23,6 @@ from waterfill.types import (
 )
 
 LEARNED_ROWS = 512
-TRIED_ROWS = 128
 DAMPING = 0.01  # of the second moment that the transform is learned for, relative to its mean
 
 
@@ -36,7 +34,7 @@ class Affine(Codec):
     layer and must be as simple as that allows. Here B goes with the tensor, so every matrix can have
     one, nothing else changes, and its bytes count; and as B is what is stored, it is B that is kept
     strictly diagonally dominant. With blocks of one column it scales columns (AWQ, Lin et al. 2023).
-    Where B does not pay for itself on a sample of the rows, it is left out.
+    Blocks of four pay for their bytes from a few hundred rows on; larger ones want thousands.
 
     Attributes
     ----------
@@ -75,12 +73,12 @@ class Affine(Codec):
         matrix = finite(info.matrix(x), info.name)
         inner = self.inner.codec
         transform = self._learn(matrix, weighting) if matrix.any() else None
-        if transform and not self._pays(transform, matrix, info, weighting):
-            transform = None
-        parts, extra = _inside(inner, matrix, info, weighting, transform)
+        own: dict[str, bytes] = {}
         if transform:
-            parts["transform"] = transform.to_bytes()
-        return parts, {"version": inner.version, "inner": extra}
+            own["transform"] = transform.to_bytes()
+            matrix, weighting = _turned(matrix, weighting, transform.blocks(), info.name)
+        parts, extra = inner.encode(matrix, _plain(info), weighting)
+        return own | parts, {"version": inner.version, "inner": extra}
 
     def decode(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
@@ -112,44 +110,16 @@ class Affine(Codec):
         scale = np.sqrt(weights / (weights.max() or 1)) / np.abs(matrix).max()
         return learn(matrix[rows] * scale[:, None], damped, self.block)
 
-    def _pays(
-        self, transform: Transform, matrix: Floats, info: TensorInfo, weighting: Weighting
-    ) -> bool:
-        """Whether it saves more on some rows than its bytes would: 6.02 dB to a bit a weight."""
-        rows = _spread(len(matrix), TRIED_ROWS)
-        weights = weighting.row_weights
-        some = Weighting(
-            weighting.second_moment, weights if isinstance(weights, float) else weights[rows]
-        )
-        sample, sampled = matrix[rows], replace(_plain(info), shape=(len(rows), matrix.shape[1]))
-        bits, nats = [], []
-        for trial in (None, transform):
-            parts, extra = _inside(self.inner.codec, sample, sampled, some, trial)
-            values = sampled.matrix(self.inner.codec.decode(parts, extra, sampled))
-            if trial:
-                values = apply(values, trial.blocks())
-            nats.append(some.distortion(sample, values))
-            bits.append(8 * sum(map(len, parts.values())) / sample.size)
-        bits[1] += 8 * len(transform.to_bytes()) / matrix.size
-        return 0 < nats[1] * 4 ** (bits[1] - bits[0]) < nats[0]
 
-
-def _inside(
-    inner: Codec,
-    matrix: Floats,
-    info: TensorInfo,
-    weighting: Weighting,
-    transform: Transform | None,
-) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """What the codec inside makes of ``W B^-1``."""
-    if transform:
-        blocks = transform.blocks()
-        moment = congruent(weighting.second_moment, blocks, matrix.shape[1])
-        matrix = undo(matrix, blocks)
-        if not (np.isfinite(matrix).all() and np.isfinite(moment).all()):
-            raise WaterfillError(f"{info.name}: a change of basis takes it out of float32's range")
-        weighting = Weighting(moment, weighting.row_weights)
-    return inner.encode(matrix, _plain(info), weighting)
+def _turned(
+    matrix: Floats, weighting: Weighting, blocks: Floats, name: str
+) -> tuple[Floats, Weighting]:
+    """``W B^-1``, and what errors in it cost."""
+    moment = congruent(weighting.second_moment, blocks, matrix.shape[1])
+    turned = undo(matrix, blocks)
+    if not (np.isfinite(turned).all() and np.isfinite(moment).all()):
+        raise WaterfillError(f"{name}: a change of basis takes it out of float32's range")
+    return turned, Weighting(moment, weighting.row_weights)
 
 
 def _plain(info: TensorInfo) -> TensorInfo:
