@@ -38,7 +38,7 @@ class Integer(Codec):
     """``q * scale``, one float16 scale for each row and group of input columns.
 
     The scale is searched: the clip, and the sign of the scale, that minimise the weighted error of
-    its group. Then it is rounded, better the later in this list:
+    its group. Then it is rounded, as a rule better the later in this list:
 
     - nearest: each weight by itself;
     - successive: columns last to first, errors carried on (GPTQ, Frantar et al. 2022);
