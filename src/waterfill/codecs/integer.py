@@ -25,7 +25,7 @@ from waterfill.types import (
     from_float32,
 )
 
-BLOCK_WEIGHTS = 1 << 18  # decoded at a time
+BLOCK_WEIGHTS = 1 << 16  # decoded at a time, in a near cache
 SHRINKS = np.linspace(
     0.35, 1.0, 27, dtype=np.float32
 )  # clips tried, as shares of the largest weight
@@ -131,7 +131,9 @@ class Integer(Codec):
         for first in range(0, m, step):
             rows = slice(first, first + step)
             with np.errstate(over="ignore", under="ignore"):
-                values = np.ldexp(held.values(first, min(first + step, m)), -exponent)
+                values = held.values(first, min(first + step, m))
+                if exponent:
+                    np.ldexp(values, -exponent, out=values)
                 matrix[rows] = from_float32(values, info.dtype)
 
     def integers(
