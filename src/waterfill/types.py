@@ -369,7 +369,8 @@ class Plan:
         Bytes the weights file may have.
     predicted_nats : float
     water_level : float
-        Nats per byte at which every tensor stopped: the common slope.
+        Nats per byte that one more byte would save: the slope at which every tensor of a plan by the
+        hull stopped.
     """
 
     choices: Mapping[str, Point]

@@ -13,6 +13,7 @@ from waterfill.cli.printing import short, table, warn
 from waterfill.types import Record
 
 TOKENS = 32768  # of calibration text, if not said otherwise
+MINUTES = 10.0  # of a search that runs the model
 
 
 def compress(args: argparse.Namespace) -> Any:
@@ -29,7 +30,9 @@ def compress(args: argparse.Namespace) -> Any:
         lossless=args.lossless,
         keep=args.keep,
         codec=dict(args.codec),
-        calibration=_calibration(args.calibrate),
+        allocate=args.allocate,
+        minutes=args.minutes or MINUTES,
+        calibration=calibration(args.calibrate),
         tokens=args.tokens or TOKENS,
         propagate=not args.no_propagate,
         force=args.force,
@@ -92,6 +95,12 @@ def _compress_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--tokens", type=count, help=f"calibration tokens (default {TOKENS})")
     p.add_argument(
+        "--minutes",
+        type=minutes,
+        metavar="M",
+        help=f"of search, for --allocate evolutionary (default {MINUTES:g}); it goes on after an interrupt",
+    )
+    p.add_argument(
         "--no-propagate",
         action="store_true",
         help="encode once: do not let blocks make up for what the ones before them lost (faster)",
@@ -101,6 +110,12 @@ def _compress_options(p: argparse.ArgumentParser) -> None:
 
 
 def _compress_misuse(args: argparse.Namespace) -> str:
+    from waterfill.plan.allocation import find_allocator
+
+    if args.plan and args.allocate:
+        return "a --plan has an allocation of its own: leave --allocate out, or name a size"
+    if args.minutes and not (args.allocate and find_allocator(args.allocate).starts_from):
+        return "--minutes is for an allocator that searches: --allocate evolutionary"
     if not args.lossless:
         return ""
     options = {
@@ -109,6 +124,7 @@ def _compress_misuse(args: argparse.Namespace) -> str:
         "--no-propagate": args.no_propagate,
         "--keep": args.keep,
         "--codec": args.codec,
+        "--allocate": args.allocate,
     }
     given = [name for name, value in options.items() if value]
     if not given:
@@ -175,11 +191,14 @@ def _calibrate_options(p: argparse.ArgumentParser) -> None:
 def plan(args: argparse.Namespace) -> Any:
     """Say what a size would cost, without encoding."""
     from waterfill import pipeline
+    from waterfill.plan.allocation import DEFAULT
 
     priced = pipeline.price_statistics(
         args.statistics, args.keep, dict(args.codec), write=not args.dry_run, progress=args.progress
     )
-    result = pipeline.plan_json(priced, size=args.size, bits=args.bits, ratio=args.ratio)
+    result = pipeline.plan_json(
+        priced, size=args.size, bits=args.bits, ratio=args.ratio, allocate=args.allocate or DEFAULT
+    )
     if args.out and not args.dry_run:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -217,13 +236,15 @@ def _plan_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _calibration(values: Sequence[str] | None) -> Any:
+def calibration(values: Sequence[str] | None) -> Any:
+    """What --calibrate was given, as `waterfill.compress` takes it."""
     if not values:
         return None
     return "self" if list(values) == ["self"] else list(values)
 
 
 def _budget(p: argparse.ArgumentParser, or_plan: bool = False) -> None:
+    from waterfill.plan.allocation import DEFAULT, allocators
     from waterfill.plan.budget import parse_ratio, parse_size
 
     one = p.add_mutually_exclusive_group(required=True)
@@ -264,6 +285,11 @@ def _budget(p: argparse.ArgumentParser, or_plan: bool = False) -> None:
         metavar="GLOB",
         help="keep these tensors exact (repeatable)",
     )
+    p.add_argument(
+        "--allocate",
+        choices=allocators(),
+        help=f"how the budget is spent over the tensors (default {DEFAULT}); see docs/planning.md",
+    )
     p.add_argument("--codec", action="append", default=[], type=_pair, metavar="[GLOB=]SPEC",
                    help="a codec id, with options (integer:bits=3) or without, or auto: the best of all; "
                    "the last match wins, no GLOB is all")  # fmt: skip
@@ -278,6 +304,17 @@ def _pair(text: str) -> tuple[str, str]:
             f"{text!r}: write GLOB=SPEC, for example '*.mlp.*=integer:bits=4'"
         )
     return glob, spec
+
+
+def minutes(text: str) -> float:
+    """A time that a search may take."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time in minutes; try 30")
+    return value
 
 
 def _bits(text: str) -> float:
