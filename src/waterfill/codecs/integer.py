@@ -29,7 +29,7 @@ from waterfill.types import (
     from_float32,
 )
 
-BLOCK_WEIGHTS = 1 << 18  # decoded at a time
+BLOCK_WEIGHTS = 1 << 16  # decoded at a time, in a near cache
 SOLVERS = ("nearest", "successive", "coordinate", "adaround")
 
 
@@ -154,7 +154,9 @@ class Integer(Codec):
             some = slice(*np.searchsorted(places, (first * n, rows.stop * n)))
             values.reshape(-1)[places[some] - first * n] = kept[some]
             with np.errstate(over="ignore", under="ignore"):
-                matrix[rows] = from_float32(np.ldexp(values, -exponent), info.dtype)
+                if exponent:
+                    np.ldexp(values, -exponent, out=values)
+                matrix[rows] = from_float32(values, info.dtype)
 
     def integers(
         self,
