@@ -15,7 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
-from waterfill.types import Array, FormatError, Integers, Spec, SpecError, TensorInfo, Weighting
+from waterfill.types import (
+    Array,
+    FormatError,
+    Integers,
+    Spec,
+    SpecError,
+    TensorInfo,
+    Tunable,
+    Weighting,
+)
 
 __all__ = [
     "Codec",
@@ -89,6 +98,28 @@ class Codec:
         An `outline` leaves the levels out and costs next to nothing.
         """
         return None
+
+    def tunable(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
+    ) -> Tunable | None:
+        """What was encoded as codes and numbers that tuning may change; None where there are none."""
+        return None
+
+    def retuned(
+        self,
+        tunable: Tunable,
+        parts: Mapping[str, bytes],
+        extra: Mapping[str, Any],
+        info: TensorInfo,
+    ) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """Parts and extra as of `encode`, from what `tunable` gave and tuning changed.
+
+        Parameters
+        ----------
+        tunable : with other codes, and other numbers where they are learned; float32, finite
+        parts, extra : those that `tunable` was made from
+        """
+        raise NotImplementedError
 
     def __str__(self) -> str:
         """For people: the id and the options that differ from their defaults."""

@@ -34,6 +34,8 @@ __all__ = [
     "Spec",
     "SpecError",
     "TensorInfo",
+    "Term",
+    "Tunable",
     "WaterfillError",
     "Weighting",
     "is_shape",
@@ -323,6 +325,66 @@ class Integers:
         with np.errstate(over="ignore", under="ignore"):
             values: Floats = self.levels[first:last].astype(np.float32) * self.columns * rows
         return values
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """Blocks of a matrix, each of them an entry of a table.
+
+    Attributes
+    ----------
+    codes : int32 (M, N), not negative
+        Which entry each block is. M blocks reach down all rows and N across all columns; what of
+        the last ones sticks out counts for nothing.
+    table : float32 (books, entries, height, width)
+        With blocks of height and width 1 an entry is a number, else a vector or a tile.
+    book : int32, broadcast to the shape of `codes`
+        Which of the books a block is taken from.
+    """
+
+    codes: Array
+    table: Floats
+    book: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Tunable:
+    """A coded matrix (m, n) as what tuning may change of it: codes, and numbers beside them.
+
+    Element (i, j) is ``sum of the terms * columns[j] * scales[i, j // group] + fixed[i, j]``.
+
+    Attributes
+    ----------
+    shape : (outputs m, inputs n)
+    terms : tuple of Term
+    scales : float32 (m, ceil(n / group)), or (1, ceil(n / group)) where all rows share them
+    group : int
+        Columns that share a scale.
+    columns : float32 (n,)
+    learned : names of what may change beside the codes: ``scales``, ``columns``, ``tables``
+    fixed : float32 (m, n), or None
+        What is added and stays as it is.
+    """
+
+    shape: tuple[int, int]
+    terms: tuple[Term, ...]
+    scales: Floats
+    group: int
+    columns: Floats
+    learned: frozenset[str]
+    fixed: Floats | None = None
+
+    @classmethod
+    def of_integers(cls, held: Integers | None) -> Tunable | None:
+        """Levels as codes, if they are of a fixed width and free to choose; scales are learned."""
+        if held is None or held.levels is None or held.states != 1 or not 0 < held.bits <= 8:
+            return None
+        top = 1 << (held.bits - 1)
+        table = np.arange(-top, top, dtype=np.float32).reshape(1, -1, 1, 1)
+        codes = held.levels.astype(np.int32) + top
+        term = Term(codes, table, np.zeros((1, 1), np.int32))
+        learned = frozenset(["scales"])
+        return cls(held.shape, (term,), held.rows, held.group, held.columns, learned)
 
 
 @dataclass(frozen=True)

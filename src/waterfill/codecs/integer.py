@@ -21,6 +21,7 @@ from waterfill.types import (
     Integers,
     SpecError,
     TensorInfo,
+    Tunable,
     Weighting,
     from_float32,
 )
@@ -148,6 +149,26 @@ class Integer(Codec):
                 return None
         levels = None if outline else self._levels(parts["codes"], info)
         return self._integers(levels, whole, info.matrix_shape[1])
+
+    def tunable(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
+    ) -> Tunable | None:
+        """Levels and scales."""
+        return Tunable.of_integers(self.integers(parts, extra, info))
+
+    def retuned(
+        self,
+        tunable: Tunable,
+        parts: Mapping[str, bytes],
+        extra: Mapping[str, Any],
+        info: TensorInfo,
+    ) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """Parts of the same form."""
+        codes = (tunable.terms[0].codes - (1 << (self.bits - 1))).astype(np.int8)
+        scales = np.ldexp(tunable.scales, extra.get("exponent", 0))
+        limit = np.finfo(np.float16).max
+        scales = np.clip(scales, -limit, limit).astype("<f2")
+        return {"codes": self._pack(codes), "scales": scales.tobytes()}, dict(extra)
 
     def _integers(self, levels: Array | None, scales: Floats, n: int) -> Integers:
         spread = np.full(n, 2.0**self.bits / 4, np.float32)
