@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +20,12 @@ SCORES = 1 << 22  # numbers worked on at once
 
 @dataclass(frozen=True)
 class Moves:
-    """Codes that would change in one term: where (flat), to what, and what it should save (nats)."""
+    """Codes to change in one term: where, and to what."""
 
     term: int
-    where: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
     codes: torch.Tensor
-    gain: torch.Tensor
 
 
 class Tuned:
@@ -83,12 +84,12 @@ class Tuned:
             root = (second / (1 - BETAS[1] ** self._steps)).sqrt()
             number -= rate * unit * mean / (root + 1e-12)
 
-    def moves(self, term: int, most: int) -> Moves:
-        """At most so many changes of a term's codes: those that a step along the gradient asks for most.
+    def moves(self, term: int, share: float, damping: float) -> Moves:
+        """Changes of a share of each row's codes: those that a step along the gradient asks for most.
 
-        The dense update of the values is ``-gradient / curvature``. Of the entries that a block
-        could be, the one next to its updated values (in the metric of the curvature) gains most by
-        the linearised harm and its curvature.
+        The dense update of the values is ``-gradient / (damping * curvature)``. Of the entries that
+        a block could be, the one next to its updated values (in the metric of the curvature) gains
+        most by the linearised harm with its curvature.
         """
         codes, table = self.codes[term], self.numbers[f"table {term}"]
         entry, gains = torch.empty_like(codes), torch.empty(codes.shape)
@@ -98,27 +99,25 @@ class Tuned:
         for at in range(0, len(codes), step):
             rows = slice(at, at + step)
             slope, bend = self._blocks(term, rows)
-            now = table[book[rows].long(), codes[rows].long()].reshape(*slope.shape)
-            slope = slope - bend * now
+            bend *= damping
+            now = table[book[rows].long(), codes[rows].long()].reshape(slope.shape)
+            slope -= bend * now
             score = _score(slope, bend, table.reshape(*table.shape[:2], -1), book[rows])
             own = (slope * now + 0.5 * bend * now.square()).sum(-1)
-            best, entry[rows] = (found := score.min(-1)).values, found.indices.int()
-            gains[rows] = own - best
+            best, index = score.min(-1)
+            entry[rows], gains[rows] = index.int(), own - best
         gains[entry == codes] = 0
-        top = gains.reshape(-1).topk(min(most, gains.numel()))
-        chosen = top.indices[top.values > 0]
-        return Moves(term, chosen, entry.reshape(-1)[chosen], top.values[top.values > 0])
+        top = gains.topk(min(math.ceil(share * codes.shape[1]), codes.shape[1]), 1)
+        row, number = (top.values > 0).nonzero(as_tuple=True)
+        column = top.indices[row, number]
+        return Moves(term, row, column, entry[row, column])
 
-    def apply(self, moves: Moves, count: int) -> torch.Tensor:
-        """Make the first so many moves; the codes that were there."""
-        flat, where = self.codes[moves.term].view(-1), moves.where[:count]
-        before = flat[where]
-        flat[where] = moves.codes[:count]
-        return before
-
-    def undo(self, moves: Moves, before: torch.Tensor) -> None:
-        """Take back what `apply` did."""
-        self.codes[moves.term].view(-1)[moves.where[: len(before)]] = before
+    def apply(self, moves: Moves) -> Moves:
+        """Change codes; the moves that take it back."""
+        at = moves.rows, moves.columns
+        before = self.codes[moves.term][at]
+        self.codes[moves.term][at] = moves.codes
+        return dataclasses.replace(moves, codes=before)
 
     def forget(self) -> None:
         """Begin the mean gradient anew."""

@@ -26,7 +26,7 @@ from waterfill.calibrate.logits import streamed_logits
 from waterfill.calibrate.names import Placement, place
 from waterfill.calibrate.passes import model_inputs
 from waterfill.calibrate.stream import build_skeleton
-from waterfill.calibrate.tunables import Tuned
+from waterfill.calibrate.tunables import Moves, Tuned
 from waterfill.sources.base import Source
 from waterfill.types import TensorInfo, Tunable, WaterfillError, Weighting
 
@@ -35,10 +35,9 @@ __all__ = ["Tuning", "tune"]
 BATCH_TOKENS = 2048
 BATCH_LOGITS = 1 << 24  # numbers, of one model: 64 MB as float32
 PERIOD = 4  # V-steps to a P-step
-HALVINGS = 3
-RATE = 3e-3  # of V-steps at first, relative to the numbers; it falls to nothing like a cosine
-SHARE = 0.01  # of all codes that a P-step changes at first
-MOST_SHARE = 0.05
+ATTEMPTS = 3  # at a P-step, each shorter than the one before
+DAMPING = 8.0  # of the first: curvature of many changes at once, in that of one alone
+EASING = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,14 @@ class Tuning:
     ----------
     steps : V-steps, a batch of text each
     seed : of the order of the text
-    share : of all codes that the first P-step changes; later ones as many as proved good; 0: none
+    share : of a row's codes, at most, that a P-step changes; 0: no P-steps
     rate : of V-steps, relative to the numbers
     """
 
     steps: int = 64
     seed: int = 0
-    share: float = SHARE
-    rate: float = RATE
+    share: float = 0.01
+    rate: float = 1e-2
 
 
 def tune(
@@ -124,7 +123,7 @@ class _Run:
     how: Tuning
 
     def __post_init__(self) -> None:
-        self.share = self.how.share
+        self.damping = DAMPING
         self.turn = 0
 
     def all(
@@ -142,7 +141,7 @@ class _Run:
         for number, (which, reference) in enumerate(zip(order, references, strict=True)):
             if reference is None:
                 raise WaterfillError(f"{type(self.model).__name__} has no logits to tune by")
-            if self.share and number and number % PERIOD == 0:
+            if self.how.share and number and number % PERIOD == 0:
                 self._choose(batches[which], reference)
             self._learn(batches[which], reference, number / steps)
             progress(number + 1, steps)
@@ -164,32 +163,27 @@ class _Run:
 
     def _choose(self, ids: NDArray[np.int64], reference: torch.Tensor) -> None:
         """A P-step, kept if it is good for this text."""
-        total = sum(c.numel() for i in self.items for c in i.tuned.codes)
-        most = max(1, int(self.share * total))
-        found = [
-            (item, item.tuned.moves(self.turn % len(item.tuned.codes), most)) for item in self.items
-        ]
-        gains = torch.cat([moves.gain for _, moves in found]).sort(descending=True).values
-        self.turn += 1
         before = self._harm(ids, reference)
-        for halving in range(HALVINGS + 1):
-            count = min(most >> halving, len(gains))
-            if not count:
-                break
-            least = gains[count - 1]
-            undo = [(i, m, i.tuned.apply(m, int((m.gain >= least).sum()))) for i, m in found]
+        for attempt in range(ATTEMPTS):
+            damping = self.damping * EASING**attempt
+            back = [(i, i.tuned.apply(self._moves(i, damping))) for i in self.items]
             self._write()
-            if self._harm(ids, reference) < before:
-                grown = self.share * (1.5 if halving == 0 else 0.5**halving)
-                self.share = min(MOST_SHARE, grown)
+            if self._harm(ids, reference) <= before:
+                # None that are worth it, or good ones: bolder next time.
+                self.damping = damping / EASING
+                for item in self.items:
+                    item.tuned.forget()
                 break
-            for item, moves, codes in undo:
-                item.tuned.undo(moves, codes)
-            self._write()
+            for item, moves in back:
+                item.tuned.apply(moves)
         else:
-            self.share *= 0.5**HALVINGS
-        for item in self.items:
-            item.tuned.forget()
+            self._write()
+            self.damping *= EASING
+        self.turn += 1
+
+    def _moves(self, item: _Item, damping: float) -> Moves:
+        term = self.turn % len(item.tuned.codes)
+        return item.tuned.moves(term, self.how.share, damping)
 
     def _write(self) -> None:
         for item in self.items:
