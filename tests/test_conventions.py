@@ -15,13 +15,14 @@ ROOT = Path(__file__).parents[1]
 PYTHON = sorted((ROOT / "src").rglob("*.py"))
 SOURCES = [
     *PYTHON,
-    *sorted((ROOT / "bench").glob("*.py")),
+    *sorted((ROOT / "bench").rglob("*.py")),
     *sorted(p for p in (ROOT / "cpp").rglob("*") if p.suffix in (".h", ".hpp", ".cpp")),
 ]
 CODECS = sorted(
     p.stem for p in (ROOT / "src/waterfill/codecs").glob("*.py") if not p.stem.startswith("_")
 )
 LONGEST = 500
+LONGEST_CODEC = 250
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 
@@ -98,11 +99,15 @@ def test_file_name_is_codec_id(name: str) -> None:
 def test_every_codec_has_its_page_and_golden_bytes(name: str) -> None:
     page = ROOT / "docs" / "format" / f"{name}.md"
     assert page.is_file() and len(page.read_text("utf-8")) > 300, f"write {name_of(page)}"
-    golden = ROOT / "tests" / "golden"
-    assert list((golden / "codecs").glob(f"{name}*.json"))
-    assert (golden / "artifact" / f"{name}.safetensors").is_file()
+    assert (ROOT / "tests" / "golden" / "codecs" / f"{name}.json").is_file()
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_no_codec_is_long(name: str) -> None:
+    path = ROOT / "src" / "waterfill" / "codecs" / f"{name}.py"
+    assert len(path.read_text("utf-8").splitlines()) <= LONGEST_CODEC
 
 
 def test_golden_folders_are_not_empty() -> None:
     for folder in ("codecs", "artifact", "rans", "huffman", "delta"):
-        assert len(list((ROOT / "tests" / "golden" / folder).iterdir())) >= 5
+        assert len(list((ROOT / "tests" / "golden" / folder).iterdir())) >= 4

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import waterfill
+from tests.golden.make_codecs import all_cases
 from waterfill import registry
 from waterfill.cli import VERBS, build_parser
 from waterfill.coding import delta, gaussian, huffman
@@ -204,6 +205,12 @@ def test_files() -> None:
     (file,) = original_files(about, {"c": ("U8", (1,))})
     assert (file.name, file.header[:6]) == ("2.safetensors", b'{"c": ')
     assert original_texts(about) == {"config.json": b"{}"}
+
+
+@pytest.mark.parametrize("case", [c for c in all_cases() if c.get("example")], ids=lambda c: c["codec"][0])  # fmt: skip
+def test_bytes_of_a_golden_example_stand_in_the_page_of_its_codec(case: dict[str, Any]) -> None:
+    for name, part in case["parts"].items():
+        assert hexed(case["codec"][0], bytes.fromhex(part)), f"{name}: {part}"
 
 
 def test_every_codec_and_version_has_a_page() -> None:

@@ -28,6 +28,7 @@ from waterfill.types import (
 
 __all__ = [
     "Codec",
+    "Inner",
     "codec",
     "codec_ids",
     "find_codec",
@@ -35,6 +36,17 @@ __all__ = [
     "parse_spec",
     "read_spec",
 ]
+
+
+class Inner(str):
+    """The text of a codec that another one wraps: ``integer:bits=3,group=64``."""
+
+    __slots__ = ()
+
+    @property
+    def codec(self) -> Codec:
+        """The codec it names."""
+        return parse_spec(self)
 
 
 class Codec:
@@ -49,11 +61,23 @@ class Codec:
     lossy: ClassVar[bool] = True
     # Names of what `encode` returns, at most: the planner counts what each costs in the header.
     parts: ClassVar[tuple[str, ...]] = ("codes",)
+    # Those of them that do not grow with the rows: the planner prices tall matrices by a few rows.
+    shared: ClassVar[tuple[str, ...]] = ()
+    # Whether the planner weighs it where nobody named a codec; `auto` weighs all there are.
+    usual: ClassVar[bool] = False
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """Operating points of this codec worth pricing for such a tensor, cheapest first."""
         raise NotImplementedError
+
+    @property
+    def fair_rows(self) -> int:
+        """Rows that a sample must have for the price of it to be the price of a tall matrix.
+
+        More than nothing where what all rows share (`shared`) is fitted to them: it fits a few too well.
+        """
+        return 0
 
     def between(self, other: Self, t: float) -> Self | None:
         """A codec at fraction t (0..1) of the way to another rung; None if rungs are discrete."""
@@ -204,15 +228,26 @@ def make_codec(spec: Spec) -> Codec:
                 f"{spec.id} has no option {key!r}; it has: {', '.join(known) or 'none'}"
             )
         want = type(known[key].default)
+        if want is Inner and isinstance(value, str):
+            continue
         if want is float and isinstance(value, int) and not isinstance(value, bool):
             continue
         if type(value) is not want:
             raise SpecError(f"{spec.id}: {key} must be {want.__name__}, not {value!r}")
-    return cls(**spec.config)
+    # From JSON a codec inside is plain text.
+    return cls(
+        **{
+            k: Inner(v) if isinstance(known[k].default, Inner) else v
+            for k, v in spec.config.items()
+        }
+    )
 
 
 def parse_spec(text: str) -> Codec:
-    """``integer:bits=3,group=128,solver=successive`` -> codec. Inverse of ``str(codec.spec)``."""
+    """``integer:bits=3,group=128,solver=successive`` -> codec. Inverse of ``str(codec.spec)``.
+
+    A codec inside another stands in parentheses: ``lowrank:rank=8,inner=(integer:bits=3,group=64)``.
+    """
     return make_codec(read_spec(text))
 
 
@@ -222,7 +257,7 @@ def read_spec(text: str) -> Spec:
     cls = find_codec(name)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     config: dict[str, Any] = {}
-    for item in filter(None, (s.strip() for s in rest.split(","))):
+    for item in filter(None, (s.strip() for s in _split(rest))):
         key, sep, value = item.partition("=")
         if not sep or key not in known:
             raise SpecError(f"{text!r}: {item!r} is not an option; {name} has: {', '.join(known)}")
@@ -230,7 +265,24 @@ def read_spec(text: str) -> Spec:
     return Spec(name, config, cls.version)
 
 
+def _split(text: str) -> list[str]:
+    """Apart at the commas that stand in no parentheses."""
+    items, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += letter
+    if depth:
+        raise SpecError(f"{text!r}: a parenthesis is not closed, or never opened")
+    return items
+
+
 def _read(value: str, default: Any, text: str) -> Any:
+    if isinstance(default, Inner):
+        inner = value[1:-1] if value.startswith("(") and value.endswith(")") else value
+        return Inner(parse_spec(inner))
     if isinstance(default, bool):
         if value not in ("yes", "no"):
             raise SpecError(f"{text!r}: say yes or no, not {value!r}")

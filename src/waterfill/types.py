@@ -254,7 +254,10 @@ class Spec:
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return repr(value) if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return repr(value)
+    text = str(value)
+    return f"({text})" if "," in text or "=" in text else text
 
 
 @dataclass(frozen=True)
@@ -408,7 +411,8 @@ class Plan:
         Bytes the weights file may have.
     predicted_nats : float
     water_level : float
-        Nats per byte at which every tensor stopped: the common slope.
+        Nats per byte that one more byte would save: the slope at which every tensor of a plan by the
+        hull stopped.
     """
 
     choices: Mapping[str, Point]

@@ -14,6 +14,7 @@ from waterfill.types import Record
 
 TOKENS = 32768  # of calibration text, if not said otherwise
 TUNE_STEPS = 64
+MINUTES = 10.0  # of a search that runs the model
 
 
 def compress(args: argparse.Namespace) -> Any:
@@ -30,7 +31,9 @@ def compress(args: argparse.Namespace) -> Any:
         lossless=args.lossless,
         keep=args.keep,
         codec=dict(args.codec),
-        calibration=_calibration(args.calibrate),
+        allocate=args.allocate,
+        minutes=args.minutes or MINUTES,
+        calibration=calibration(args.calibrate),
         tokens=args.tokens or TOKENS,
         propagate=not args.no_propagate,
         tune=args.tune,
@@ -97,6 +100,12 @@ def _compress_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--tokens", type=count, help=f"calibration tokens (default {TOKENS})")
     p.add_argument(
+        "--minutes",
+        type=minutes,
+        metavar="M",
+        help=f"of search, for --allocate evolutionary (default {MINUTES:g}); it goes on after an interrupt",
+    )
+    p.add_argument(
         "--no-propagate",
         action="store_true",
         help="encode once: do not let blocks make up for what the ones before them lost (faster)",
@@ -118,6 +127,12 @@ def _compress_options(p: argparse.ArgumentParser) -> None:
 
 
 def _compress_misuse(args: argparse.Namespace) -> str:
+    from waterfill.plan.allocation import find_allocator
+
+    if args.plan and args.allocate:
+        return "a --plan has an allocation of its own: leave --allocate out, or name a size"
+    if args.minutes and not (args.allocate and find_allocator(args.allocate).starts_from):
+        return "--minutes is for an allocator that searches: --allocate evolutionary"
     if args.tune_steps and not args.tune:
         return "--tune-steps says how long to tune: add --tune pv, or leave it out"
     if not args.lossless:
@@ -129,6 +144,7 @@ def _compress_misuse(args: argparse.Namespace) -> str:
         "--tune": args.tune,
         "--keep": args.keep,
         "--codec": args.codec,
+        "--allocate": args.allocate,
     }
     given = [name for name, value in options.items() if value]
     if not given:
@@ -195,11 +211,14 @@ def _calibrate_options(p: argparse.ArgumentParser) -> None:
 def plan(args: argparse.Namespace) -> Any:
     """Say what a size would cost, without encoding."""
     from waterfill import pipeline
+    from waterfill.plan.allocation import DEFAULT
 
     priced = pipeline.price_statistics(
         args.statistics, args.keep, dict(args.codec), write=not args.dry_run, progress=args.progress
     )
-    result = pipeline.plan_json(priced, size=args.size, bits=args.bits, ratio=args.ratio)
+    result = pipeline.plan_json(
+        priced, size=args.size, bits=args.bits, ratio=args.ratio, allocate=args.allocate or DEFAULT
+    )
     if args.out and not args.dry_run:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -237,13 +256,15 @@ def _plan_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _calibration(values: Sequence[str] | None) -> Any:
+def calibration(values: Sequence[str] | None) -> Any:
+    """What --calibrate was given, as `waterfill.compress` takes it."""
     if not values:
         return None
     return "self" if list(values) == ["self"] else list(values)
 
 
 def _budget(p: argparse.ArgumentParser, or_plan: bool = False) -> None:
+    from waterfill.plan.allocation import DEFAULT, allocators
     from waterfill.plan.budget import parse_ratio, parse_size
 
     one = p.add_mutually_exclusive_group(required=True)
@@ -284,17 +305,36 @@ def _budget(p: argparse.ArgumentParser, or_plan: bool = False) -> None:
         metavar="GLOB",
         help="keep these tensors exact (repeatable)",
     )
-    p.add_argument("--codec", action="append", default=[], type=_pair, metavar="GLOB=SPEC",
-                   help="a codec id, with options (integer:bits=3) or without; the last match wins")  # fmt: skip
+    p.add_argument(
+        "--allocate",
+        choices=allocators(),
+        help=f"how the budget is spent over the tensors (default {DEFAULT}); see docs/planning.md",
+    )
+    p.add_argument("--codec", action="append", default=[], type=_pair, metavar="[GLOB=]SPEC",
+                   help="a codec id, with options (integer:bits=3) or without, or auto: the best of all; "
+                   "the last match wins, no GLOB is all")  # fmt: skip
 
 
 def _pair(text: str) -> tuple[str, str]:
     glob, sep, spec = text.partition("=")
-    if not sep or not glob or not spec:
+    if glob and (not sep or ":" in glob):  # no tensor's name has a colon, every option follows one
+        glob, spec = "*", text
+    if not glob or not spec:
         raise argparse.ArgumentTypeError(
             f"{text!r}: write GLOB=SPEC, for example '*.mlp.*=integer:bits=4'"
         )
     return glob, spec
+
+
+def minutes(text: str) -> float:
+    """A time that a search may take."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time in minutes; try 30")
+    return value
 
 
 def _bits(text: str) -> float:

@@ -23,6 +23,7 @@ class Lossless(Codec):
     Mantissa bits beside them: weights thin out within a binade, so these bits are not random.
     """
 
+    usual = True
     lossy = False
     parts = ("stream",)
     coder: str = "auto"

@@ -15,6 +15,7 @@ from waterfill.types import DTYPES, Array, FormatError, TensorInfo, Weighting
 class Raw(Codec):
     """Little-endian bytes as in safetensors, one part ``bytes``."""
 
+    usual = True
     lossy = False
     parts = ("bytes",)
 

@@ -60,6 +60,7 @@ class Trellis(Codec):
         Added to the diagonal of S, relative to its mean.
     """
 
+    usual = True
     oldest: ClassVar[int] = 2  # version 1 was never released
     step: float = 0.25
     states: int = 64

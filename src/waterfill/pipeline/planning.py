@@ -15,11 +15,21 @@ import numpy as np
 from waterfill import __version__
 from waterfill.calibrate import Statistics
 from waterfill.container import file_nbytes, payload_nbytes
-from waterfill.plan.hull import Curves, at_level, cheapest, curves, point_on, smallest, solve_level
+from waterfill.plan.allocation import DEFAULT, Context, Trial, find_allocator
+from waterfill.plan.hull import Curves, at_level, cheapest, curves, smallest, solve_level
 from waterfill.plan.price import Rules, contenders, price
 from waterfill.registry import Codec, make_codec
 from waterfill.sources import Source, open_source
-from waterfill.types import Array, BudgetError, Plan, Point, Spec, TensorInfo, WaterfillError
+from waterfill.types import (
+    Array,
+    BudgetError,
+    Floats,
+    Plan,
+    Point,
+    Spec,
+    TensorInfo,
+    WaterfillError,
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -101,7 +111,7 @@ def prepare(
                 repr([c.spec.to_json() for c in candidates]).encode()
             ).hexdigest()[:12]
             prices[name] = kept.get((name, ladder), [])
-            alike = info.kind, info.matrix_shape, info.dtype
+            alike = info.kind, info.matrix_shape, info.dtype, frozenset(c.id for c in candidates)
             if not prices[name]:
                 if not forced and alike in worth:
                     candidates = [c for c in candidates if c.id in worth[alike]]
@@ -170,8 +180,35 @@ def _made_up(chosen: Codec, random: np.random.Generator) -> list[Any]:
     return Spec(chosen.id, own, chosen.version).to_json()
 
 
-def plan(priced: Priced, budget: int) -> Plan:
+def context_of(priced: Priced, trial: Trial | None = None) -> Context:
+    """What an allocator may look at beside the curves."""
+    source, statistics = priced.source, priced.statistics
+
+    def matrix(name: str) -> Floats:
+        return priced.infos[name].matrix(read(source, priced.infos[name]))
+
+    def changes() -> Mapping[str, float]:
+        try:
+            from waterfill.calibrate.influence import influence
+        except ImportError as error:
+            raise WaterfillError(
+                f"running text through the model needs torch and transformers ({error}): "
+                "pip install 'waterfill[hf]'"
+            ) from error
+        if statistics.sample is None:
+            raise WaterfillError(f"{statistics.folder} keeps no text to run; calibrate again")
+        return influence(source, statistics.sample)
+
+    return Context(priced.infos, matrix, changes, trial)
+
+
+def plan(priced: Priced, budget: int, allocator: str = DEFAULT) -> Plan:
     """Choose an operating point for every tensor; nothing is encoded.
+
+    Parameters
+    ----------
+    budget : bytes of the file
+    allocator : see `waterfill.plan.allocation`
 
     Raises
     ------
@@ -179,6 +216,7 @@ def plan(priced: Priced, budget: int) -> Plan:
         If the budget is smaller than the cheapest plan; the message states the smallest possible.
     """
     c = priced.curves
+    allocate, context = find_allocator(allocator).allocate, context_of(priced)
     choices = cheapest(c)
     overhead = overhead_nbytes(priced, choices)
     least = smallest(c) + overhead
@@ -188,12 +226,11 @@ def plan(priced: Priced, budget: int) -> Plan:
             f"bytes ({8 * least * 1.01 / priced.params:.2f} bits per weight)"
         )
     for _ in range(2):  # codecs differ in what their entries take: count those that were chosen
-        level = solve_level(c, budget - overhead)
-        nbytes, nats, pick = at_level(c, level)
-        chosen = zip(c.names, pick, nbytes, strict=True)
-        choices = {name: point_on(c, int(s), float(b)) for name, s, b in chosen}
+        room = budget - overhead
+        choices = allocate(c, room, context)
         overhead = overhead_nbytes(priced, choices)
-    return Plan(choices, priced.why, budget, float(nats.sum()), level)
+    nats = sum(point.distortion_nats for point in choices.values())
+    return Plan(choices, priced.why, budget, nats, solve_level(c, room))
 
 
 def predicted_curve(priced: Priced, budget: int) -> tuple[dict[str, float], ...]:

@@ -13,12 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from waterfill.registry import Codec, codec_ids, find_codec, make_codec, parse_spec, read_spec
-from waterfill.types import Array, Encoded, Point, SpecError, TensorInfo, Weighting
+from waterfill.registry import (
+    Codec,
+    Inner,
+    codec_ids,
+    find_codec,
+    make_codec,
+    parse_spec,
+    read_spec,
+)
+from waterfill.types import Array, Encoded, Floats, Point, SpecError, TensorInfo, Weighting
 
 SAMPLE_WEIGHTS = 1 << 18  # enough for rate and harm to within a few per mille
 SAMPLE_ROWS = 128  # at least, so that side information of columns does not swamp the estimate
 LIKE = 0.7  # similarity from which on one name may be a slip for another
+AUTO = "auto"  # in place of a codec: whichever serves best, of all there are
 MARGIN = 1.1  # a codec this much dearer than the others' hull everywhere has no part in it
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -30,8 +39,9 @@ class Rules:
     Attributes
     ----------
     keep : globs on tensor names that stay exact
-    codecs : (glob, text) pairs; text is a codec id, with options or without. Options hold for every
-        rung of its ladder, so one that the ladder varies pins the codec. The last match wins.
+    codecs : (glob, text) pairs; text is a codec id, with options or without, or `AUTO`. Options hold
+        for every rung of its ladder, so one that the ladder varies pins the codec. The last match
+        wins.
     """
 
     keep: tuple[str, ...] = ()
@@ -45,7 +55,8 @@ class Rules:
                     f"the pattern {pattern!r} matches no tensor; {_near(pattern, infos)}"
                 )
         for pattern, text in self.codecs:
-            parse_spec(text)
+            if text != AUTO:
+                parse_spec(text)
             names = fnmatch.filter(infos, pattern)
             if not any(takes(text, infos[n], weighted[n]) for n in names):
                 raise SpecError(
@@ -61,7 +72,9 @@ class Rules:
             return _all(info, lossy=False), "kept exact by --keep"
         forced = [t for glob, t in self.codecs if fnmatch.fnmatchcase(info.name, glob)]
         if forced and takes(forced[-1], info, weighted):
-            rungs = _ladder(forced[-1], info)
+            if forced[-1] == AUTO:
+                return _all(info, lossy=weighted, usual=False), ""
+            rungs = ladder(forced[-1], info)
             return rungs, "set by --codec" if len(rungs) == 1 else "codec set by --codec"
         return _all(info, lossy=weighted), ""
 
@@ -86,23 +99,35 @@ def _near(pattern: str, infos: Mapping[str, TensorInfo]) -> str:
 
 def takes(text: str, info: TensorInfo, weighted: bool) -> bool:
     """Whether a codec, or a setting of one, is for such a tensor."""
+    if text == AUTO:
+        return True
     cls = find_codec(text.strip().partition(":")[0])
     return (weighted or not cls.lossy) and next(iter(cls.ladder(info)), None) is not None
 
 
-def _ladder(text: str, info: TensorInfo) -> list[Codec]:
-    """The rungs of a codec with the options that the text names; equal ones once."""
+def ladder(text: str, info: TensorInfo) -> list[Codec]:
+    """The rungs of a codec with the options that the text names; equal ones once.
+
+    A codec that it names inside another is a ladder too, of which each rung is tried.
+    """
     spec = read_spec(text)
+    options = [
+        [(key, Inner(rung)) for rung in ladder(value, info)]
+        if isinstance(value, Inner)
+        else [(key, value)]
+        for key, value in spec.config.items()
+    ]
     rungs = find_codec(spec.id).ladder(info)
-    return list(dict.fromkeys(_with_options(rung, spec.config) for rung in rungs))
+    each = itertools.product(rungs, *options)
+    return list(dict.fromkeys(_with_options(rung, dict(chosen)) for rung, *chosen in each))
 
 
 def _with_options(rung: Codec, options: Mapping[str, Any]) -> Codec:
     return make_codec(dataclasses.replace(rung.spec, config={**rung.spec.config, **options}))
 
 
-def _all(info: TensorInfo, lossy: bool) -> list[Codec]:
-    classes = [find_codec(name) for name in codec_ids()]
+def _all(info: TensorInfo, lossy: bool, usual: bool = True) -> list[Codec]:
+    classes = [cls for cls in map(find_codec, codec_ids()) if cls.usual or not usual]
     return [rung for cls in classes if lossy or not cls.lossy for rung in cls.ladder(info)]
 
 
@@ -120,33 +145,52 @@ def price(
     weighting : None where no model of harm exists; distortion is then counted as zero, and only
         lossless codecs make sense.
     """
-    m, n = info.matrix_shape
-    wanted = max(SAMPLE_ROWS, SAMPLE_WEIGHTS // max(n, 1))
-    share = 1.0
-    if m >= 2 * wanted and len(info.shape) >= 2:
-        rows = np.linspace(0, m - 1, wanted).astype(np.int64)
-        share = wanted / m
-        bits, info, weighting = _sample(bits, info, weighting, rows)
-    exact = info.matrix(bits) if weighting is not None else None
     points = []
+    samples: dict[int, _Sample] = {}
     for rung in codecs:
-        parts, extra = rung.encode(bits, info, weighting or Weighting())
+        taken = _rows(info, rung.fair_rows)
+        if taken not in samples:
+            samples[taken] = _sample(bits, info, weighting, taken)
+        at = samples[taken]
+        parts, extra = rung.encode(at.bits, at.info, at.weighting or Weighting())
         nats = 0.0
-        if rung.lossy and weighting is not None and exact is not None:
-            nats = weighting.distortion(exact, info.matrix(rung.decode(parts, extra, info)))
-        nbytes = Encoded(rung.spec, info, parts, extra).nbytes
-        points.append(Point(nbytes / share, nats / share, rung.spec))
+        if rung.lossy and at.weighting is not None and at.exact is not None:
+            decoded = at.info.matrix(rung.decode(parts, extra, at.info))
+            nats = at.weighting.distortion(at.exact, decoded)
+        once = sum(len(parts.get(name, b"")) for name in rung.shared)
+        nbytes = Encoded(rung.spec, at.info, parts, extra).nbytes
+        points.append(Point((nbytes - once) / at.share + once, nats / at.share, rung.spec))
     return points
 
 
-def _sample(
-    bits: Array, info: TensorInfo, weighting: Weighting | None, rows: Array
-) -> tuple[Array, TensorInfo, Weighting | None]:
-    axis = 1 if info.transposed else 0
-    sampled = np.take(bits, rows, axis=axis)
-    if weighting is not None and not isinstance(weighting.row_weights, float):
-        weighting = Weighting(weighting.second_moment, weighting.row_weights[rows])
-    return sampled, dataclasses.replace(info, shape=sampled.shape), weighting
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sample:
+    """Some rows of a tensor; `share` of all, and `exact` their weights where harm is known."""
+
+    bits: Array
+    info: TensorInfo
+    weighting: Weighting | None
+    exact: Floats | None
+    share: float
+
+
+def _rows(info: TensorInfo, least: int) -> int:
+    """How many rows stand for a tensor: all of them where half would have to."""
+    m, n = info.matrix_shape
+    wanted = max(SAMPLE_ROWS, SAMPLE_WEIGHTS // max(n, 1), least)
+    return wanted if m >= 2 * wanted and len(info.shape) >= 2 else m
+
+
+def _sample(bits: Array, info: TensorInfo, weighting: Weighting | None, count: int) -> _Sample:
+    m = info.matrix_shape[0]
+    if count < m:
+        rows = np.linspace(0, m - 1, count).astype(np.int64)
+        bits = np.take(bits, rows, axis=1 if info.transposed else 0)
+        info = dataclasses.replace(info, shape=bits.shape)
+        if weighting is not None and not isinstance(weighting.row_weights, float):
+            weighting = Weighting(weighting.second_moment, weighting.row_weights[rows])
+    exact = info.matrix(bits) if weighting is not None else None
+    return _Sample(bits, info, weighting, exact, count / m if m else 1.0)
 
 
 def contenders(points: Sequence[Point]) -> set[str]:
