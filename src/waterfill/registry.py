@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 from waterfill.types import (
     Array,
+    Encoded,
     FormatError,
     Integers,
     Spec,
@@ -123,25 +124,17 @@ class Codec:
         """
         return None
 
-    def tunable(
-        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
-    ) -> Tunable | None:
+    def tunable(self, one: Encoded) -> Tunable | None:
         """What was encoded as codes and numbers that tuning may change; None where there are none."""
         return None
 
-    def retuned(
-        self,
-        tunable: Tunable,
-        parts: Mapping[str, bytes],
-        extra: Mapping[str, Any],
-        info: TensorInfo,
-    ) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """Parts and extra as of `encode`, from what `tunable` gave and tuning changed.
+    def retuned(self, tunable: Tunable, one: Encoded) -> dict[str, bytes]:
+        """Parts as of `encode`, from what `tunable` made of the same and tuning has changed since.
 
         Parameters
         ----------
         tunable : with other codes, and other numbers where they are learned; float32, finite
-        parts, extra : those that `tunable` was made from
+        one : as it was encoded; its `extra` stays
         """
         raise NotImplementedError
 

@@ -340,7 +340,8 @@ class Term:
         Which entry each block is. M blocks reach down all rows and N across all columns; what of
         the last ones sticks out counts for nothing.
     table : float32 (books, entries, height, width)
-        With blocks of height and width 1 an entry is a number, else a vector or a tile.
+        With blocks of height and width 1 an entry is a number, else a vector or a tile. Entries that
+        a book lacks are NaN.
     book : int32, broadcast to the shape of `codes`
         Which of the books a block is taken from.
     """
@@ -354,7 +355,7 @@ class Term:
 class Tunable:
     """A coded matrix (m, n) as what tuning may change of it: codes, and numbers beside them.
 
-    Element (i, j) is ``sum of the terms * columns[j] * scales[i, j // group] + fixed[i, j]``.
+    Element (i, j) is ``sum of the terms * columns[j] * scales[i, j // group]``.
 
     Attributes
     ----------
@@ -366,7 +367,9 @@ class Tunable:
     columns : float32 (n,)
     learned : names of what may change beside the codes: ``scales``, ``columns``, ``tables``
     fixed : float32 (m, n), or None
-        What is added and stays as it is.
+        Elements that stay as they are, whatever their code; NaN for all others.
+    coded : bool
+        Codes are entropy coded: rare ones take more bytes.
     """
 
     shape: tuple[int, int]
@@ -376,18 +379,19 @@ class Tunable:
     columns: Floats
     learned: frozenset[str]
     fixed: Floats | None = None
+    coded: bool = False
 
-    @classmethod
-    def of_integers(cls, held: Integers | None) -> Tunable | None:
-        """Levels as codes, if they are of a fixed width and free to choose; scales are learned."""
-        if held is None or held.levels is None or held.states != 1 or not 0 < held.bits <= 8:
-            return None
-        top = 1 << (held.bits - 1)
-        table = np.arange(-top, top, dtype=np.float32).reshape(1, -1, 1, 1)
-        codes = held.levels.astype(np.int32) + top
-        term = Term(codes, table, np.zeros((1, 1), np.int32))
-        learned = frozenset(["scales"])
-        return cls(held.shape, (term,), held.rows, held.group, held.columns, learned)
+    def values(self) -> Floats:
+        """Float32 (m, n), not rounded to a dtype; a codec's own products may differ in the last bits."""
+        m, n = self.shape
+        whole = np.zeros(self.shape, np.float32)
+        for term in self.terms:
+            books = np.broadcast_to(term.book, term.codes.shape)
+            blocks = term.table[books, term.codes].transpose(0, 2, 1, 3)
+            rows, height, columns, width = blocks.shape
+            whole += blocks.reshape(rows * height, columns * width)[:m, :n]
+        whole = whole * self.columns * np.repeat(self.scales, self.group, axis=1)[:, :n]
+        return whole if self.fixed is None else np.where(np.isnan(self.fixed), whole, self.fixed)
 
 
 @dataclass(frozen=True)

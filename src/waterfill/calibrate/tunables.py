@@ -51,6 +51,8 @@ class Tuned:
         self._first = {k: torch.zeros_like(self.numbers[k]) for k in self.learned}
         self._second = {k: torch.zeros_like(self.numbers[k]) for k in self.learned}
         self._steps = 0
+        fixed = tunable.fixed
+        self._fixed = None if fixed is None else torch.from_numpy(fixed.copy())
         self.across, self.down = _curvature(tunable.shape, weighting)
         self.gradient = torch.zeros(tunable.shape)
         self._seen = 0
@@ -59,8 +61,9 @@ class Tuned:
         """Float32 (m, n)."""
         made = [self._term(i) for i in range(len(self.codes))]
         values = sum(made[1:], made[0]) * self.numbers["columns"] * self._scales()
-        fixed = self.tunable.fixed
-        return values if fixed is None else values + torch.from_numpy(fixed)
+        if self._fixed is None:
+            return values
+        return torch.where(self._fixed.isnan(), values, self._fixed)
 
     def see(self, gradient: torch.Tensor) -> None:
         """Add to the mean gradient of the values since codes changed last."""
@@ -84,17 +87,19 @@ class Tuned:
             root = (second / (1 - BETAS[1] ** self._steps)).sqrt()
             number -= rate * unit * mean / (root + 1e-12)
 
-    def moves(self, term: int, share: float, damping: float) -> Moves:
+    def moves(self, term: int, share: float, damping: float, price: float = 0.0) -> Moves:
         """Changes of a share of each row's codes: those that a step along the gradient asks for most.
 
         The dense update of the values is ``-gradient / (damping * curvature)``. Of the entries that
         a block could be, the one next to its updated values (in the metric of the curvature) gains
-        most by the linearised harm with its curvature.
+        most by the linearised harm with its curvature, less `price` (nats a bit) for what it takes
+        in the file where codes are entropy coded.
         """
         codes, table = self.codes[term], self.numbers[f"table {term}"]
         entry, gains = torch.empty_like(codes), torch.empty(codes.shape)
         size = table[0, 0].numel()
         book = self._books[term].expand(codes.shape)
+        bits = price * self._bits(term)
         step = max(1, SCORES // max(codes.shape[1] * table.shape[1] * size, 1))
         for at in range(0, len(codes), step):
             rows = slice(at, at + step)
@@ -103,7 +108,10 @@ class Tuned:
             now = table[book[rows].long(), codes[rows].long()].reshape(slope.shape)
             slope -= bend * now
             score = _score(slope, bend, table.reshape(*table.shape[:2], -1), book[rows])
+            score.nan_to_num_(nan=math.inf)
+            score += bits[book[rows].long()]
             own = (slope * now + 0.5 * bend * now.square()).sum(-1)
+            own += bits[book[rows].long(), codes[rows].long()]
             best, index = score.min(-1)
             entry[rows], gains[rows] = index.int(), own - best
         gains[entry == codes] = 0
@@ -147,6 +155,15 @@ class Tuned:
         blocks = blocks.view(rows, columns, height, width).permute(0, 2, 1, 3)
         return blocks.reshape(rows * height, columns * width)[:m, :n]
 
+    def _bits(self, term: int) -> torch.Tensor:
+        """What an entry takes in the file, about, beyond what all codes take: (books, entries)."""
+        books, entries = self.numbers[f"table {term}"].shape[:2]
+        if not self.tunable.coded:
+            return torch.zeros(books, entries)
+        index = (self.codes[term] + self._books[term] * entries).reshape(-1)
+        count = torch.bincount(index, minlength=books * entries).view(books, entries) + 0.5
+        return (count.sum(1, keepdim=True) / count).log2()
+
     def _scales(self) -> torch.Tensor:
         scales, group = self.numbers["scales"], self.tunable.group
         return scales.repeat_interleave(group, 1)[:, : self.tunable.shape[1]]
@@ -160,6 +177,8 @@ class Tuned:
         scales = self._scales()
         factor = self.numbers["columns"] * (scales if len(scales) == 1 else scales[own])
         slope = self.gradient[own] * factor
+        if self._fixed is not None:
+            slope[~self._fixed[own].isnan()] = 0
         bend = self.down[own, None] * self.across * factor.square()
         count = -(-slope.shape[0] // height)
 
@@ -186,7 +205,7 @@ def _score(
 def _unit(name: str, number: torch.Tensor) -> torch.Tensor:
     """What a step is measured in: a scale itself, and the spread of a table's entries."""
     if name.startswith("table"):
-        return number.square().mean((1, 2, 3), keepdim=True).sqrt().expand_as(number)
+        return number.square().nanmean((1, 2, 3), keepdim=True).sqrt().expand_as(number)
     return number.abs().clone()
 
 

@@ -35,9 +35,10 @@ __all__ = ["Tuning", "tune"]
 BATCH_TOKENS = 2048
 BATCH_LOGITS = 1 << 24  # numbers, of one model: 64 MB as float32
 PERIOD = 4  # V-steps to a P-step
-ATTEMPTS = 3  # at a P-step, each shorter than the one before
+ALONE = 8  # the first of the V-steps have no P-steps between them: one in so many
+ATTEMPTS = 4  # at a P-step, each shorter than the one before
 DAMPING = 8.0  # of the first: curvature of many changes at once, in that of one alone
-EASING = 2.0
+EASING = 1.5  # of it, from one attempt to the next
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,15 @@ class Tuning:
     steps : V-steps, a batch of text each
     seed : of the order of the text
     share : of a row's codes, at most, that a P-step changes; 0: no P-steps
-    rate : of V-steps, relative to the numbers
+    rate : of V-steps at first, relative to the numbers; it falls to nothing like a cosine
+    price : of a bit in the file, in nats, where codes are entropy coded
     """
 
     steps: int = 64
     seed: int = 0
-    share: float = 0.01
+    share: float = 0.03
     rate: float = 1e-2
+    price: float = 0.0
 
 
 def tune(
@@ -141,7 +144,7 @@ class _Run:
         for number, (which, reference) in enumerate(zip(order, references, strict=True)):
             if reference is None:
                 raise WaterfillError(f"{type(self.model).__name__} has no logits to tune by")
-            if self.how.share and number and number % PERIOD == 0:
+            if self.how.share and number >= max(steps // ALONE, 1) and number % PERIOD == 0:
                 self._choose(batches[which], reference)
             self._learn(batches[which], reference, number / steps)
             progress(number + 1, steps)
@@ -183,7 +186,7 @@ class _Run:
 
     def _moves(self, item: _Item, damping: float) -> Moves:
         term = self.turn % len(item.tuned.codes)
-        return item.tuned.moves(term, self.how.share, damping)
+        return item.tuned.moves(term, self.how.share, damping, self.how.price)
 
     def _write(self) -> None:
         for item in self.items:

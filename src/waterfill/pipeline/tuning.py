@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from waterfill.types import Encoded, Tunable, WaterfillError, Weighting
 
 METHODS = ("pv",)
 TUNE_STEPS = 64
+SLOPE = 2 * math.log(2)  # by so much of itself the harm falls for a bit more of every weight
 
 
 def tune_file(
@@ -46,7 +49,7 @@ def tune_file(
     second = folder / f"{FILE_NAME}.tuned"
     try:
         with Reader(file) as reader:
-            tuned = _tune(reader, priced, steps, progress)
+            tuned = _tune(reader, priced, before["kl_nats_calibration"], steps, progress)
             return_freed_memory()
             _rewrite(reader, priced, tuned, second, budget)
         after = remeasure(priced.source, priced.statistics, second, progress)
@@ -60,7 +63,9 @@ def tune_file(
     return {**after, "kl_nats_untuned": before["kl_nats_calibration"]}, []
 
 
-def _tune(reader: Reader, priced: Priced, steps: int, progress: Progress) -> dict[str, Tunable]:
+def _tune(
+    reader: Reader, priced: Priced, nats: float, steps: int, progress: Progress
+) -> dict[str, Tunable]:
     """Items that have changed."""
     from waterfill.calibrate.tuning import Tuning, tune
 
@@ -81,7 +86,7 @@ def _tune(reader: Reader, priced: Priced, steps: int, progress: Progress) -> dic
         statistics.infos,
         tunables,
         statistics.weighting,
-        Tuning(steps),
+        Tuning(steps, price=SLOPE * nats / priced.params),
         lambda done, total: progress("tuning", done, total),
     )
 
@@ -89,8 +94,7 @@ def _tune(reader: Reader, priced: Priced, steps: int, progress: Progress) -> dic
 def _tunables(reader: Reader) -> Iterator[tuple[str, Tunable]]:
     for name, entry in reader.entries.items():
         if not entry.info.group:
-            encoded = reader.read(name)
-            found = make_codec(entry.spec).tunable(encoded.parts, encoded.extra, entry.info)
+            found = make_codec(entry.spec).tunable(reader.read(name))
             if found is not None:
                 yield name, found
 
@@ -98,39 +102,46 @@ def _tunables(reader: Reader) -> Iterator[tuple[str, Tunable]]:
 def _rewrite(
     reader: Reader, priced: Priced, tuned: Mapping[str, Tunable], path: Path, budget: int
 ) -> None:
-    """Write the file anew with tuned tensors in place of theirs; WaterfillError if it is too large."""
+    """Write the file anew, with as many tuned tensors in place of theirs as the budget allows."""
     made = {name: _retuned(reader.read(name), one, priced) for name, one in tuned.items()}
-
-    def one(name: str) -> tuple[Encoded, float]:
-        entry = reader.entries[name]
-        if name in made:
-            return made[name]
-        encoded = Encoded(entry.spec, entry.info, {}, {}) if entry.info.group else reader.read(name)
-        return encoded, entry.note.get("nats", 0.0)
-
-    # Notes and checksums are other ones, and take a few bytes more or less: in a file that is full
-    # to the byte, a figure is rounded until all fits.
-    for digits in (4, 3, 2, 1):
-        described = [
-            describe(one(name)[0], _note(entry.note, one(name)[1], digits))
-            for name, entry in reader.entries.items()
+    plain = {name: describe(_plain(reader, name), e.note) for name, e in reader.entries.items()}
+    while made:
+        # Notes and checksums are other ones, and take a few bytes more or less: in a file that is
+        # full to the byte, a figure is rounded until all fits.
+        for digits in (4, 3, 2, 1):
+            ours = {
+                name: describe(one, _note(reader, one, n, digits))
+                for name, (one, n) in made.items()
+            }
+            described = list({**plain, **ours}.values())
+            excess = file_nbytes(described, reader.about) - budget
+            if excess <= 0:
+                every = (made[n][0] if n in made else _plain(reader, n) for n in reader.entries)
+                write(path, described, (one.parts.values() for one in every), reader.about)
+                return
+        # Rarer codes take more bytes where codes are entropy coded: some tensor stays as it was.
+        grown = {name: one.nbytes - reader.entries[name].nbytes for name, (one, _) in made.items()}
+        enough = [name for name, more in grown.items() if more >= excess]
+        del made[
+            min(enough or [max(grown, key=grown.__getitem__)], key=lambda n: priced.infos[n].size)
         ]
-        nbytes = file_nbytes(described, reader.about)
-        if nbytes <= budget:
-            write(path, described, (one(n)[0].parts.values() for n in reader.entries), reader.about)
-            return
-    raise WaterfillError(f"the tuned file takes {nbytes:,} bytes, and {budget:,} are allowed")
+    raise WaterfillError(f"tuned tensors do not fit into {budget:,} bytes")
 
 
-def _note(note: Mapping[str, Any], nats: float, digits: int) -> dict[str, Any]:
-    return {**note, "nats": float(f"{nats:.{digits}g}")} if nats else dict(note)
+def _plain(reader: Reader, name: str) -> Encoded:
+    entry = reader.entries[name]
+    return Encoded(entry.spec, entry.info, {}, {}) if entry.info.group else reader.read(name)
+
+
+def _note(reader: Reader, one: Encoded, nats: float, digits: int) -> dict[str, Any]:
+    return {**reader.entries[one.info.name].note, "nats": float(f"{nats:.{digits}g}")}
 
 
 def _retuned(one: Encoded, tuned: Tunable, priced: Priced) -> tuple[Encoded, float]:
     """The tensor coded anew, and its predicted nats."""
     codec = make_codec(one.spec)
-    parts, extra = codec.retuned(tuned, one.parts, one.extra, one.info)
+    made = dataclasses.replace(one, parts=codec.retuned(tuned, one))
     weighting = priced.statistics.weighting(one.info.name) or Weighting()
     original = one.info.matrix(read(priced.source, one.info))
-    decoded = one.info.matrix(codec.decode(parts, extra, one.info))
-    return Encoded(one.spec, one.info, parts, extra), weighting.distortion(original, decoded)
+    decoded = one.info.matrix(codec.decode(made.parts, made.extra, one.info))
+    return made, weighting.distortion(original, decoded)
