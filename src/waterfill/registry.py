@@ -15,7 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
-from waterfill.types import Array, FormatError, Integers, Spec, SpecError, TensorInfo, Weighting
+from waterfill.types import (
+    Array,
+    Encoded,
+    FormatError,
+    Integers,
+    Spec,
+    SpecError,
+    TensorInfo,
+    Tunable,
+    Weighting,
+)
 
 __all__ = [
     "Codec",
@@ -148,6 +158,20 @@ class Codec:
         that is not named is left out.
         """
         return sizes
+
+    def tunable(self, one: Encoded) -> Tunable | None:
+        """What was encoded as codes and numbers that tuning may change; None where there are none."""
+        return None
+
+    def retuned(self, tunable: Tunable, one: Encoded) -> dict[str, bytes]:
+        """Parts as of `encode`, from what `tunable` made of the same and tuning has changed since.
+
+        Parameters
+        ----------
+        tunable : with other codes, and other numbers where they are learned; float32, finite
+        one : as it was encoded; its `extra` stays
+        """
+        raise NotImplementedError
 
     def __str__(self) -> str:
         """For people: the id and the options that differ from their defaults."""

@@ -13,6 +13,7 @@ from waterfill.cli.printing import short, table, warn
 from waterfill.types import Record
 
 TOKENS = 32768  # of calibration text, if not said otherwise
+TUNE_STEPS = 64
 MINUTES = 10.0  # of a search that runs the model
 
 
@@ -35,6 +36,8 @@ def compress(args: argparse.Namespace) -> Any:
         calibration=calibration(args.calibrate),
         tokens=args.tokens or TOKENS,
         propagate=not args.no_propagate,
+        tune=args.tune,
+        tune_steps=args.tune_steps or TUNE_STEPS,
         force=args.force,
         trust_remote_code=args.trust_remote_code,
         command=args.command_line,
@@ -77,6 +80,8 @@ def _say_budget(args: argparse.Namespace, record: Record) -> None:
                 f"  on {predicted['tokens_calibration']:,} tokens of the calibration text: "
                 f"{predicted['kl_nats_calibration']:.4g}"
             )
+        if "kl_nats_untuned" in predicted:
+            print(f"  before it was tuned: {predicted['kl_nats_untuned']:.4g}")
     print(
         f"next: waterfill eval {shlex.quote(str(args.out))} --against {shlex.quote(args.model)} --text FILE"
     )
@@ -105,6 +110,18 @@ def _compress_options(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="encode once: do not let blocks make up for what the ones before them lost (faster)",
     )
+    p.add_argument(
+        "--tune",
+        choices=("pv",),
+        help="go on and better codes and scales on the text, at the same size; takes some 20 bytes of "
+        "memory a weight, and codecs with codes of their own such as integer (docs/tuning.md)",
+    )
+    p.add_argument(
+        "--tune-steps",
+        type=count,
+        metavar="N",
+        help=f"of about 2,048 tokens each (default {TUNE_STEPS}); time goes with them",
+    )
     force(p, "OUT")
     trust(p)
 
@@ -116,12 +133,15 @@ def _compress_misuse(args: argparse.Namespace) -> str:
         return "a --plan has an allocation of its own: leave --allocate out, or name a size"
     if args.minutes and not (args.allocate and find_allocator(args.allocate).starts_from):
         return "--minutes is for an allocator that searches: --allocate evolutionary"
+    if args.tune_steps and not args.tune:
+        return "--tune-steps says how long to tune: add --tune pv, or leave it out"
     if not args.lossless:
         return ""
     options = {
         "--calibrate": args.calibrate,
         "--tokens": args.tokens,
         "--no-propagate": args.no_propagate,
+        "--tune": args.tune,
         "--keep": args.keep,
         "--codec": args.codec,
         "--allocate": args.allocate,
