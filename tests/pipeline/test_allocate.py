@@ -156,7 +156,8 @@ def test_evolution_is_never_worse_and_goes_on_where_it_stopped(
 
 def test_no_time_is_the_file_it_starts_from(tmp_path: Path) -> None:
     compress(tmp_path / "hull")
-    compress(tmp_path / "none", allocate="evolutionary", minutes=1e-9)
+    record = compress(tmp_path / "none", allocate="evolutionary", minutes=1e-9)
+    assert "no better file" in record.about["warnings"][0]
     small.same_files(tmp_path / "hull", tmp_path / "none")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plan.test_hull import ladder, rung
+from waterfill.plan import allocators as home
 from waterfill.plan.allocation import Context, allocators, find_allocator
 from waterfill.plan.allocators.evolutionary import OFFSPRING
 from waterfill.plan.hull import Curves, curves, smallest
@@ -209,6 +212,20 @@ def test_names() -> None:
         find_allocator("random")
     with pytest.raises(SpecError, match="compress --allocate evolutionary"):
         allocate("evolutionary", curves({"a": rungs(100, 1.0)}), 100, context({"a": 100}))
+
+
+def test_an_allocator_is_found_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of planning.md is one."""
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    example = next(
+        text for text in re.findall(r"```python\n(.*?)```", page, re.S) if "def " in text
+    )
+    (tmp_path / "smallest_of_all.py").write_text(example)
+    monkeypatch.setattr(home, "__path__", [*home.__path__, str(tmp_path)])
+    assert "smallest_of_all" in allocators()
+    c = curves({"a": rungs(100, 1.0), "b": ladder(300, 1.0)})
+    assert total(allocate("smallest_of_all", c, 900, context({}))) == smallest(c)
+    sys.modules.pop(f"{home.__name__}.smallest_of_all")
 
 
 class Pretend:

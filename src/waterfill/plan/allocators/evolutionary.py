@@ -72,12 +72,11 @@ def _generation(search: _Search, state: Mapping[str, Any]) -> dict[str, Any] | N
     children = [child for child in drawn if child is not None]
     order = np.random.default_rng([trial.seed, number]).permutation(trial.windows).tolist()
     for tokens, survivors in (*STAGES, (trial.window * trial.windows, 1)):
-        # Of as many as may stay, none has to be left out; but the last one meets its parent.
-        harms = []
         windows = sorted(order[: -(-tokens // trial.window)])
         last = len(windows) == trial.windows
         if len(children) <= survivors and not last:
-            continue
+            continue  # nobody has to go
+        harms = []
         for child in children:
             if trial.is_over(number):
                 return None
