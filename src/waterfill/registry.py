@@ -62,6 +62,14 @@ class Codec:
         """Operating points of this codec worth pricing for such a tensor, cheapest first."""
         raise NotImplementedError
 
+    @property
+    def fair_rows(self) -> int:
+        """Rows that a sample must have for the price of it to be the price of a tall matrix.
+
+        More than nothing where what all rows share (`shared`) is fitted to them: it fits a few too well.
+        """
+        return 0
+
     def between(self, other: Self, t: float) -> Self | None:
         """A codec at fraction t (0..1) of the way to another rung; None if rungs are discrete."""
         return None

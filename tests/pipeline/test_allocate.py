@@ -167,8 +167,8 @@ def test_evolution_judges_by_text_it_has_not_seen(
     """A search that is led astray gives the file that it began with."""
     generations(3)
     hull = compress(tmp_path / "hull")
-    honest = evolving.Tried.harm
-    monkeypatch.setattr(evolving.Tried, "harm", lambda *given: -honest(*given))
+    honest = evolving.Tried.harms
+    monkeypatch.setattr(evolving.Tried, "harms", lambda *given: [-x for x in honest(*given)])
     record = compress(tmp_path / "out", allocate="evolutionary")
     assert kl(record) == kl(hull)
     small.same_files(tmp_path / "hull", tmp_path / "out")

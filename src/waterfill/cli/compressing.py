@@ -32,7 +32,7 @@ def compress(args: argparse.Namespace) -> Any:
         codec=dict(args.codec),
         allocate=args.allocate,
         minutes=args.minutes or MINUTES,
-        calibration=_calibration(args.calibrate),
+        calibration=calibration(args.calibrate),
         tokens=args.tokens or TOKENS,
         propagate=not args.no_propagate,
         force=args.force,
@@ -96,7 +96,7 @@ def _compress_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tokens", type=count, help=f"calibration tokens (default {TOKENS})")
     p.add_argument(
         "--minutes",
-        type=_minutes,
+        type=minutes,
         metavar="M",
         help=f"of search, for --allocate evolutionary (default {MINUTES:g}); it goes on after an interrupt",
     )
@@ -236,7 +236,8 @@ def _plan_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _calibration(values: Sequence[str] | None) -> Any:
+def calibration(values: Sequence[str] | None) -> Any:
+    """What --calibrate was given, as `waterfill.compress` takes it."""
     if not values:
         return None
     return "self" if list(values) == ["self"] else list(values)
@@ -305,7 +306,8 @@ def _pair(text: str) -> tuple[str, str]:
     return glob, spec
 
 
-def _minutes(text: str) -> float:
+def minutes(text: str) -> float:
+    """A time that a search may take."""
     try:
         value = float(text)
     except ValueError:

@@ -3,14 +3,17 @@
 from waterfill.pipeline.compare import compare, record_of, show
 from waterfill.pipeline.compress import compress
 from waterfill.pipeline.diffing import diff, diff_to
+from waterfill.pipeline.methods import compare_methods
 from waterfill.pipeline.patching import patch, show_patch
 from waterfill.pipeline.planning import plan, price_statistics
 from waterfill.pipeline.plans import plan_json, read_plan
 from waterfill.pipeline.preparing import calibrate_to, warnings_of
+from waterfill.pipeline.survey import survey
 
 __all__ = [
     "calibrate_to",
     "compare",
+    "compare_methods",
     "compress",
     "diff",
     "diff_to",
@@ -22,5 +25,6 @@ __all__ = [
     "record_of",
     "show",
     "show_patch",
+    "survey",
     "warnings_of",
 ]
