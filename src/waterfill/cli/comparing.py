@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from waterfill.cli.compressing import TOKENS, calibration
+from waterfill.cli.compressing import MINUTES, TOKENS, calibration, minutes
 from waterfill.cli.grammar import Verb, checked, count, named, path, trust
 from waterfill.cli.printing import table
 
@@ -31,6 +31,7 @@ def compare(args: argparse.Namespace) -> Any:
         stride=args.stride,
         tokens=args.tokens,
         propagate=args.propagate,
+        minutes=args.minutes,
         trust_remote_code=args.trust_remote_code,
         progress=args.progress,
     )
@@ -85,6 +86,8 @@ def _compare_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tokens", type=count, default=16384, help="of text, at most (default 16384)")
     p.add_argument("--propagate", action="store_true",
                    help="encode twice, as compress does: blocks make up for what those before them lost")  # fmt: skip
+    p.add_argument("--minutes", type=minutes, default=MINUTES, metavar="M",
+                   help=f"of search in each cell of @evolutionary (default {MINUTES:g})")  # fmt: skip
     trust(p)
 
 

@@ -21,8 +21,10 @@ from waterfill import __version__
 from waterfill.calibrate import Statistics
 from waterfill.pipeline.compare import Yardstick
 from waterfill.pipeline.compress import compress
+from waterfill.pipeline.evolving import MINUTES
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.pipeline.preparing import check_early, statistics_for
+from waterfill.plan.allocation import find_allocator
 from waterfill.plan.budget import budget_nbytes, parse_budget
 from waterfill.plan.price import AUTO, Rules
 from waterfill.registry import codec_ids, find_codec, parse_spec
@@ -56,6 +58,8 @@ def parse_method(text: str) -> Method:
         raise SpecError("a method is empty; write for example trellis or integer@uniform")
     if match[1] != AUTO:
         parse_spec(match[1])
+    if match[2]:
+        find_allocator(match[2])
     options = {"allocate": match[2], "tune": match[3]}
     return Method(text.strip(), match[1], {k: v for k, v in options.items() if v})
 
@@ -74,13 +78,14 @@ class Bench:
     source : opened model
     statistics : of its calibration
     yardstick : what artifacts are measured by
-    propagate : as of `waterfill.compress`
+    propagate, minutes : as of `waterfill.compress`
     """
 
     source: Source
     statistics: Statistics
     yardstick: Yardstick
     propagate: bool
+    minutes: float
 
     @property
     def totals(self) -> dict[str, int]:
@@ -105,6 +110,7 @@ def compare_methods(
     stride: int | None = None,
     tokens: int | None = 16384,
     propagate: bool = False,
+    minutes: float = MINUTES,
     trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
@@ -119,6 +125,7 @@ def compare_methods(
     text, window, stride, tokens : what is measured on; see `waterfill.compare`
     calibration, calibration_tokens : see `waterfill.compress`
     propagate : encode a second time, as `waterfill.compress` does; most papers encode once
+    minutes : for each cell of an allocator that searches
 
     Returns
     -------
@@ -149,7 +156,7 @@ def compare_methods(
         tokens=tokens,
         trust_remote_code=trust_remote_code,
     )
-    bench = Bench(source, statistics, yardstick, propagate)
+    bench = Bench(source, statistics, yardstick, propagate, minutes)
     cells = []
     for cell in _grid(bench, out, chosen, sizes):
         cells.append(cell)
@@ -205,9 +212,10 @@ def _grid(
     for method in methods:
         for size in sizes:
             budget = budget_nbytes(**bench.totals, **parse_budget(str(size)))  # type: ignore[arg-type]
+            options = [bench.propagate, bench.minutes] if method.options else [bench.propagate]
             key = [
                 bench.source.fingerprint(), bench.statistics.digest, method.text, budget,
-                bench.yardstick.windows.protocol, bench.propagate, __version__,
+                bench.yardstick.windows.protocol, options, __version__,
             ]  # fmt: skip
             digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
             kept = out / "cells" / f"{digest}.json"
@@ -229,6 +237,7 @@ def _cell(bench: Bench, folder: Path, method: Method, budget: int) -> dict[str, 
             codec={"*": method.codec},
             calibration=bench.statistics.folder,
             propagate=bench.propagate,
+            minutes=bench.minutes,
             force=True,
             **method.options,  # type: ignore[arg-type]
         )
