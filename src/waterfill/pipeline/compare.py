@@ -131,6 +131,12 @@ class Yardstick:
     activations: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What is measured on, and how, before anything is."""
+        how = {"activations": self.activations} if self.activations else {}
+        return {**self.windows.protocol, **how}
+
     @classmethod
     def open(
         cls,
