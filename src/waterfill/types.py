@@ -34,6 +34,8 @@ __all__ = [
     "Spec",
     "SpecError",
     "TensorInfo",
+    "Term",
+    "Tunable",
     "WaterfillError",
     "Weighting",
     "is_shape",
@@ -346,6 +348,70 @@ class Integers:
             values *= self.columns
             values *= rows
         return values
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """Blocks of a matrix, each of them an entry of a table.
+
+    Attributes
+    ----------
+    codes : int32 (M, N), not negative
+        Which entry each block is. M blocks reach down all rows and N across all columns; what of
+        the last ones sticks out counts for nothing.
+    table : float32 (books, entries, height, width)
+        With blocks of height and width 1 an entry is a number, else a vector or a tile. Entries that
+        a book lacks are NaN.
+    book : int32, broadcast to the shape of `codes`
+        Which of the books a block is taken from.
+    """
+
+    codes: Array
+    table: Floats
+    book: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Tunable:
+    """A coded matrix (m, n) as what tuning may change of it: codes, and numbers beside them.
+
+    Element (i, j) is ``sum of the terms * columns[j] * scales[i, j // group]``.
+
+    Attributes
+    ----------
+    shape : (outputs m, inputs n)
+    terms : tuple of Term
+    scales : float32 (m, ceil(n / group)), or (1, ceil(n / group)) where all rows share them
+    group : int
+        Columns that share a scale.
+    columns : float32 (n,)
+    learned : names of what may change beside the codes: ``scales``, ``columns``, ``tables``
+    fixed : float32 (m, n), or None
+        Elements that stay as they are, whatever their code; NaN for all others.
+    coded : bool
+        Codes are entropy coded: rare ones take more bytes.
+    """
+
+    shape: tuple[int, int]
+    terms: tuple[Term, ...]
+    scales: Floats
+    group: int
+    columns: Floats
+    learned: frozenset[str]
+    fixed: Floats | None = None
+    coded: bool = False
+
+    def values(self) -> Floats:
+        """Float32 (m, n), not rounded to a dtype; a codec's own products may differ in the last bits."""
+        m, n = self.shape
+        whole = np.zeros(self.shape, np.float32)
+        for term in self.terms:
+            books = np.broadcast_to(term.book, term.codes.shape)
+            blocks = term.table[books, term.codes].transpose(0, 2, 1, 3)
+            rows, height, columns, width = blocks.shape
+            whole += blocks.reshape(rows * height, columns * width)[:m, :n]
+        whole = whole * self.columns * np.repeat(self.scales, self.group, axis=1)[:, :n]
+        return whole if self.fixed is None else np.where(np.isnan(self.fixed), whole, self.fixed)
 
 
 @dataclass(frozen=True)
