@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from waterfill.codecs.float import floats
+from waterfill.coding.levels import floats
 from waterfill.registry import parse_spec
 from waterfill.types import FormatError, SpecError, TensorInfo, Weighting
 

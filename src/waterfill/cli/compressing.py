@@ -8,11 +8,12 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from waterfill.cli.grammar import Verb, checked, count, force, named, path, trust
+from waterfill.cli.grammar import Verb, count, force, named, path, size_options, trust
 from waterfill.cli.printing import short, table, warn
 from waterfill.types import Record
 
 TOKENS = 32768  # of calibration text, if not said otherwise
+TUNE_STEPS = 64
 MINUTES = 10.0  # of a search that runs the model
 
 
@@ -35,6 +36,8 @@ def compress(args: argparse.Namespace) -> Any:
         calibration=calibration(args.calibrate),
         tokens=args.tokens or TOKENS,
         propagate=not args.no_propagate,
+        tune=args.tune,
+        tune_steps=args.tune_steps or TUNE_STEPS,
         force=args.force,
         trust_remote_code=args.trust_remote_code,
         command=args.command_line,
@@ -77,6 +80,8 @@ def _say_budget(args: argparse.Namespace, record: Record) -> None:
                 f"  on {predicted['tokens_calibration']:,} tokens of the calibration text: "
                 f"{predicted['kl_nats_calibration']:.4g}"
             )
+        if "kl_nats_untuned" in predicted:
+            print(f"  before it was tuned: {predicted['kl_nats_untuned']:.4g}")
     print(
         f"next: waterfill eval {shlex.quote(str(args.out))} --against {shlex.quote(args.model)} --text FILE"
     )
@@ -105,6 +110,18 @@ def _compress_options(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="encode once: do not let blocks make up for what the ones before them lost (faster)",
     )
+    p.add_argument(
+        "--tune",
+        choices=("pv",),
+        help="go on and better codes and scales on the text, at the same size; takes some 20 bytes of "
+        "memory a weight, and codecs with codes of their own such as integer (docs/tuning.md)",
+    )
+    p.add_argument(
+        "--tune-steps",
+        type=count,
+        metavar="N",
+        help=f"of about 2,048 tokens each (default {TUNE_STEPS}); time goes with them",
+    )
     force(p, "OUT")
     trust(p)
 
@@ -116,12 +133,15 @@ def _compress_misuse(args: argparse.Namespace) -> str:
         return "a --plan has an allocation of its own: leave --allocate out, or name a size"
     if args.minutes and not (args.allocate and find_allocator(args.allocate).starts_from):
         return "--minutes is for an allocator that searches: --allocate evolutionary"
+    if args.tune_steps and not args.tune:
+        return "--tune-steps says how long to tune: add --tune pv, or leave it out"
     if not args.lossless:
         return ""
     options = {
         "--calibrate": args.calibrate,
         "--tokens": args.tokens,
         "--no-propagate": args.no_propagate,
+        "--tune": args.tune,
         "--keep": args.keep,
         "--codec": args.codec,
         "--allocate": args.allocate,
@@ -245,27 +265,8 @@ def calibration(values: Sequence[str] | None) -> Any:
 
 def _budget(p: argparse.ArgumentParser, or_plan: bool = False) -> None:
     from waterfill.plan.allocation import DEFAULT, allocators
-    from waterfill.plan.budget import parse_ratio, parse_size
 
-    one = p.add_mutually_exclusive_group(required=True)
-    one.add_argument(
-        "--size",
-        type=checked(parse_size),
-        metavar="SIZE",
-        help="of the weights file: 250MB, 1.5GiB, 123456",
-    )
-    one.add_argument(
-        "--bits",
-        type=_bits,
-        metavar="B",
-        help="average bits per weight, every byte of the file counted",
-    )
-    one.add_argument(
-        "--ratio",
-        type=checked(parse_ratio),
-        metavar="R",
-        help="share of the original's bytes: 20%%",
-    )
+    one = size_options(p)
     if or_plan:
         one.add_argument(
             "--lossless",
@@ -314,16 +315,6 @@ def minutes(text: str) -> float:
         value = -1.0
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} is no time in minutes; try 30")
-    return value
-
-
-def _bits(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 128:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits per weight; try 3.2")
     return value
 
 

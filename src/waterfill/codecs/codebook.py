@@ -15,9 +15,11 @@ from waterfill.types import (
     DTYPES,
     FLOAT_DTYPES,
     Array,
+    Encoded,
     Floats,
     SpecError,
     TensorInfo,
+    Tunable,
     Weighting,
 )
 
@@ -142,23 +144,14 @@ class Codebook(Codec):
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array
     ) -> None:
         """As `decode`, some rows at a time."""
-        m, n = info.matrix_shape
-        count = 1 << self.bits
+        n = info.matrix_shape[1]
         exponent = levels.read_exponent(extra, info)
-        if self.table == "row":
-            tables = levels.read_half(parts["tables"], (m, count), info, "tables")
-        else:
-            table = levels.read_half(parts["levels"], (count,), info, "levels")
-            groups = -(-n // self.group)
-            scales = levels.read_half(parts["scales"], (m, groups), info, "scales")
-        places, kept = np.zeros(0, np.int64), np.zeros(0, np.float32)
-        if self.outliers:
-            places, kept = sparse.read(parts["outliers"], info)
-        codes = levels.read_codes(parts["codes"], info, self.bits, self.pack, count)
+        codes, table, scales = self._read(parts, info)
+        places, kept = self._apart(parts, info)
 
         def values(rows: slice) -> Floats:
             if self.table == "row":
-                found = np.take_along_axis(tables[rows], codes[rows].astype(np.intp), axis=1)
+                found = np.take_along_axis(table[rows], codes[rows].astype(np.intp), axis=1)
             else:
                 found = table[codes[rows]] * levels.spread(scales[rows], self.group, n)
             few = slice(*np.searchsorted(places, (rows.start * n, rows.stop * n)))
@@ -166,6 +159,47 @@ class Codebook(Codec):
             return found
 
         levels.fill(out, info, values, exponent)
+
+    def tunable(self, one: Encoded) -> Tunable | None:
+        """Codes, levels and scales; outliers stay."""
+        exponent, fixed = levels.read_exponent(one.extra, one.info), None
+        codes, table, scales = self._read(one.parts, one.info)
+        if self.outliers:
+            places, kept = self._apart(one.parts, one.info)
+            fixed = levels.apart(places, kept, codes.shape, exponent)
+        group = self.group if self.table == "tensor" else max(codes.shape[1], 1)
+        learned = ["tables", "scales"] if self.table == "tensor" else ["tables"]
+        return levels.tunable(codes, table, scales, group, exponent, learned, self.pack, fixed)
+
+    def retuned(self, tunable: Tunable, one: Encoded) -> dict[str, bytes]:
+        """Other codes and levels, and scales if there are any."""
+        table = levels.halves(levels.half(tunable.terms[0].table))
+        made = {"tables": table, "levels": table} | levels.retuned(
+            tunable, one.extra, self.bits, self.pack
+        )
+        return {name: made.get(name, data) for name, data in one.parts.items()}
+
+    def _read(
+        self, parts: Mapping[str, bytes], info: TensorInfo
+    ) -> tuple[levels.Codes, Floats, Floats]:
+        """Codes, levels (k,) or (m, k), and scales: a one for each row that has a table."""
+        m, n = info.matrix_shape
+        count = 1 << self.bits
+        scales = np.ones((m, 1), np.float32)
+        if self.table == "row":
+            table = levels.read_half(parts["tables"], (m, count), info, "tables")
+        else:
+            table = levels.read_half(parts["levels"], (count,), info, "levels")
+            groups = -(-n // self.group)
+            scales = levels.read_half(parts["scales"], (m, groups), info, "scales")
+        codes = levels.read_codes(parts["codes"], info, self.bits, self.pack, count)
+        return codes, table, scales
+
+    def _apart(self, parts: Mapping[str, bytes], info: TensorInfo) -> tuple[Array, Floats]:
+        """Places and values of the outliers."""
+        if not self.outliers:
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        return sparse.read(parts["outliers"], info)
 
     def _fit(self, columns: Floats, weights: Any, importance: Floats) -> Floats:
         """Levels (k,) or (k, m) of columns (n, m), given what errors cost (broadcastable to them)."""

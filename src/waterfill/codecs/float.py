@@ -16,11 +16,13 @@ from waterfill.types import (
     DTYPES,
     FLOAT_DTYPES,
     Array,
+    Encoded,
     Floats,
     FormatError,
     Integers,
     SpecError,
     TensorInfo,
+    Tunable,
     Weighting,
 )
 
@@ -109,7 +111,7 @@ class Float(Codec):
         exponent = levels.power_of_two(matrix)
         columns = np.ascontiguousarray(np.ldexp(matrix, exponent).T)
         lower = levels.metric(len(columns), weighting, self.damping, self.solver)
-        tables = [floats(ebits, self.bits - 1 - ebits) for ebits in self._splits()]
+        tables = [levels.floats(ebits, self.bits - 1 - ebits) for ebits in self._splits()]
         chosen = levels.best_table(columns, lower, weighting, self.group, tables)
         ebits, signed = self._splits()[chosen], tables[chosen]
         caps = self._row_caps(columns, lower, signed)
@@ -137,9 +139,7 @@ class Float(Codec):
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array
     ) -> None:
         """As `decode`, some rows at a time."""
-        table = self._table(extra, info)
-        exponent = levels.read_exponent(extra, info)
-        scales = self._read_scales(parts["scales"], info)
+        table, scales, exponent = self._numbers(parts, extra, info)
         codes = self._codes(parts["codes"], info, table)
         n = info.matrix_shape[1]
 
@@ -147,6 +147,18 @@ class Float(Codec):
             return table[codes[rows]] * levels.spread(scales[rows], self.group, n)
 
         levels.fill(out, info, values, exponent)
+
+    def tunable(self, one: Encoded) -> Tunable | None:
+        """Codes and scales, where these are free."""
+        if self.scales != "free":
+            return None
+        table, scales, exponent = self._numbers(one.parts, one.extra, one.info)
+        codes = self._codes(one.parts["codes"], one.info, table)
+        return levels.tunable(codes, table, scales, self.group, exponent, ["scales"], self.pack)
+
+    def retuned(self, tunable: Tunable, one: Encoded) -> dict[str, bytes]:
+        """Other codes and scales."""
+        return levels.retuned(tunable, one.extra, self.bits, self.pack)
 
     def integers(
         self,
@@ -156,10 +168,8 @@ class Float(Codec):
         outline: bool = False,
     ) -> Integers | None:
         """Floats as whole steps of the smallest of them, where these fit a signed byte."""
-        table = self._table(extra, info)
+        table, scales, exponent = self._numbers(parts, extra, info)
         step = table[len(table) // 2 + 1]
-        exponent = levels.read_exponent(extra, info)
-        scales = self._read_scales(parts["scales"], info)
         with np.errstate(over="ignore", under="ignore"):
             rows = np.ldexp(scales, -exponent)
             if table.max() > 127 * step or not np.array_equal(np.ldexp(rows, exponent), scales):
@@ -191,9 +201,8 @@ class Float(Codec):
     def _free(self, target: Floats, importance: Floats, signed: Floats) -> Floats:
         if self.search == "absmax":
             return levels.half(np.abs(target).max(axis=0, initial=0) / signed[-1])
-        return np.abs(
-            levels.search_scale(target, importance, signed)[0]
-        )  # the levels are symmetric
+        # The levels are symmetric.
+        return np.abs(levels.search_scale(target, importance, signed)[0])
 
     def _scale(self, target: Floats, importance: Floats, signed: Floats, caps: Floats) -> Floats:
         if self.scales == "free":
@@ -227,22 +236,15 @@ class Float(Codec):
             raise FormatError(f"{info.name}: a scale lies outside its range")
         return np.ldexp(caps, octaves)
 
-    def _table(self, extra: Mapping[str, Any], info: TensorInfo) -> Floats:
-        """The number of each code, ascending."""
+    def _numbers(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
+    ) -> tuple[Floats, Floats, int]:
+        """The number of each code, ascending; scales and their exponent."""
         ebits = extra.get("ebits", self.ebits)
         if type(ebits) is not int or not 1 <= ebits <= min(5, self.bits - 1):
             raise FormatError(f"{info.name}: {ebits!r} bits of exponent of {self.bits}")
-        return floats(ebits, self.bits - 1 - ebits)
+        table = levels.floats(ebits, self.bits - 1 - ebits)
+        return table, self._read_scales(parts["scales"], info), levels.read_exponent(extra, info)
 
     def _codes(self, data: bytes, info: TensorInfo, table: Floats) -> Array:
         return levels.read_codes(data, info, self.bits, self.pack, len(table))
-
-
-def floats(ebits: int, mbits: int) -> Floats:
-    """Every float of these bits, ascending, the largest between one and two."""
-    code = np.arange(1 << (ebits + mbits))
-    octave, mantissa = code >> mbits, code & ((1 << mbits) - 1)
-    # The lowest octave has no leading one, and the spacing of the next.
-    whole = mantissa + np.where(octave > 0, 1 << mbits, 0)
-    positive = np.ldexp(whole, np.maximum(octave, 1) - mbits - (1 << ebits) + 1)
-    return np.concatenate([-positive[:0:-1], positive]).astype(np.float32)

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from waterfill.coding import levels
 from waterfill.coding.adaround import adaround
 from waterfill.coding.coordinate import Quadratic
 from waterfill.coding.entropy import decode_ints, encode_ints
@@ -20,16 +21,18 @@ from waterfill.types import (
     DTYPES,
     FLOAT_DTYPES,
     Array,
+    Encoded,
     Floats,
     FormatError,
     Integers,
     SpecError,
     TensorInfo,
+    Tunable,
     Weighting,
     from_float32,
 )
 
-BLOCK_WEIGHTS = 1 << 18  # decoded at a time
+BLOCK_WEIGHTS = 1 << 16  # decoded at a time, in a near cache
 SOLVERS = ("nearest", "successive", "coordinate", "adaround")
 
 
@@ -38,7 +41,7 @@ class Integer(Codec):
     """``q * scale``, one float16 scale for each row and group of input columns.
 
     The scale is searched: the clip, and the sign of the scale, that minimise the weighted error of
-    its group. Then it is rounded, better the later in this list:
+    its group. Then it is rounded, as a rule better the later in this list:
 
     - nearest: each weight by itself;
     - successive: columns last to first, errors carried on (GPTQ, Frantar et al. 2022);
@@ -154,7 +157,9 @@ class Integer(Codec):
             some = slice(*np.searchsorted(places, (first * n, rows.stop * n)))
             values.reshape(-1)[places[some] - first * n] = kept[some]
             with np.errstate(over="ignore", under="ignore"):
-                matrix[rows] = from_float32(np.ldexp(values, -exponent), info.dtype)
+                if exponent:
+                    np.ldexp(values, -exponent, out=values)
+                matrix[rows] = from_float32(values, info.dtype)
 
     def integers(
         self,
@@ -173,6 +178,25 @@ class Integer(Codec):
                 return None
         levels = None if outline else self._levels(parts["codes"], info)
         return self._integers(levels, whole, info.matrix_shape[1])
+
+    def tunable(self, one: Encoded) -> Tunable | None:
+        """Integers and scales; outliers stay."""
+        (m, n), top, fixed = one.info.matrix_shape, 1 << (self.bits - 1), None
+        scales, exponent = self._scales(one.parts["scales"], one.extra, one.info)
+        if "outliers" in one.parts:
+            places, kept = decode_outliers(one.parts["outliers"], m * n)
+            fixed = levels.apart(places, kept, (m, n), exponent)
+        codes = self._levels(one.parts["codes"], one.info).astype(np.int16) + top
+        table = np.arange(-top, top, dtype=np.float32)
+        return levels.tunable(
+            codes, table, scales, self.group, exponent, ["scales"], self.pack, fixed
+        )
+
+    def retuned(self, tunable: Tunable, one: Encoded) -> dict[str, bytes]:
+        """Parts of the same form."""
+        codes = self._pack(tunable.terms[0].codes - (1 << (self.bits - 1)))
+        scales = levels.retuned_scales(tunable, one.extra)
+        return {**one.parts, "codes": codes, "scales": scales}
 
     def _integers(self, levels: Array | None, scales: Floats, n: int) -> Integers:
         spread = np.full(n, 2.0**self.bits / 4, np.float32)

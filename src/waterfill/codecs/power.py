@@ -14,10 +14,12 @@ from waterfill.types import (
     DTYPES,
     FLOAT_DTYPES,
     Array,
+    Encoded,
     Floats,
     FormatError,
     SpecError,
     TensorInfo,
+    Tunable,
     Weighting,
 )
 
@@ -112,6 +114,27 @@ class Power(Codec):
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array
     ) -> None:
         """As `decode`, some rows at a time."""
+        n = info.matrix_shape[1]
+        codes, table, scales, exponent = self._read(parts, extra, info)
+
+        def values(rows: slice) -> Floats:
+            return table[codes[rows]] * levels.spread(scales[rows], self.group, n)
+
+        levels.fill(out, info, values, exponent)
+
+    def tunable(self, one: Encoded) -> Tunable | None:
+        """Codes and scales; the levels are those of the power."""
+        codes, table, scales, exponent = self._read(one.parts, one.extra, one.info)
+        return levels.tunable(codes, table, scales, self.group, exponent, ["scales"], self.pack)
+
+    def retuned(self, tunable: Tunable, one: Encoded) -> dict[str, bytes]:
+        """Other codes and scales, the same levels."""
+        return {**one.parts, **levels.retuned(tunable, one.extra, self.bits, self.pack)}
+
+    def _read(
+        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
+    ) -> tuple[Array, Floats, Floats, int]:
+        """Codes, levels, scales and their exponent."""
         m, n = info.matrix_shape
         exponent = levels.read_exponent(extra, info)
         scales = levels.read_half(parts["scales"], (m, -(-n // self.group)), info, "scales")
@@ -121,11 +144,7 @@ class Power(Codec):
         if (np.diff(table) < 0).any():
             raise FormatError(f"{info.name}: the levels are not in order")
         codes = levels.read_codes(parts["codes"], info, self.bits, self.pack, len(table))
-
-        def values(rows: slice) -> Floats:
-            return table[codes[rows]] * levels.spread(scales[rows], self.group, n)
-
-        levels.fill(out, info, values, exponent)
+        return codes, table, scales, exponent
 
 
 def power_levels(bits: int, exponent: float) -> Floats:

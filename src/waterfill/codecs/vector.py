@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from waterfill.coding.books import Books, half
 from waterfill.coding.columns import (
     GRID,
     diagonal,
@@ -16,7 +17,7 @@ from waterfill.coding.columns import (
     scaled_columns,
     share_bits,
 )
-from waterfill.coding.kmeans_vectors import MAX_SIZE, assign, decode_indices, encode_indices, kmeans
+from waterfill.coding.kmeans_vectors import MAX_SIZE, assign, kmeans
 from waterfill.coding.rounding import finite, successive
 from waterfill.coding.scales import LIMIT, decode_grid, encode_grid, from_grid, to_grid
 from waterfill.coding.sections import join, split
@@ -24,16 +25,18 @@ from waterfill.registry import Codec, codec
 from waterfill.types import (
     FLOAT_DTYPES,
     Array,
+    Encoded,
     Floats,
     FormatError,
     SpecError,
     TensorInfo,
+    Tunable,
     Weighting,
 )
 
 MAX_CLASSES = 64
 TINY = 1e-30
-Books = list[tuple[Floats, Floats]]  # of each class: the codebook, and the one of what it leaves
+Pairs = list[tuple[Floats, Floats]]  # of each class: the codebook, and the one of what it leaves
 
 
 @codec("vector", version=1)
@@ -131,19 +134,14 @@ class Vector(Codec):
         for _ in range(self.passes if lower.ndim == 2 else 1):
             books = self._books(aims, energy, ids, sizes)
             first, second, aims = self._round(padded, lower, books, ids)
-        streams = [
-            encode_indices(index[ids == c].T, len(book))
-            for c, pair in enumerate(books)
-            for index, book in zip((first, second), pair, strict=True)
-        ]
+        made = Books(books, ids, (first.T, second.T))
         shapes = np.array([len(book) for pair in books for book in pair])
-        entries = b"".join(book.astype("<f2").tobytes() for pair in books for book in pair)
-        columns = [encode_grid(column_grid), encode_grid(ids), encode_grid(shapes), entries]
+        columns = [encode_grid(column_grid), encode_grid(ids), encode_grid(shapes), made.entries()]
         scales = encode_grid(row_grid)
-        return {"codes": join(streams), "scales": scales, "books": join(columns)}, {}
+        return {"codes": made.streams(), "scales": scales, "books": join(columns)}, {}
 
     def _round(
-        self, weight: Floats, lower: Floats, books: Books, ids: Array
+        self, weight: Floats, lower: Floats, books: Pairs, ids: Array
     ) -> tuple[Array, Array, Floats]:
         """Indices into both codebooks, uint16 (n, vectors), and what each column was rounded to."""
         first, second = np.zeros((2, len(weight), weight.shape[1] // self.length), np.uint16)
@@ -188,17 +186,17 @@ class Vector(Codec):
         sizes: Array = np.rint(2**bits).astype(np.int64)
         return sizes
 
-    def _books(self, aims: Floats, energy: Floats, ids: Array, sizes: Array) -> Books:
+    def _books(self, aims: Floats, energy: Floats, ids: Array, sizes: Array) -> Pairs:
         books = []
         for c, size in enumerate(sizes):
             vectors = aims[ids == c].reshape(-1, self.length)
             worth = energy[ids == c] if self.weighted else np.ones_like(energy[ids == c])
             worth = np.repeat(worth, aims.shape[1] // self.length)
             second = round(size**self.residual)
-            book = _half(kmeans(vectors, worth, max(1, round(size / second))))
+            book = half(kmeans(vectors, worth, max(1, round(size / second))))
             rest = np.zeros((0, self.length), np.float32)
             if second > 1:
-                rest = _half(kmeans(vectors - book[assign(vectors, book)], worth, second))
+                rest = half(kmeans(vectors - book[assign(vectors, book)], worth, second))
             books.append((book, rest))
         return books
 
@@ -211,7 +209,30 @@ class Vector(Codec):
             if any(parts.values()):
                 raise FormatError(f"{info.name}: bytes where there are no weights")
             return info.unmatrix(np.zeros((m, n), np.float32))
-        columns, coded_ids, coded_sizes, entries = split(memoryview(parts["books"]), 4)
+        books, row_scale, scale = self._read(parts, info)
+        with np.errstate(over="ignore", under="ignore"):
+            values = books.values(m) * row_scale[:, None] * scale
+        if not np.isfinite(values).all():
+            raise FormatError(f"{info.name}: a weight is not finite")
+        return info.unmatrix(values)
+
+    def tunable(self, one: Encoded) -> Tunable | None:
+        """Indices and codebooks; scales are steps of a grid, and stay."""
+        if not one.info.size:
+            return None
+        books, row_scale, scale = self._read(one.parts, one.info)
+        return books.tunable(row_scale, scale)
+
+    def retuned(self, tunable: Tunable, one: Encoded) -> dict[str, bytes]:
+        """Other indices and codebooks of the same sizes."""
+        books = self._read(one.parts, one.info)[0].retuned(tunable)
+        columns = [*split(one.parts["books"], 4)[:3], books.entries()]
+        return {**one.parts, "codes": books.streams(), "books": join(columns)}
+
+    def _read(self, parts: Mapping[str, bytes], info: TensorInfo) -> tuple[Books, Floats, Floats]:
+        """Indices and codebooks, and the scales of rows and columns."""
+        m, n = info.matrix_shape
+        columns, coded_ids, coded_sizes, entries = split(parts["books"], 4)
         scale = from_grid(decode_grid(columns, n, LIMIT * GRID), GRID)
         row_scale = from_grid(decode_grid(parts["scales"], m, LIMIT * GRID), GRID)
         ids = decode_grid(coded_ids, n, MAX_CLASSES - 1)
@@ -219,28 +240,6 @@ class Vector(Codec):
         sizes = decode_grid(coded_sizes, 2 * max(count, 1), MAX_SIZE)
         if ids.min() < 0 or sizes.min() < 0 or sizes[::2].min() < 1:
             raise FormatError(f"{info.name}: a class or the size of its codebook is impossible")
-        if len(entries) != 2 * self.length * int(sizes.sum()):
-            raise FormatError(f"{info.name}: the codebooks are cut short or too long")
-        every = np.frombuffer(entries, "<f2").astype(np.float32).reshape(-1, self.length)
-        if not np.isfinite(every).all():
-            raise FormatError(f"{info.name}: a centroid is not finite")
-        books = np.split(every, np.cumsum(sizes)[:-1])
-        streams = split(memoryview(parts["codes"]), len(books))
-        tall, values = -(-m // self.length), np.empty((m, n), np.float32)
-        for c in range(count):
-            own = np.flatnonzero(ids == c)
-            picked = np.zeros((tall, own.size, self.length), np.float32)
-            for book, stream in zip(books[2 * c : 2 * c + 2], streams[2 * c :], strict=False):
-                index = decode_indices(stream, (tall, own.size), len(book))
-                picked = picked + book[index] if len(book) else picked
-            values[:, own] = picked.transpose(0, 2, 1).reshape(-1, own.size)[:m]
-        with np.errstate(over="ignore", under="ignore"):
-            values = values * row_scale[:, None] * scale
-        if not np.isfinite(values).all():
-            raise FormatError(f"{info.name}: a weight is not finite")
-        return info.unmatrix(values)
-
-
-def _half(book: Floats) -> Floats:
-    """As a reader will see it."""
-    return np.clip(book, -65504, 65504).astype(np.float16).astype(np.float32)
+        shape = -(-m // self.length), self.length
+        read = Books.read(parts["codes"], entries, sizes.reshape(-1, 2), ids, shape, info)
+        return read, row_scale, scale

@@ -119,7 +119,7 @@ def _sweep(weight: Floats, error: Floats, quadratic: Quadratic, nearest: Nearest
     """Set each column once, first to last, in `error`; whether any weight moved."""
     moved = False
     moment, pivots = quadratic.moment, quadratic.diagonal
-    least = UNSEEN * float(np.mean(pivots, dtype=np.float64))
+    least = UNSEEN * float(np.sum(pivots, dtype=np.float64)) / max(len(pivots), 1)
     for first in range(0, len(error), BLOCK):
         some = slice(first, min(first + BLOCK, len(error)))
         slopes = quadratic.products(error, some)

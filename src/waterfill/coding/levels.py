@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from waterfill.coding.entropy import decode_ints, encode_ints
 from waterfill.coding.packing import pack, unpack
 from waterfill.coding.rounding import factor, successive
-from waterfill.types import Array, Floats, FormatError, TensorInfo, Weighting, from_float32
+from waterfill.types import (
+    Array,
+    Floats,
+    FormatError,
+    TensorInfo,
+    Term,
+    Tunable,
+    Weighting,
+    from_float32,
+)
 
 Codes = NDArray[np.uint8]
 ScaleOf = Callable[[int, Floats, Floats], Floats]
@@ -272,3 +281,59 @@ def fill(
 def spread(scales: Floats, group: int, n: int) -> Floats:
     """Scales (rows, groups) -> (rows, n)."""
     return np.repeat(scales, group, axis=1)[:, :n]
+
+
+def floats(ebits: int, mbits: int) -> Floats:
+    """Every float of these bits, ascending, the largest between one and two."""
+    code = np.arange(1 << (ebits + mbits))
+    octave, mantissa = code >> mbits, code & ((1 << mbits) - 1)
+    # The lowest octave has no leading one, and the spacing of the next.
+    whole = mantissa + np.where(octave > 0, 1 << mbits, 0)
+    positive = np.ldexp(whole, np.maximum(octave, 1) - mbits - (1 << ebits) + 1)
+    return np.concatenate([-positive[:0:-1], positive]).astype(np.float32)
+
+
+def tunable(
+    codes: Array,
+    table: Floats,
+    scales: Floats,
+    group: int,
+    exponent: int,
+    learned: Sequence[str],
+    how: str,
+    fixed: Floats | None = None,
+) -> Tunable | None:
+    """Codes (m, n) of levels (k,), or (m, k) of a table for each row, on scales, for tuning.
+
+    None where float32 cannot hold the scales times ``2**-exponent``.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        whole = np.ldexp(scales, -exponent)
+        if not codes.size or not np.array_equal(np.ldexp(whole, exponent), scales):
+            return None
+    books = table.reshape(-1, table.shape[-1], 1, 1)
+    book = np.arange(len(books), dtype=np.int32)[:, None]
+    term = Term(codes.astype(np.int32), books, book)
+    columns = np.ones(codes.shape[1], np.float32)
+    coded = how == "coded"
+    return Tunable(codes.shape, (term,), whole, group, columns, frozenset(learned), fixed, coded)
+
+
+def apart(places: Array, kept: Floats, shape: tuple[int, ...], exponent: int) -> Floats:
+    """Outliers at these flat places as a matrix for `tunable`: NaN everywhere else."""
+    fixed = np.full(shape, np.nan, np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        fixed.reshape(-1)[places] = np.ldexp(kept, -exponent)
+    return fixed
+
+
+def retuned_scales(tunable: Tunable, extra: Any) -> bytes:
+    """Scales as float16, in the units of the file."""
+    with np.errstate(over="ignore", under="ignore"):
+        return halves(half(np.ldexp(tunable.scales, extra.get("exponent", 0))))
+
+
+def retuned(tunable: Tunable, extra: Any, bits: int, how: str) -> dict[str, bytes]:
+    """Parts ``codes``, as `write_codes` makes them, and ``scales``."""
+    codes = write_codes(tunable.terms[0].codes.astype(np.uint8), bits, how)
+    return {"codes": codes, "scales": retuned_scales(tunable, extra)}

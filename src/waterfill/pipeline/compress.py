@@ -34,6 +34,7 @@ from waterfill.pipeline.plans import check_fits, read_plan, statistics_of
 from waterfill.pipeline.preparing import check_early, statistics_for, warnings_of
 from waterfill.pipeline.propagating import propagate_losses
 from waterfill.pipeline.remeasuring import remeasure
+from waterfill.pipeline.tuning import METHODS, TUNE_STEPS, tune_file
 from waterfill.plan.allocation import DEFAULT, find_allocator
 from waterfill.plan.budget import budget_nbytes
 from waterfill.plan.fill import Coded
@@ -61,6 +62,8 @@ def compress(
     calibration: str | Path | Sequence[str | Path] | None = None,
     tokens: int = 32768,
     propagate: bool = True,
+    tune: str | None = None,
+    tune_steps: int = TUNE_STEPS,
     force: bool = False,
     trust_remote_code: bool = False,
     command: str = "waterfill.compress(...)",
@@ -87,6 +90,9 @@ def compress(
     tokens : calibration tokens
     propagate : encode a second time, each block aimed at what the ones before it have lost, and
         keep the better of the two files
+    tune : ``"pv"`` to go on and better codes and scales together on the calibration text, at the same
+        size (docs/tuning.md). It needs some 20 bytes of memory for each weight, and takes a while
+    tune_steps : of tuning, a batch of about 2,048 tokens each; the time it takes goes with them
     force : replace `out` if it exists
 
     Returns
@@ -99,11 +105,14 @@ def compress(
         With a message that says what to do; nothing is left at `out`.
     """
     return_freed_memory()
+    if tune not in (None, *METHODS) or tune_steps < 1:
+        raise SpecError(f"tune is {' or '.join(METHODS)}, with one step or more, not {tune!r}")
     out = Path(out)
     artifact.refuse_existing(out, force)
     if lossless:
         choices = {"size": size, "bits": bits, "ratio": ratio, "plan": plan, "keep": keep or None,
-                   "codec": codec or None, "allocate": allocate, "calibration": calibration}  # fmt: skip
+                   "codec": codec or None, "allocate": allocate, "calibration": calibration,
+                   "tune": tune}  # fmt: skip
         if given := [name for name, value in choices.items() if value is not None]:
             raise SpecError(f"lossless keeps every bit, so {given[0]} has no meaning: leave it out")
         source = open_source(model, trust_remote_code=trust_remote_code, any_files=True)
@@ -151,6 +160,9 @@ def compress(
             if allocator.starts_from:
                 better = partial(evolve, allocator, state=work / "search.json", minutes=minutes)
             whole, warnings = _measure(encoder, coded, budget, folder, better, propagate)
+            if tune:
+                whole, more = tune_file(priced, budget, folder, whole, tune_steps, progress)
+                warnings += more
             facts = {"allocate": saved.allocate if saved else allocator.name, "warnings": warnings}
             record = _finish(priced, budget, folder, command, out.name, whole, facts)
     except OSError as error:
