@@ -19,6 +19,8 @@ from waterfill import evaluate
 from waterfill.calibrate.text import read_windows, write_itself
 from waterfill.container import FILE_NAME
 from waterfill.pipeline import compress
+from waterfill.pipeline.evolving import MINUTES
+from waterfill.plan.allocation import DEFAULT
 from waterfill.runtime.torch_model import load_model, load_original
 from waterfill.sources.text import load_tokenizer
 
@@ -50,7 +52,9 @@ def digest_of_code() -> str:
     # What runs after the statistics; those have a digest of their own.
     for name in ("batches", "missing", "propagation"):
         digest.update((ROOT / f"src/waterfill/calibrate/{name}.py").read_bytes())
-    for path in sorted(p for folder in folders for p in folder.iterdir() if p.is_file()):
+    for path in sorted(
+        p for f in folders for p in f.rglob("*") if p.suffix in (".py", ".cpp", ".h")
+    ):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -133,13 +137,18 @@ class Subject:
         codec: Mapping[str, str] | None = None,
         keep: Sequence[str] = (),
         propagate: bool = True,
+        allocate: str = DEFAULT,
+        minutes: float = MINUTES,
     ) -> Measured:
         """Compressed by waterfill; parameters as of `waterfill.compress`."""
-        out = self.artifact(size=size, bits=bits, codec=codec, keep=keep, propagate=propagate)
+        out = self.artifact(
+            size=size, bits=bits, codec=codec, keep=keep, propagate=propagate, allocate=allocate,
+            minutes=minutes,
+        )  # fmt: skip
         if not out.exists():
             compress(
                 str(self.path), out, size=size, bits=bits, codec=codec, keep=keep,
-                calibration=self.statistics, propagate=propagate,
+                calibration=self.statistics, propagate=propagate, allocate=allocate, minutes=minutes,
             )  # fmt: skip
         nbytes = (out / FILE_NAME).stat().st_size
         return self._measured(method, nbytes, out, lambda: load_model(out, dtype="float32"))
@@ -152,9 +161,12 @@ class Subject:
         codec: Mapping[str, str] | None = None,
         keep: Sequence[str] = (),
         propagate: bool = True,
+        allocate: str = DEFAULT,
+        minutes: float = MINUTES,
     ) -> Path:
         """Where `planned` leaves what it made under these options."""
-        options = json.dumps([size, bits, dict(codec or {}), list(keep), propagate])
+        given = [size, bits, dict(codec or {}), list(keep), propagate, allocate, minutes]
+        options = json.dumps(given)
         return self.folder / hashlib.sha256(options.encode()).hexdigest()[:12]
 
     def decoded(self, method: str, folder: Path, nbytes: int) -> Measured:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from waterfill.pipeline.compare import compare as compare
     from waterfill.pipeline.compress import compress as compress
     from waterfill.pipeline.diffing import diff as diff
+    from waterfill.pipeline.methods import compare_methods as compare_methods
     from waterfill.pipeline.patching import patch as patch
     from waterfill.pipeline.truncating import truncate as truncate
     from waterfill.registry import Codec as Codec
@@ -48,6 +49,7 @@ _HOMES = {
     "apply_": "runtime.apply",
     "codec": "registry",
     "compare": "pipeline",
+    "compare_methods": "pipeline",
     "compress": "pipeline",
     "decompress": "runtime.plain",
     "diff": "pipeline",

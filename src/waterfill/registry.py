@@ -15,7 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
-from waterfill.types import Array, FormatError, Integers, Spec, SpecError, TensorInfo, Weighting
+from waterfill.types import (
+    Array,
+    Encoded,
+    FormatError,
+    Integers,
+    Spec,
+    SpecError,
+    TensorInfo,
+    Tunable,
+    Weighting,
+)
 
 __all__ = [
     "Codec",
@@ -61,6 +71,14 @@ class Codec:
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """Operating points of this codec worth pricing for such a tensor, cheapest first."""
         raise NotImplementedError
+
+    @property
+    def fair_rows(self) -> int:
+        """Rows that a sample must have for the price of it to be the price of a tall matrix.
+
+        More than nothing where what all rows share (`shared`) is fitted to them: it fits a few too well.
+        """
+        return 0
 
     def between(self, other: Self, t: float) -> Self | None:
         """A codec at fraction t (0..1) of the way to another rung; None if rungs are discrete."""
@@ -140,6 +158,20 @@ class Codec:
         that is not named is left out.
         """
         return sizes
+
+    def tunable(self, one: Encoded) -> Tunable | None:
+        """What was encoded as codes and numbers that tuning may change; None where there are none."""
+        return None
+
+    def retuned(self, tunable: Tunable, one: Encoded) -> dict[str, bytes]:
+        """Parts as of `encode`, from what `tunable` made of the same and tuning has changed since.
+
+        Parameters
+        ----------
+        tunable : with other codes, and other numbers where they are learned; float32, finite
+        one : as it was encoded; its `extra` stays
+        """
+        raise NotImplementedError
 
     def __str__(self) -> str:
         """For people: the id and the options that differ from their defaults."""

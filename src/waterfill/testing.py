@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,7 @@ __all__ = [
     "check_layers",
     "check_round_trip",
     "check_spec",
+    "check_tunable",
     "samples",
 ]
 
@@ -126,6 +128,24 @@ def check_layers(codec: Codec, info: TensorInfo, bits: Array, weighting: Weighti
         assert again is not None and again[-1][0] == sum(lengths.values())
 
 
+def check_tunable(codec: Codec, info: TensorInfo, bits: Array, weighting: Weighting) -> bool:
+    """What tuning may change says what is decoded, before and after; whether there is any such."""
+    parts, extra = codec.encode(bits, info, weighting)
+    one = Encoded(codec.spec, info, parts, extra)
+    tunable = codec.tunable(one)
+    if tunable is None:
+        return False
+    assert codec.retuned(tunable, one) == parts, "what was not tuned must stay as it is"
+    terms = [dataclasses.replace(t, codes=np.roll(t.codes, 1, 0)) for t in tunable.terms]
+    for changed in (tunable, dataclasses.replace(tunable, terms=tuple(terms))):
+        again = codec.retuned(changed, one)
+        assert again.keys() == parts.keys(), "tuning must not change what parts there are"
+        decoded = info.matrix(codec.decode(again, extra, info))
+        expected = info.matrix(info.unmatrix(changed.values()))
+        assert np.allclose(decoded, expected, rtol=2.0**-7, atol=1e-30)
+    return True
+
+
 def check_corruption(
     codec: Codec, info: TensorInfo, bits: Array, weighting: Weighting, seed: int = 0
 ) -> None:
@@ -175,7 +195,9 @@ def check_codec(codec: Codec, dtypes: tuple[str, ...] = ("BF16", "F16", "F32")) 
     for dtype in dtypes:
         for info, bits, weighting in samples(dtype):
             check_round_trip(codec, info, bits, weighting)
-            check_layers(codec, info, bits, weighting)
+    for info, bits, weighting in samples(dtypes[-1]):
+        check_tunable(codec, info, bits, weighting)
+        check_layers(codec, info, bits, weighting)
     info, bits, weighting = next(samples(dtypes[0]))
     check_corruption(codec, info, bits, weighting)
     if codec.lossy:

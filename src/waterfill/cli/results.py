@@ -1,4 +1,4 @@
-"""The verbs that look at what there is: show, eval, verify, report, codecs."""
+"""The verbs that look at what there is: show, eval, verify, report."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def evaluate(args: argparse.Namespace) -> Any:
         stride=args.stride,
         tokens=args.tokens,
         layers=args.layers,
+        activations=args.activations,
         size=args.size,
         trust_remote_code=args.trust_remote_code,
         progress=args.progress,
@@ -107,6 +108,12 @@ def _eval_options(p: argparse.ArgumentParser) -> None:
         "--layers",
         action="store_true",
         help="also measure each tensor alone (slow), for the report",
+    )
+    p.add_argument(
+        "--activations",
+        metavar="FORM",
+        help="round the inputs of linear layers to int8, e4m3 or e5m2 with a scale per token "
+        "(int8:tensor: per window), simulated; shown, not kept for the report",
     )
     p.add_argument(
         "--size",
@@ -153,28 +160,6 @@ def _report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("-o", "--out", type=path, metavar="HTML", help="default: OUT/report.html")
 
 
-def codecs(args: argparse.Namespace) -> Any:
-    """List the codecs and their options."""
-    from waterfill.registry import codec_ids, find_codec
-
-    result = []
-    for name in codec_ids():
-        cls = find_codec(name)
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
-        result.append(
-            {
-                "id": name,
-                "version": cls.version,
-                "lossy": cls.lossy,
-                "example": str(cls().spec),
-                "about": summary,
-            }
-        )
-        if not args.json:
-            print(f"{name:<10} {summary}\n{'':<10} {cls().spec}")
-    return result
-
-
 VERBS = (
     Verb(
         "show",
@@ -190,7 +175,10 @@ VERBS = (
         "eval",
         evaluate,
         _eval_options,
-        ("waterfill eval out/small --against demo --text book.txt",),
+        (
+            "waterfill eval out/small --against demo --text book.txt",
+            "waterfill eval out/small --against demo --activations e4m3",
+        ),
     ),
     Verb(
         "verify",
@@ -210,5 +198,4 @@ VERBS = (
             "waterfill report out/small out/smaller -o both.html",
         ),
     ),
-    Verb("codecs", codecs),
 )

@@ -72,7 +72,7 @@ def damage_of(name: str) -> Iterator[None]:
         raise FormatError(f"{name}: the part {error} is missing") from error
     except (FormatError, SpecError) as error:
         raise FormatError(f"{name}: {error}") from error
-    except (MemoryError, OverflowError, ValueError) as error:
+    except (MemoryError, OverflowError, RecursionError, ValueError) as error:
         raise FormatError(f"{name}: the file promises what cannot be decoded ({error})") from error
 
 

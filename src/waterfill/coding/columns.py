@@ -1,0 +1,91 @@
+"""Columns in units of what an error in them costs, for codecs that round them one after another."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from waterfill.coding.kmeans_vectors import assign, kmeans
+from waterfill.coding.rounding import factor
+from waterfill.coding.scales import from_grid, to_grid
+from waterfill.types import Array, Floats, Weighting
+
+__all__ = ["GRID", "diagonal", "level_classes", "scaled_columns", "share_bits"]
+
+GRID = 4  # column scales to the octave
+TINY = 1e-30
+
+
+def diagonal(lower: Floats) -> Floats:
+    """Of a factor, which may be stored as nothing else: float32 (n,)."""
+    return lower if lower.ndim == 1 else lower.diagonal()
+
+
+def scaled_columns(
+    matrix: Floats, weighting: Weighting, damping: float, carried: bool, scaled: bool
+) -> tuple[Floats, Floats, Array]:
+    """A matrix whose columns all cost the same, its factor, and the scales that were taken out.
+
+    Parameters
+    ----------
+    matrix : float32 (m, n)
+    weighting : its second moment S counts
+    damping : added to the diagonal of S, relative to its mean
+    carried : whether errors will be carried on; without, only the diagonal of S counts
+    scaled : whether to scale at all
+
+    Returns
+    -------
+    weight : float32 (n, m), one row for each column of the matrix, divided by its scale
+    lower : float32 (n, n) or (n,), the factor of S in the new units: its diagonal is near 1 if scaled
+    exponents : int32 (n,), the scales on their grid of `GRID` steps to the octave
+    """
+    moment, n = weighting.second_moment, matrix.shape[1]
+    if moment is None:
+        lower = np.ones(n, np.float32)
+    elif carried or moment.ndim == 1:
+        lower = factor(moment, damping)
+    else:
+        lower = factor(np.ascontiguousarray(moment.diagonal()), damping)
+    exponents = to_grid(1 / diagonal(lower), GRID) if scaled else np.zeros(n, np.int32)
+    scale = from_grid(exponents, GRID)[:, None]
+    weight = matrix.T / scale
+    return weight, lower * (scale[:, 0] if lower.ndim == 1 else scale), exponents
+
+
+def level_classes(energy: Array, most: int) -> tuple[Array, Array]:
+    """Columns of like energy together.
+
+    Parameters
+    ----------
+    energy : (n,), variance of each column times what it costs
+    most : classes, at most
+
+    Returns
+    -------
+    ids : int64 (n,), every class has columns
+    heights : float64 (classes,), mean of ``log2(energy) / 2``: the bits that a class deserves
+    """
+    level = np.log2(np.maximum(energy, TINY, dtype=np.float64)) / 2
+    above = (level - level.min())[:, None].astype(np.float32)
+    centres = kmeans(above, np.ones(len(above), np.float32), most)
+    ids: Array = np.unique(assign(above, centres), return_inverse=True)[1]
+    return ids, np.bincount(ids, level) / np.bincount(ids)
+
+
+def share_bits(heights: Array, counts: Array, most: Array, bits: float) -> Array:
+    """Reverse water-filling: bits of each class, within 0 and its most, that spend `bits` on average.
+
+    Parameters
+    ----------
+    heights : (classes,), see `level_classes`
+    counts : (classes,), columns in each
+    most : (classes,), bits that a class can take
+    bits : mean over the columns; less where the classes cannot take so many
+    """
+    low, high = -float(heights.max()), bits + float(np.max(most) - heights.min())
+    for _ in range(50):
+        middle = (low + high) / 2
+        enough = counts @ np.clip(heights + middle, 0, most) >= bits * counts.sum()
+        low, high = (low, middle) if enough else (middle, high)
+    shared: Array = np.clip(heights + high, 0, most)
+    return shared
