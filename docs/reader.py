@@ -43,8 +43,7 @@ def integer(parts, m, n, dtype, bits=4, group=128, pack="packed", solver="", dam
     need((abs(2 * codes + 1) < 1 << bits).all(), "a code outside its range")
     values = (codes * np.repeat(scale, group, axis=1)[:, :n]).astype("f4")
     if "outliers" in parts:
-        places, kept = sparse(parts["outliers"], m * n)
-        values.flat[places] = kept
+        sparse(parts["outliers"], values)
     return values
 
 

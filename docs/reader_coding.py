@@ -239,8 +239,9 @@ def sections(data, count):
     return [*first, bytes(source.data)]
 
 
-def sparse(data, size):
-    """Places, and values, of the outliers of a matrix."""
+def sparse(data, matrix):
+    """Put the outliers of a matrix where they belong."""
+    size = matrix.size
     head, high, low, *planes = sections(data, 5)
     head, low = Source(head), Source(low)
     count = head.varint()
@@ -254,7 +255,7 @@ def sparse(data, size):
     need((gaps >= 0).all() and (places < size).all(), "an outlier outside the matrix")
     values = np.stack([octets(p, count) for p in planes[::-1]], axis=1).astype("u1").view("<f2")
     need(np.isfinite(values).all(), "an outlier that is not finite")
-    return places, values.ravel().astype("f4")
+    matrix.flat[places] = values.ravel()
 
 
 def grid(data, count, limit):
