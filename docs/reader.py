@@ -42,9 +42,7 @@ def integer(parts, m, n, dtype, bits=4, group=128, pack="packed", solver="", dam
         codes -= 1 << (bits - 1)
     need((abs(2 * codes + 1) < 1 << bits).all(), "a code outside its range")
     values = (codes * np.repeat(scale, group, axis=1)[:, :n]).astype("f4")
-    if "outliers" in parts:
-        sparse(parts["outliers"], values)
-    return values
+    return sparse(values, parts["outliers"]) if "outliers" in parts else values
 
 
 def trellis(parts, m, n, dtype, states=64, step=0, mmse=0, gains=False, rows=0, damping=0):

@@ -239,11 +239,10 @@ def sections(data, count):
     return [*first, bytes(source.data)]
 
 
-def sparse(data, matrix):
-    """Put the outliers of a matrix where they belong."""
-    size = matrix.size
+def sparse(matrix, data):
+    """A matrix with outliers in their places."""
     head, high, low, *planes = sections(data, 5)
-    head, low = Source(head), Source(low)
+    head, low, size = Source(head), Source(low), matrix.size
     count = head.varint()
     need(not len(head.data) and count <= size, "number of outliers")
     width = min(max((size // max(count, 1)).bit_length() - 4, 0), 8)
@@ -256,6 +255,7 @@ def sparse(data, matrix):
     values = np.stack([octets(p, count) for p in planes[::-1]], axis=1).astype("u1").view("<f2")
     need(np.isfinite(values).all(), "an outlier that is not finite")
     matrix.flat[places] = values.ravel()
+    return matrix
 
 
 def grid(data, count, limit):
