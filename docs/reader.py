@@ -60,7 +60,7 @@ CODECS = {"raw": raw, "lossless": lossless, "integer": integer, "trellis": trell
 def decode(entry, parts):
     """One index entry and its parts -> array; BF16 as float32, fp8 as its bits."""
     (codec, version, options), dtype, shape = entry["codec"], entry["dtype"], entry["shape"]
-    known = {"lossless": (1, 2), "trellis": (2,)}.get(codec, (1,))
+    known = {"lossless": (1, 2), "integer": (1, 2), "trellis": (2,)}.get(codec, (1,))
     need(codec in CODECS and version in known, f"codec {codec} version {version} is unknown here")
     m = shape[0] if len(shape) > 1 else 1
     n, turned = math.prod(shape) // max(m, 1), entry.get("transposed") and len(shape) > 1
