@@ -8,7 +8,7 @@ from bench.gallery import at_equal_bytes, layers, versus
 from bench.harness import Row
 
 # One codebook, unscaled columns, trained once: the published method without its extras.
-PUBLISHED = "scaled=no,classes=1,passes=1,rows=0.0"
+PUBLISHED = "scaled=no,entropy=0.0,classes=1,passes=1,rows=0.0"
 
 
 def rows(quick: bool) -> Iterator[Row]:
@@ -26,7 +26,8 @@ def rows(quick: bool) -> Iterator[Row]:
         "a codebook for columns of most energy <= one for all at equal bytes",
         base.replace("classes=1", "classes=2"), single, chosen,
     )  # fmt: skip
-    yield versus("trained again on what was rounded <= once", base.replace("passes=1", "passes=2"), base, chosen)  # fmt: skip
+    again = base.replace("passes=1", "passes=2")
+    yield versus("trained again on what was rounded <= once", again, base, chosen)
     full = [f"vector:bits={bits},length=2" for bits in (1.0, 2.0, 3.0)]
     yield at_equal_bytes(
         "scaled columns in eight classes <= as published at equal bytes", full[1], single, chosen

@@ -13,12 +13,22 @@ from waterfill.coding.columns import (
     GRID,
     diagonal,
     level_classes,
+    row_scales,
     scaled_columns,
     share_bits,
 )
-from waterfill.coding.kmeans_vectors import MAX_SIZE, assign, decode_indices, encode_indices, kmeans
+from waterfill.coding.kmeans_vectors import (
+    MAX_SIZE,
+    Book,
+    assign,
+    decode_books,
+    decode_indices,
+    encode_books,
+    encode_indices,
+    train,
+)
 from waterfill.coding.rounding import finite, successive
-from waterfill.coding.scales import LIMIT, decode_grid, encode_grid, from_grid, to_grid
+from waterfill.coding.scales import LIMIT, decode_grid, encode_grid, from_grid
 from waterfill.coding.sections import join, split
 from waterfill.registry import Codec, codec
 from waterfill.types import (
@@ -33,7 +43,7 @@ from waterfill.types import (
 
 MAX_CLASSES = 64
 TINY = 1e-30
-Books = list[tuple[Floats, Floats]]  # of each class: the codebook, and the one of what it leaves
+SPARE = 3  # times the centroids that the bits ask for, where those that do not pay are dropped
 
 
 @codec("vector", version=1)
@@ -54,6 +64,9 @@ class Vector(Codec):
         Codebooks, at most, for columns of unlike energy: 1 to 64.
     residual : float
         Share of the bits that a second codebook, of what the first leaves, gets: 0 is none.
+    entropy : float
+        What a bit counts in choosing centroids, relative to its worth at this rate: 0 takes the
+        nearest, as published. Only without a residual.
     passes : int
         Times that codebooks are trained: after the first, on what the columns were rounded to.
     solver : str
@@ -75,6 +88,7 @@ class Vector(Codec):
     length: int = 3
     classes: int = 8
     residual: float = 0.0
+    entropy: float = 1.0
     passes: int = 2
     solver: str = "successive"
     weighted: bool = True
@@ -84,7 +98,12 @@ class Vector(Codec):
 
     def __post_init__(self) -> None:
         sizes = 0 < self.bits <= 12 and 1 <= self.length <= 16 and 1 <= self.classes <= MAX_CLASSES
-        shares = 0 <= self.rows <= 1 and 0 <= self.residual < 1 and 0 <= self.damping < math.inf
+        shares = (
+            0 <= self.rows <= 1
+            and 0 <= self.entropy <= 8
+            and 0 <= self.residual < 1
+            and 0 <= self.damping < math.inf
+        )
         solvers = self.solver in ("nearest", "successive") and 1 <= self.passes <= 8
         if not (sizes and shares and solvers):
             raise SpecError(
@@ -94,13 +113,13 @@ class Vector(Codec):
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
-        """One to six bits, in vectors as long as codebooks of a few per cent of the bytes allow."""
+        """One to six bits, in vectors as long as their codebooks pay."""
         if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
             for bits, longest in ((1.0, 4), (1.5, 3), (2.0, 3), (3.0, 2), (4.0, 2), (6.0, 1)):
                 fits = [
                     length
                     for length in range(1, longest + 1)
-                    if 2 * length * 16 * 2 ** (bits * length) <= 0.04 * bits * info.size / 8
+                    if 2 * length * 16 * 2 ** (bits * length) <= 0.005 * bits * info.size / 8
                 ]
                 yield cls(bits=bits, length=max(fits, default=1), classes=8 if fits else 1)
 
@@ -120,30 +139,35 @@ class Vector(Codec):
             matrix, weighting, self.damping, self.solver == "successive", self.scaled
         )
         n, m = weight.shape
-        row_grid = self._rows(weight, weighting)
+        row_grid = row_scales(weight, weighting, self.rows)
         tall = -(-m // self.length)
         padded = np.zeros((n, tall * self.length), np.float32)
         np.divide(weight, from_grid(row_grid, GRID), out=padded[:, :m])
         energy = np.square(diagonal(lower))
         ids, heights = level_classes(energy * np.mean(np.square(padded), axis=1), self.classes)
-        sizes = self._sizes(heights, ids, tall)
-        aims = padded
+        sizes, price = self._sizes(heights, ids, tall)
+        worth = energy if self.weighted else np.ones_like(energy)
+        aims, books = padded, list[Book]()
         for _ in range(self.passes if lower.ndim == 2 else 1):
-            books = self._books(aims, energy, ids, sizes)
-            first, second, aims = self._round(padded, lower, books, ids)
-        streams = [
-            encode_indices(index[ids == c].T, len(book))
-            for c, pair in enumerate(books)
-            for index, book in zip((first, second), pair, strict=True)
-        ]
-        shapes = np.array([len(book) for pair in books for book in pair])
-        entries = b"".join(book.astype("<f2").tobytes() for pair in books for book in pair)
-        columns = [encode_grid(column_grid), encode_grid(ids), encode_grid(shapes), entries]
+            old: list[Book | None] = [*books] or [None] * len(sizes)
+            books = [
+                train(
+                    aims[ids == c], worth[ids == c], self.length, size, self.residual, price, old[c]
+                )
+                for c, size in enumerate(sizes)
+            ]
+            first, second, aims = self._round(padded, lower, books, ids, price / energy)
+        streams, tables = [], []
+        for c, book in enumerate(books):
+            for index, table in ((first, book.first), (second, book.second)):
+                streams.append(encode_indices(index[ids == c].T, len(table)))
+                tables.append(table)
+        columns = [encode_grid(column_grid), encode_grid(ids), *encode_books(tables)]
         scales = encode_grid(row_grid)
         return {"codes": join(streams), "scales": scales, "books": join(columns)}, {}
 
     def _round(
-        self, weight: Floats, lower: Floats, books: Books, ids: Array
+        self, weight: Floats, lower: Floats, books: list[Book], ids: Array, prices: Array
     ) -> tuple[Array, Array, Floats]:
         """Indices into both codebooks, uint16 (n, vectors), and what each column was rounded to."""
         first, second = np.zeros((2, len(weight), weight.shape[1] // self.length), np.uint16)
@@ -154,13 +178,13 @@ class Vector(Codec):
         ) -> Floats:
             error = np.empty_like(target)
             for j in range(end - start - 1, -1, -1):
-                book, rest = books[ids[start + j]]
+                book = books[ids[start + j]]
                 vectors = target[j].reshape(-1, self.length)
-                first[start + j] = assign(vectors, book)
-                rounded = book[first[start + j]]
-                if len(rest):
-                    second[start + j] = assign(vectors - rounded, rest)
-                    rounded = rounded + rest[second[start + j]]
+                first[start + j] = assign(vectors, book.first, prices[start + j] * book.bits)
+                rounded = book.first[first[start + j]]
+                if len(book.second):
+                    second[start + j] = assign(vectors - rounded, book.second)
+                    rounded = rounded + book.second[second[start + j]]
                 error[j] = block[j] - rounded.reshape(-1)
                 if lower.ndim == 2 and j:
                     target[:j] += carry[j, :j, None] * error[j]
@@ -170,37 +194,17 @@ class Vector(Codec):
         successive(weight, lower, round_block)
         return first, second, aims
 
-    def _rows(self, weight: Floats, weighting: Weighting) -> Array:
-        """Grid exponents of the row scales."""
-        size = np.maximum(np.sqrt(np.mean(np.square(weight), axis=0, dtype=np.float64)), TINY)
-        worth = np.broadcast_to(np.asarray(weighting.row_weights, np.float64), size.shape)
-        worth = np.maximum(worth, 1e-6 * worth.mean() + TINY)
-        log_size, log_worth = np.log(size), np.log(worth)
-        wanted = log_size.mean() - (log_worth - log_worth.mean()) / 2
-        return to_grid(np.exp((1 - self.rows) * log_size + self.rows * wanted), GRID)
-
-    def _sizes(self, heights: Array, ids: Array, tall: int) -> Array:
-        """Centroids for each class: at least eight vectors to each, unless a second book helps."""
+    def _sizes(self, heights: Array, ids: Array, tall: int) -> tuple[Array, float]:
+        """Centroids for each class, at least eight vectors to each, and the price of a bit."""
         columns = np.bincount(ids)
-        most = np.log2(np.clip(columns * tall // 8, 1, MAX_SIZE))
-        most /= self.length * max(self.residual, 1 - self.residual)
-        bits = self.length * share_bits(heights, columns, most, self.bits)
-        sizes: Array = np.rint(2**bits).astype(np.int64)
-        return sizes
-
-    def _books(self, aims: Floats, energy: Floats, ids: Array, sizes: Array) -> Books:
-        books = []
-        for c, size in enumerate(sizes):
-            vectors = aims[ids == c].reshape(-1, self.length)
-            worth = energy[ids == c] if self.weighted else np.ones_like(energy[ids == c])
-            worth = np.repeat(worth, aims.shape[1] // self.length)
-            second = round(size**self.residual)
-            book = _half(kmeans(vectors, worth, max(1, round(size / second))))
-            rest = np.zeros((0, self.length), np.float32)
-            if second > 1:
-                rest = _half(kmeans(vectors - book[assign(vectors, book)], worth, second))
-            books.append((book, rest))
-        return books
+        most = np.clip(columns * tall // 8, 1, MAX_SIZE)
+        bits = np.log2(most) / self.length / max(self.residual, 1 - self.residual)
+        bits, level = share_bits(heights, columns, bits, self.bits)
+        sizes = np.rint(2 ** (self.length * bits)).astype(np.int64)
+        if self.residual or not self.entropy:
+            return sizes, 0.0
+        # Noise of 1.42 * 4^-R falls by 2 ln 2 of itself for a bit.
+        return np.minimum(SPARE * sizes, most), 2 * self.entropy * 4.0**-level
 
     def decode(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
@@ -216,15 +220,11 @@ class Vector(Codec):
         row_scale = from_grid(decode_grid(parts["scales"], m, LIMIT * GRID), GRID)
         ids = decode_grid(coded_ids, n, MAX_CLASSES - 1)
         count = int(ids.max()) + 1
-        sizes = decode_grid(coded_sizes, 2 * max(count, 1), MAX_SIZE)
-        if ids.min() < 0 or sizes.min() < 0 or sizes[::2].min() < 1:
-            raise FormatError(f"{info.name}: a class or the size of its codebook is impossible")
-        if len(entries) != 2 * self.length * int(sizes.sum()):
-            raise FormatError(f"{info.name}: the codebooks are cut short or too long")
-        every = np.frombuffer(entries, "<f2").astype(np.float32).reshape(-1, self.length)
-        if not np.isfinite(every).all():
-            raise FormatError(f"{info.name}: a centroid is not finite")
-        books = np.split(every, np.cumsum(sizes)[:-1])
+        if ids.min() < 0:
+            raise FormatError(f"{info.name}: a class is negative")
+        books = decode_books(coded_sizes, entries, 2 * count, self.length)
+        if not all(map(len, books[::2])):
+            raise FormatError(f"{info.name}: a class without a codebook")
         streams = split(memoryview(parts["codes"]), len(books))
         tall, values = -(-m // self.length), np.empty((m, n), np.float32)
         for c in range(count):
@@ -239,8 +239,3 @@ class Vector(Codec):
         if not np.isfinite(values).all():
             raise FormatError(f"{info.name}: a weight is not finite")
         return info.unmatrix(values)
-
-
-def _half(book: Floats) -> Floats:
-    """As a reader will see it."""
-    return np.clip(book, -65504, 65504).astype(np.float16).astype(np.float32)

@@ -9,7 +9,7 @@ from waterfill.coding.rounding import factor
 from waterfill.coding.scales import from_grid, to_grid
 from waterfill.types import Array, Floats, Weighting
 
-__all__ = ["GRID", "diagonal", "level_classes", "scaled_columns", "share_bits"]
+__all__ = ["GRID", "diagonal", "level_classes", "row_scales", "scaled_columns", "share_bits"]
 
 GRID = 4  # column scales to the octave
 TINY = 1e-30
@@ -52,6 +52,19 @@ def scaled_columns(
     return weight, lower * (scale[:, 0] if lower.ndim == 1 else scale), exponents
 
 
+def row_scales(weight: Floats, weighting: Weighting, trust: float) -> Array:
+    """Grid exponents, int32 (m,), of scales for the rows of a matrix stored as (n, m).
+
+    At `trust` 0 rows come to the same size, at 1 to the same cost: scales go with the row's weight to
+    the power minus one half; in between, geometrically.
+    """
+    size = np.maximum(np.sqrt(np.mean(np.square(weight), axis=0, dtype=np.float64)), TINY)
+    worth = np.broadcast_to(np.asarray(weighting.row_weights, np.float64), size.shape)
+    log_size, log_worth = np.log(size), np.log(np.maximum(worth, 1e-6 * worth.mean() + TINY))
+    wanted = log_size.mean() - (log_worth - log_worth.mean()) / 2
+    return to_grid(np.exp((1 - trust) * log_size + trust * wanted), GRID)
+
+
 def level_classes(energy: Array, most: int) -> tuple[Array, Array]:
     """Columns of like energy together.
 
@@ -67,12 +80,12 @@ def level_classes(energy: Array, most: int) -> tuple[Array, Array]:
     """
     level = np.log2(np.maximum(energy, TINY, dtype=np.float64)) / 2
     above = (level - level.min())[:, None].astype(np.float32)
-    centres = kmeans(above, np.ones(len(above), np.float32), most)
+    centres, _ = kmeans(above, np.ones(len(above), np.float32), most)
     ids: Array = np.unique(assign(above, centres), return_inverse=True)[1]
     return ids, np.bincount(ids, level) / np.bincount(ids)
 
 
-def share_bits(heights: Array, counts: Array, most: Array, bits: float) -> Array:
+def share_bits(heights: Array, counts: Array, most: Array, bits: float) -> tuple[Array, float]:
     """Reverse water-filling: bits of each class, within 0 and its most, that spend `bits` on average.
 
     Parameters
@@ -81,11 +94,14 @@ def share_bits(heights: Array, counts: Array, most: Array, bits: float) -> Array
     counts : (classes,), columns in each
     most : (classes,), bits that a class can take
     bits : mean over the columns; less where the classes cannot take so many
+
+    Returns
+    -------
+    bits of each class, and the level: a class gets its height and the level
     """
     low, high = -float(heights.max()), bits + float(np.max(most) - heights.min())
     for _ in range(50):
         middle = (low + high) / 2
         enough = counts @ np.clip(heights + middle, 0, most) >= bits * counts.sum()
         low, high = (low, middle) if enough else (middle, high)
-    shared: Array = np.clip(heights + high, 0, most)
-    return shared
+    return np.clip(heights + high, 0, most), high
