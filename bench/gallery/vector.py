@@ -28,17 +28,25 @@ def rows(quick: bool) -> Iterator[Row]:
     )  # fmt: skip
     again = base.replace("passes=1", "passes=2")
     yield versus("trained again on what was rounded <= once", again, base, chosen)
+    classes = [f"vector:bits={bits},length=2,entropy=0.0" for bits in (1.0, 2.0, 3.0)]
+    yield at_equal_bytes(
+        "scaled columns in eight classes <= as published at equal bytes",
+        classes[1], single, chosen,
+    )  # fmt: skip
     full = [f"vector:bits={bits},length=2" for bits in (1.0, 2.0, 3.0)]
     yield at_equal_bytes(
-        "scaled columns in eight classes <= as published at equal bytes", full[1], single, chosen
-    )
+        "centroids that pay for their bits <= nearest ones at equal bytes",
+        full[1], classes, chosen,
+    )  # fmt: skip
+    scalars = [f"vector:bits={bits},length=1" for bits in (1.0, 2.0, 3.0)]
+    for text in full[:2]:
+        yield at_equal_bytes(
+            f"{text} <= vectors of one weight at equal bytes", text, scalars, chosen
+        )
     integers = [f"integer:bits={bits}" for bits in (2, 3, 4, 5)]
     steps = [f"trellis:states=1,step={step}" for step in (2.0, 1.2, 0.8, 0.5, 0.3)]
-    for text in full[1 : 2 if quick else 3]:
-        yield at_equal_bytes(f"{text} <= integers at equal bytes", text, integers, chosen)
+    yield at_equal_bytes(f"{scalars[1]} <= integers at equal bytes", scalars[1], integers, chosen)
+    for text in scalars[: 2 if quick else 3]:
         yield at_equal_bytes(
             f"{text} <= scalar rounding through rANS at equal bytes", text, steps, chosen
         )
-    yield at_equal_bytes(
-        f"{full[0]} <= scalar rounding through rANS at equal bytes", full[0], steps, chosen
-    )

@@ -62,7 +62,9 @@ def test_a_price_on_bits_buys_more_per_bit() -> None:
         error = float(np.square(values - book[index]).mean())
         figures.append(rate + 0.5 * np.log2(error))  # bits from Shannon's bound
     assert len(priced) <= 24 and figures[1] < figures[0] - 0.05
-    assert figures[1] < 0.27  # entropy-coded scalar quantisation: at most 0.254, and a finite sample
+    assert (
+        figures[1] < 0.27
+    )  # entropy-coded scalar quantisation: at most 0.254, and a finite sample
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 255, 256, 257, 1000, 4096])
