@@ -121,7 +121,7 @@ class Vector(Codec):
                     for length in range(1, longest + 1)
                     if 2 * length * 16 * 2 ** (bits * length) <= 0.005 * bits * info.size / 8
                 ]
-                yield cls(bits=bits, length=max(fits, default=1), classes=8 if fits else 1)
+                yield cls(bits=bits, length=max(fits, default=1))
 
     def between(self, other: Self, t: float) -> Self | None:
         """Bits in arithmetic progression; the other options are those of the nearer rung."""

@@ -9,10 +9,19 @@ from waterfill.coding.rounding import factor
 from waterfill.coding.scales import from_grid, to_grid
 from waterfill.types import Array, Floats, Weighting
 
-__all__ = ["GRID", "diagonal", "level_classes", "row_scales", "scaled_columns", "share_bits"]
+__all__ = [
+    "GRID",
+    "diagonal",
+    "energy_order",
+    "level_classes",
+    "row_scales",
+    "scaled_columns",
+    "share_bits",
+]
 
 GRID = 4  # column scales to the octave
 TINY = 1e-30
+FAR = 24  # beyond these a column is as good as nothing, or alone
 
 
 def diagonal(lower: Floats) -> Floats:
@@ -27,7 +36,7 @@ def scaled_columns(
 
     Parameters
     ----------
-    matrix : float32 (m, n)
+    matrix : float32 (m, n); it may be overwritten
     weighting : its second moment S counts
     damping : added to the diagonal of S, relative to its mean
     carried : whether errors will be carried on; without, only the diagonal of S counts
@@ -48,8 +57,36 @@ def scaled_columns(
         lower = factor(np.ascontiguousarray(moment.diagonal()), damping)
     exponents = to_grid(1 / diagonal(lower), GRID) if scaled else np.zeros(n, np.int32)
     scale = from_grid(exponents, GRID)[:, None]
-    weight = matrix.T / scale
+    weight = np.ascontiguousarray(matrix.T)
+    weight /= scale
     return weight, lower * (scale[:, 0] if lower.ndim == 1 else scale), exponents
+
+
+def energy_order(matrix: Floats, weighting: Weighting) -> tuple[Array, Weighting]:
+    """Columns of like energy together, those of most last.
+
+    Parameters
+    ----------
+    matrix : float32 (m, n)
+    weighting : its second moment S tells what each column costs
+
+    Returns
+    -------
+    levels : int32 (n,), energy of each column in half octaves around the median; ``np.argsort(levels,
+        kind="stable")`` is the order
+    weighting : for the matrix in that order
+    """
+    moment = weighting.second_moment
+    cost: Floats | float = 1.0
+    if moment is not None:
+        cost = moment if moment.ndim == 1 else moment.diagonal()
+    energy = cost * np.mean(np.square(matrix), axis=0, dtype=np.float64)
+    level = np.log2(np.maximum(energy, TINY))
+    levels: Array = np.clip(np.rint(level - np.median(level)), -FAR, FAR).astype(np.int32)
+    order = np.argsort(levels, kind="stable")
+    if moment is not None:
+        moment = moment[order] if moment.ndim == 1 else moment[np.ix_(order, order)]
+    return levels, Weighting(moment, weighting.row_weights)
 
 
 def row_scales(weight: Floats, weighting: Weighting, trust: float) -> Array:
