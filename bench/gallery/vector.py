@@ -22,6 +22,12 @@ def rows(quick: bool) -> Iterator[Row]:
         "a residual codebook <= a single one at equal bytes",
         f"vector:bits=2.0,length=4,residual=0.5,{PUBLISHED}", single, chosen,
     )  # fmt: skip
+    if not quick:
+        twice = [f"vector:bits={b},length=2,{PUBLISHED}" for b in (3.5, 4.0, 4.5)]
+        yield at_equal_bytes(
+            "the same at four bits, in vectors of two",
+            f"{twice[1]},residual=0.5", twice, chosen,
+        )  # fmt: skip
     yield at_equal_bytes(
         "a codebook for columns of most energy <= one for all at equal bytes",
         base.replace("classes=1", "classes=2"), single, chosen,

@@ -42,7 +42,9 @@ def test_columns_of_most_energy_come_last() -> None:
     assert (np.diff(np.log2(energy)) > -1.001).all() and energy[-1] > 100 * energy[0]
     error = np.random.default_rng(1).normal(size=weights.shape).astype(np.float32)
     zero = np.zeros_like(error)
-    assert ordered.distortion(error[:, order], zero) == pytest.approx(weighting.distortion(error, zero))
+    assert ordered.distortion(error[:, order], zero) == pytest.approx(
+        weighting.distortion(error, zero)
+    )
 
 
 def test_row_scales_follow_size_or_weight() -> None:
@@ -53,7 +55,9 @@ def test_row_scales_follow_size_or_weight() -> None:
     assert np.abs(np.log2(sized / rows)).max() < 0.5
     trusted = from_grid(row_scales(weights.T, weighting, 1.0), 4)
     assert np.abs(np.log2(trusted * np.sqrt(rows)).std()) < 0.1
-    assert np.isfinite(from_grid(row_scales(weights.T * 0, Weighting(None, rows * 0), 0.5), 4)).all()
+    assert np.isfinite(
+        from_grid(row_scales(weights.T * 0, Weighting(None, rows * 0), 0.5), 4)
+    ).all()
 
 
 def test_bits_go_where_the_energy_is_and_no_further() -> None:
