@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from reader_coding import grid, integers, need, scales, sections
+from reader_coding import grid, integers, need, scales, sections, sparse
 from reader_lossless import planes, words
 from reader_paths import paths
 
@@ -30,7 +30,7 @@ def lossless(parts, m, n, dtype, coder="auto"):
     return read(data, m * n, width, dtype).view(DTYPES[dtype])
 
 
-def integer(parts, m, n, dtype, bits=4, group=128, pack="packed", solver="", damping=0):
+def integer(parts, m, n, dtype, bits=4, group=128, pack="packed", solver="", damping=0, outliers=0):
     scale = np.frombuffer(parts["scales"], "<f2").reshape(m, -(-n // group)).astype("f4")
     if pack == "coded":
         codes = integers(parts["codes"], m, n)
@@ -41,7 +41,11 @@ def integer(parts, m, n, dtype, bits=4, group=128, pack="packed", solver="", dam
         codes = stream[: m * n * bits].reshape(m, n, bits) @ (1 << np.arange(bits))
         codes -= 1 << (bits - 1)
     need((abs(2 * codes + 1) < 1 << bits).all(), "a code outside its range")
-    return (codes * np.repeat(scale, group, axis=1)[:, :n]).astype("f4")
+    values = (codes * np.repeat(scale, group, axis=1)[:, :n]).astype("f4")
+    if "outliers" in parts:
+        places, kept = sparse(parts["outliers"], m * n)
+        values.flat[places] = kept
+    return values
 
 
 def trellis(parts, m, n, dtype, states=64, step=0, mmse=0, gains=False, rows=0, damping=0):

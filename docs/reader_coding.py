@@ -239,6 +239,24 @@ def sections(data, count):
     return [*first, bytes(source.data)]
 
 
+def sparse(data, size):
+    """Places, and values, of the outliers of a matrix."""
+    head, high, low, *planes = sections(data, 5)
+    head, low = Source(head), Source(low)
+    count = head.varint()
+    need(not len(head.data) and count <= size, "number of outliers")
+    width = min(max((size // max(count, 1)).bit_length() - 4, 0), 8)
+    stream = np.unpackbits(low.take(-(-count * width // 8)).astype("u1"), bitorder="little")
+    need(not len(low.data) and not stream[count * width :].any(), "distances of outliers")
+    gaps = stream[: count * width].reshape(count, width) @ (1 << np.arange(width))
+    gaps = (integers(high, count, 1)[:, 0] << width) + gaps.astype(int)
+    places = np.cumsum(gaps + 1) - 1
+    need((gaps >= 0).all() and (places < size).all(), "an outlier outside the matrix")
+    values = np.stack([octets(p, count) for p in planes[::-1]], axis=1).astype("u1").view("<f2")
+    need(np.isfinite(values).all(), "an outlier that is not finite")
+    return places, values.ravel().astype("f4")
+
+
 def grid(data, count, limit):
     """Whole exponents of scales, or levels."""
     source, out = Source(data), np.zeros(count, int)

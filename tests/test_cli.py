@@ -30,6 +30,7 @@ from tests.pipeline import small  # noqa: E402
 from waterfill import container  # noqa: E402
 from waterfill.cli import VERBS, build_parser  # noqa: E402
 from waterfill.container import FILE_NAME, Reader  # noqa: E402
+from waterfill.pipeline import record_of  # noqa: E402
 
 NAMES = [verb.name for verb in VERBS]
 QUICK = ["--tokens", str(small.TOKENS), "--codec", "*=integer", "--codec", f"{small.BIG}=trellis"]
@@ -83,6 +84,13 @@ def test_the_whole_chain(run: Shell, tmp_path: Path) -> None:
     assert (done.status, done.err) == (0, "")
     assert done.json["kl_nats"] > 0 and 0 < done.json["top1_agreement"] <= 1
     assert {"perplexity", "perplexity_original", "protocol"} <= done.json.keys()
+    kept = record_of("out").metrics
+    assert kept["kl_nats"] == done.json["kl_nats"]
+    rounded = run("eval", "out", "--against", model, "--text", text, *window, "--json", "--activations", "e5m2")  # fmt: skip
+    assert (rounded.status, rounded.err) == (0, "")
+    assert rounded.json["kl_nats"] > done.json["kl_nats"]
+    assert rounded.json["protocol"]["activations"].startswith("e5m2, simulated: inputs of the 7 ")
+    assert record_of("out").metrics == kept
 
     done = run("generate", "out", "--prompt", "The river", "--tokens", "4", "--json")
     assert (done.status, done.err) == (0, "")
@@ -119,9 +127,22 @@ def test_words_for_people(run: Shell) -> None:
     assert "html" in run("report", "copy").out
     done = run("eval", "copy", "--against", small.model(), "--window", "64", "--tokens", "128")
     assert "kl_nats" in done.out and "protocol:" in done.out
-    assert [line.split()[0] for line in run("codecs").out.splitlines()[::2]] == [
-        entry["id"] for entry in run("codecs", "--json").json
+    listed = run("codecs", "--json").json
+    assert [line.split()[0] for line in run("codecs").out.splitlines()[1:-1]] == [
+        entry["id"] for entry in listed
     ]
+    for entry in listed:
+        bits = entry["bits_per_weight"]
+        assert bits == sorted(bits) and entry["encode_weights_per_second"] > 0
+
+
+def test_methods_are_compared(run: Shell) -> None:
+    done = run(
+        "compare", small.model(), "-o", "compared", "--methods", "integer", "auto", "--sizes", "7",
+        "--calibrate", small.statistics(), "--text", small.text(), "--window", "32", "--tokens", "64",
+    )  # fmt: skip
+    assert done.status == 0 and "auto at 7 chose" in done.out
+    assert "next: waterfill compress" in done.out and Path("compared/report.html").exists()
 
 
 def test_a_dry_run_writes_nothing(run: Shell, tmp_path: Path) -> None:
@@ -277,8 +298,7 @@ def test_the_unforeseen_is_one_line_too(run: Shell, monkeypatch: pytest.MonkeyPa
 def test_help(verb: str, run: Shell) -> None:
     done = run(verb, "--help")
     assert done.status == 0 and done.err == ""
-    if verb != "codecs":
-        assert "example" in done.out and f"waterfill {verb} " in done.out
+    assert "example" in done.out and f"waterfill {verb} " in done.out
     assert "--json" in done.out and "--debug" in done.out
 
 
@@ -288,7 +308,7 @@ def test_every_verb_is_in_the_overview(run: Shell) -> None:
     assert run("--version").out.startswith("waterfill ")
 
 
-@pytest.mark.parametrize("verb", [v for v in NAMES if v != "codecs"])
+@pytest.mark.parametrize("verb", NAMES)
 def test_examples_parse(verb: str, run: Shell) -> None:
     import shlex
 
@@ -317,6 +337,8 @@ def test_examples_parse(verb: str, run: Shell) -> None:
         ),
         (["compress", "M", "-o", "x", "--lossless", "--tokens", "9"], "leave it out"),
         (["compress", "M", "-o", "x", "--lossless", "--no-propagate"], "leave it out"),
+        (["compress", "M", "-o", "x", "--lossless", "--tune", "pv"], "leave it out"),
+        (["compress", "M", "-o", "x", "--bits", "3", "--tune-steps", "9"], "--tune pv"),
         (
             ["compress", "M", "-o", "x", "--lossless", "--keep", "a", "--codec", "b=raw"],
             "--keep and --codec would do nothing: leave them out",
@@ -513,6 +535,11 @@ def test_texts_that_are_none(content: bytes | None, said: str, run: Shell, tmp_p
         said = "no text" if said == "empty" else said
         refused(run("eval", small.artifact(), "--against", small.model(), "--text", "text"), said)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_activations_that_are_none(run: Shell) -> None:
+    done = run("eval", small.artifact(), "--against", small.model(), "--activations", "int4")
+    refused(done, "activations are int8, e4m3, e5m2")
 
 
 def test_a_text_shorter_than_a_window_is_run_and_noted(run: Shell) -> None:

@@ -46,6 +46,7 @@ TEXTS = (
     "lossless:coder=huffman",
     "integer:bits=2,group=8",
     "integer:bits=5,group=16,pack=coded",
+    "integer:bits=2,group=16,outliers=0.1,solver=coordinate",
     "trellis",
     "trellis:states=1,step=0.1",
     "trellis:states=4,step=0.3",

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from waterfill.pipeline.compare import compare as compare
     from waterfill.pipeline.compress import compress as compress
     from waterfill.pipeline.diffing import diff as diff
+    from waterfill.pipeline.methods import compare_methods as compare_methods
     from waterfill.pipeline.patching import patch as patch
+    from waterfill.pipeline.truncating import truncate as truncate
     from waterfill.registry import Codec as Codec
     from waterfill.registry import codec as codec
     from waterfill.runtime.apply import apply_ as apply_
@@ -47,12 +49,14 @@ _HOMES = {
     "apply_": "runtime.apply",
     "codec": "registry",
     "compare": "pipeline",
+    "compare_methods": "pipeline",
     "compress": "pipeline",
     "decompress": "runtime.plain",
     "diff": "pipeline",
     "load": "runtime.arrays",
     "load_model": "runtime.torch_model",
     "patch": "pipeline",
+    "truncate": "pipeline",
 }
 
 _MODULES = ("lossless",)

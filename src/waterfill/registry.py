@@ -11,11 +11,21 @@ import importlib
 import importlib.metadata
 import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
-from waterfill.types import Array, FormatError, Integers, Spec, SpecError, TensorInfo, Weighting
+from waterfill.types import (
+    Array,
+    Encoded,
+    FormatError,
+    Integers,
+    Spec,
+    SpecError,
+    TensorInfo,
+    Tunable,
+    Weighting,
+)
 
 __all__ = [
     "Codec",
@@ -62,6 +72,14 @@ class Codec:
         """Operating points of this codec worth pricing for such a tensor, cheapest first."""
         raise NotImplementedError
 
+    @property
+    def fair_rows(self) -> int:
+        """Rows that a sample must have for the price of it to be the price of a tall matrix.
+
+        More than nothing where what all rows share (`shared`) is fitted to them: it fits a few too well.
+        """
+        return 0
+
     def between(self, other: Self, t: float) -> Self | None:
         """A codec at fraction t (0..1) of the way to another rung; None if rungs are discrete."""
         return None
@@ -105,6 +123,55 @@ class Codec:
         An `outline` leaves the levels out and costs next to nothing.
         """
         return None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of `parts` that `encode` returns under these settings."""
+        return self.parts
+
+    def layers(
+        self, sizes: Mapping[str, int], extra: Mapping[str, Any], info: TensorInfo
+    ) -> Sequence[tuple[int, float]] | None:
+        """Prefixes that decode by themselves, for files that can be cut; None where there are none.
+
+        Parameters
+        ----------
+        sizes : bytes of each part, perhaps cut before
+
+        Returns
+        -------
+        (bytes, nats of harm) of each prefix, shortest first; the last is all there is. Between two of
+        them `truncate` may cut too.
+        """
+        return None
+
+    def at(self, count: int) -> Self:
+        """These settings with so many layers: what `encode` gives is a prefix of more layers' bytes."""
+        return self
+
+    def truncate(
+        self, sizes: Mapping[str, int], extra: Mapping[str, Any], info: TensorInfo, nbytes: int
+    ) -> Mapping[str, int]:
+        """How much of each part to keep in at most so many bytes: the longest prefix that decodes.
+
+        No less is kept than the first of `layers`. What is kept of a part is its beginning; a part
+        that is not named is left out.
+        """
+        return sizes
+
+    def tunable(self, one: Encoded) -> Tunable | None:
+        """What was encoded as codes and numbers that tuning may change; None where there are none."""
+        return None
+
+    def retuned(self, tunable: Tunable, one: Encoded) -> dict[str, bytes]:
+        """Parts as of `encode`, from what `tunable` made of the same and tuning has changed since.
+
+        Parameters
+        ----------
+        tunable : with other codes, and other numbers where they are learned; float32, finite
+        one : as it was encoded; its `extra` stays
+        """
+        raise NotImplementedError
 
     def __str__(self) -> str:
         """For people: the id and the options that differ from their defaults."""

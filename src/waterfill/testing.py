@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 
@@ -26,7 +28,15 @@ from waterfill.types import (
     from_float32,
 )
 
-__all__ = ["check_codec", "check_corruption", "check_round_trip", "check_spec", "samples"]
+__all__ = [
+    "check_codec",
+    "check_corruption",
+    "check_layers",
+    "check_round_trip",
+    "check_spec",
+    "check_tunable",
+    "samples",
+]
 
 SHAPES = ((16, 24), (1, 64), (64, 1), (7, 5), (33, 130), (130, 33), (0, 8), (8, 0), (12, 4, 3))
 
@@ -98,6 +108,44 @@ def check_round_trip(codec: Codec, info: TensorInfo, bits: Array, weighting: Wei
     return decoded
 
 
+def check_layers(codec: Codec, info: TensorInfo, bits: Array, weighting: Weighting) -> None:
+    """What a codec says can be left out, can: every prefix decodes, and so do cuts between two."""
+    parts, extra = codec.encode(bits, info, weighting)
+    sizes = {name: len(part) for name, part in parts.items()}
+    layers = codec.layers(sizes, extra, info)
+    if layers is None:
+        assert codec.truncate(sizes, extra, info, 0) == sizes, "nothing can be left out"
+        return
+    assert layers[-1][0] == sum(sizes.values()), "the last prefix is all there is"
+    wanted = [nbytes for nbytes, _ in layers]
+    for nbytes in [*wanted, *(sum(pair) // 2 for pair in itertools.pairwise(wanted))]:
+        lengths = codec.truncate(sizes, extra, info, nbytes)
+        assert sum(lengths.values()) <= nbytes
+        kept = {name: parts[name][:length] for name, length in lengths.items()}
+        decoded = codec.decode(kept, extra, info)
+        assert decoded.shape == info.shape and decoded.dtype == DTYPES[info.dtype]
+        again = codec.layers(dict(lengths), extra, info)
+        assert again is not None and again[-1][0] == sum(lengths.values())
+
+
+def check_tunable(codec: Codec, info: TensorInfo, bits: Array, weighting: Weighting) -> bool:
+    """What tuning may change says what is decoded, before and after; whether there is any such."""
+    parts, extra = codec.encode(bits, info, weighting)
+    one = Encoded(codec.spec, info, parts, extra)
+    tunable = codec.tunable(one)
+    if tunable is None:
+        return False
+    assert codec.retuned(tunable, one) == parts, "what was not tuned must stay as it is"
+    terms = [dataclasses.replace(t, codes=np.roll(t.codes, 1, 0)) for t in tunable.terms]
+    for changed in (tunable, dataclasses.replace(tunable, terms=tuple(terms))):
+        again = codec.retuned(changed, one)
+        assert again.keys() == parts.keys(), "tuning must not change what parts there are"
+        decoded = info.matrix(codec.decode(again, extra, info))
+        expected = info.matrix(info.unmatrix(changed.values()))
+        assert np.allclose(decoded, expected, rtol=2.0**-7, atol=1e-30)
+    return True
+
+
 def check_corruption(
     codec: Codec, info: TensorInfo, bits: Array, weighting: Weighting, seed: int = 0
 ) -> None:
@@ -147,6 +195,9 @@ def check_codec(codec: Codec, dtypes: tuple[str, ...] = ("BF16", "F16", "F32")) 
     for dtype in dtypes:
         for info, bits, weighting in samples(dtype):
             check_round_trip(codec, info, bits, weighting)
+    for info, bits, weighting in samples(dtypes[-1]):
+        check_tunable(codec, info, bits, weighting)
+        check_layers(codec, info, bits, weighting)
     info, bits, weighting = next(samples(dtypes[0]))
     check_corruption(codec, info, bits, weighting)
     if codec.lossy:

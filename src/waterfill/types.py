@@ -34,6 +34,8 @@ __all__ = [
     "Spec",
     "SpecError",
     "TensorInfo",
+    "Term",
+    "Tunable",
     "WaterfillError",
     "Weighting",
     "is_shape",
@@ -80,6 +82,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 ROWS = 1024  # of a matrix whose error is weighed at a time: a tall one is not copied
+TOGETHER = 1 << 15  # numbers that are rounded at a time
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -103,15 +106,32 @@ def to_float32(bits: Array, dtype: str) -> Floats:
 def from_float32(values: Floats, dtype: str) -> Array:
     """Float32 values rounded (to nearest, ties to even) to the storage form of `dtype`."""
     if dtype == "BF16":
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-        # Rounding would carry a NaN's mantissa into its sign: keep it a NaN, made quiet.
-        nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
+        values = np.ascontiguousarray(values, np.float32)
+        out = np.empty(values.shape, np.uint16)
+        flat, into = values.reshape(-1), out.reshape(-1)
+        # A few at a time: the steps between then stay in a cache.
+        for first in range(0, flat.size, TOGETHER):
+            part = slice(first, first + TOGETHER)
+            into[part] = _to_bfloat16(flat[part])
+        return out
     if dtype not in FLOAT_DTYPES:
         raise SpecError(f"dtype {dtype} holds no weights that can be rounded")
     with np.errstate(over="ignore"):
         return values.astype(DTYPES[dtype])
+
+
+def _to_bfloat16(values: Floats) -> Array:
+    bits = values.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    nan = np.isnan(values)
+    if nan.any():
+        # Rounding would carry a NaN's mantissa into its sign: keep it a NaN, made quiet.
+        rounded[nan] = (bits[nan] >> 16) | 0x40
+    return rounded
 
 
 @dataclass(frozen=True)
@@ -303,6 +323,8 @@ class Integers:
         Standard deviation that the coder expects of each column's levels.
     bits : int
         Every level fits in so many, as a signed number; 0 where there is no such bound.
+    entries : int
+        Levels are of so many numbers at most; 0 where there is no such bound.
     """
 
     levels: Array | None
@@ -312,6 +334,7 @@ class Integers:
     states: int
     spread: Floats
     bits: int = 0
+    entries: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -324,8 +347,74 @@ class Integers:
             raise ValueError("an outline has no levels")
         rows = np.repeat(self.rows[first:last], self.group, axis=1)[:, : len(self.columns)]
         with np.errstate(over="ignore", under="ignore"):
-            values: Floats = self.levels[first:last].astype(np.float32) * self.columns * rows
+            values: Floats = self.levels[first:last].astype(np.float32)
+            values *= self.columns
+            values *= rows
         return values
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """Blocks of a matrix, each of them an entry of a table.
+
+    Attributes
+    ----------
+    codes : int32 (M, N), not negative
+        Which entry each block is. M blocks reach down all rows and N across all columns; what of
+        the last ones sticks out counts for nothing.
+    table : float32 (books, entries, height, width)
+        With blocks of height and width 1 an entry is a number, else a vector or a tile. Entries that
+        a book lacks are NaN.
+    book : int32, broadcast to the shape of `codes`
+        Which of the books a block is taken from.
+    """
+
+    codes: Array
+    table: Floats
+    book: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Tunable:
+    """A coded matrix (m, n) as what tuning may change of it: codes, and numbers beside them.
+
+    Element (i, j) is ``sum of the terms * columns[j] * scales[i, j // group]``.
+
+    Attributes
+    ----------
+    shape : (outputs m, inputs n)
+    terms : tuple of Term
+    scales : float32 (m, ceil(n / group)), or (1, ceil(n / group)) where all rows share them
+    group : int
+        Columns that share a scale.
+    columns : float32 (n,)
+    learned : names of what may change beside the codes: ``scales``, ``columns``, ``tables``
+    fixed : float32 (m, n), or None
+        Elements that stay as they are, whatever their code; NaN for all others.
+    coded : bool
+        Codes are entropy coded: rare ones take more bytes.
+    """
+
+    shape: tuple[int, int]
+    terms: tuple[Term, ...]
+    scales: Floats
+    group: int
+    columns: Floats
+    learned: frozenset[str]
+    fixed: Floats | None = None
+    coded: bool = False
+
+    def values(self) -> Floats:
+        """Float32 (m, n), not rounded to a dtype; a codec's own products may differ in the last bits."""
+        m, n = self.shape
+        whole = np.zeros(self.shape, np.float32)
+        for term in self.terms:
+            books = np.broadcast_to(term.book, term.codes.shape)
+            blocks = term.table[books, term.codes].transpose(0, 2, 1, 3)
+            rows, height, columns, width = blocks.shape
+            whole += blocks.reshape(rows * height, columns * width)[:m, :n]
+        whole = whole * self.columns * np.repeat(self.scales, self.group, axis=1)[:, :n]
+        return whole if self.fixed is None else np.where(np.isnan(self.fixed), whole, self.fixed)
 
 
 @dataclass(frozen=True)
@@ -349,7 +438,8 @@ class Plan:
         Bytes the weights file may have.
     predicted_nats : float
     water_level : float
-        Nats per byte at which every tensor stopped: the common slope.
+        Nats per byte that one more byte would save: the slope at which every tensor of a plan by the
+        hull stopped.
     """
 
     choices: Mapping[str, Point]

@@ -136,6 +136,10 @@ def rounded(texts: list[str]) -> Iterator[Encoded]:
 
 INTEGERS = [f"integer:bits={b},group=8" for b in range(2, 9)]
 INTEGERS += [f"integer:bits={b},group=16,pack=coded" for b in (2, 5, 8)]
+OUTLIERS = [
+    f"integer:bits=3,group=8,solver={solver},outliers={share}"
+    for solver, share in (("nearest", 0.003), ("successive", 0.05), ("coordinate", 0.01))
+]
 INTEGERS += ["integer:solver=nearest", "integer:bits=3,group=8,damping=0.1,pack=coded"]
 TRELLISES = ["trellis", "trellis:states=1", "trellis:step=2.0,rows=1.0", "trellis:rows=0.0"]
 TRELLISES += ["trellis:gains=yes", "trellis:gains=yes,mmse=0.1,states=1", "trellis:step=0.01"]
@@ -210,6 +214,7 @@ ARTIFACTS = {
     "lossless": planes,
     "lossless_2": words,
     "integer": lambda: rounded(INTEGERS),
+    "outliers": lambda: rounded(OUTLIERS),
     "trellis": paths,
     "streams": streams,
     "shared": shared,

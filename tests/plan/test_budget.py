@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from waterfill.plan.budget import budget_nbytes, parse_ratio, parse_size
+from waterfill.plan.budget import budget_nbytes, parse_budget, parse_ratio, parse_size
 from waterfill.types import BudgetError
 
 
@@ -38,3 +38,12 @@ def test_exactly_one_way() -> None:
     for wrong in ({}, {"bits": 3.0, "size": "1KB"}, {"bits": 0.0}, {"size": 0}):
         with pytest.raises(BudgetError):
             budget_nbytes(**common, **wrong)
+
+
+def test_a_size_in_whichever_way() -> None:
+    assert parse_budget("3") == {"bits": 3.0} and parse_budget(" 2.5 ") == {"bits": 2.5}
+    assert parse_budget("250MB") == {"size": "250MB"} and parse_budget("20%") == {"ratio": "20%"}
+    assert parse_budget("1234567") == {"size": "1234567"}
+    for text in ("", "-1", "0", "half", "500%", "nan", "1e9"):
+        with pytest.raises(BudgetError):
+            budget_nbytes(params=1000, original_nbytes=2000, **parse_budget(text))  # type: ignore[arg-type]

@@ -8,11 +8,13 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from waterfill.cli.grammar import Verb, checked, count, force, named, path, trust
+from waterfill.cli.grammar import Verb, count, force, named, path, size_options, trust
 from waterfill.cli.printing import short, table, warn
 from waterfill.types import Record
 
 TOKENS = 32768  # of calibration text, if not said otherwise
+TUNE_STEPS = 64
+MINUTES = 10.0  # of a search that runs the model
 
 
 def compress(args: argparse.Namespace) -> Any:
@@ -29,9 +31,13 @@ def compress(args: argparse.Namespace) -> Any:
         lossless=args.lossless,
         keep=args.keep,
         codec=dict(args.codec),
-        calibration=_calibration(args.calibrate),
+        allocate=args.allocate,
+        minutes=args.minutes or MINUTES,
+        calibration=calibration(args.calibrate),
         tokens=args.tokens or TOKENS,
         propagate=not args.no_propagate,
+        tune=args.tune,
+        tune_steps=args.tune_steps or TUNE_STEPS,
         force=args.force,
         trust_remote_code=args.trust_remote_code,
         command=args.command_line,
@@ -74,6 +80,8 @@ def _say_budget(args: argparse.Namespace, record: Record) -> None:
                 f"  on {predicted['tokens_calibration']:,} tokens of the calibration text: "
                 f"{predicted['kl_nats_calibration']:.4g}"
             )
+        if "kl_nats_untuned" in predicted:
+            print(f"  before it was tuned: {predicted['kl_nats_untuned']:.4g}")
     print(
         f"next: waterfill eval {shlex.quote(str(args.out))} --against {shlex.quote(args.model)} --text FILE"
     )
@@ -92,23 +100,52 @@ def _compress_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--tokens", type=count, help=f"calibration tokens (default {TOKENS})")
     p.add_argument(
+        "--minutes",
+        type=minutes,
+        metavar="M",
+        help=f"of search, for --allocate evolutionary (default {MINUTES:g}); it goes on after an interrupt",
+    )
+    p.add_argument(
         "--no-propagate",
         action="store_true",
         help="encode once: do not let blocks make up for what the ones before them lost (faster)",
+    )
+    p.add_argument(
+        "--tune",
+        metavar="pv|v|ste",
+        help="go on and better codes and scales on the text, at the same size: pv both, v scales alone, "
+        "ste by straight-through estimation. Takes some 20 bytes of memory a weight, and codecs that "
+        "have such: integer, float, power, codebook, vector (docs/tuning.md)",
+    )
+    p.add_argument(
+        "--tune-steps",
+        type=count,
+        metavar="N",
+        help=f"of about 2,048 tokens each (default {TUNE_STEPS}); time goes with them",
     )
     force(p, "OUT")
     trust(p)
 
 
 def _compress_misuse(args: argparse.Namespace) -> str:
+    from waterfill.plan.allocation import find_allocator
+
+    if args.plan and args.allocate:
+        return "a --plan has an allocation of its own: leave --allocate out, or name a size"
+    if args.minutes and not (args.allocate and find_allocator(args.allocate).starts_from):
+        return "--minutes is for an allocator that searches: --allocate evolutionary"
+    if args.tune_steps and not args.tune:
+        return "--tune-steps says how long to tune: add --tune pv, or leave it out"
     if not args.lossless:
         return ""
     options = {
         "--calibrate": args.calibrate,
         "--tokens": args.tokens,
         "--no-propagate": args.no_propagate,
+        "--tune": args.tune,
         "--keep": args.keep,
         "--codec": args.codec,
+        "--allocate": args.allocate,
     }
     given = [name for name, value in options.items() if value]
     if not given:
@@ -175,11 +212,14 @@ def _calibrate_options(p: argparse.ArgumentParser) -> None:
 def plan(args: argparse.Namespace) -> Any:
     """Say what a size would cost, without encoding."""
     from waterfill import pipeline
+    from waterfill.plan.allocation import DEFAULT
 
     priced = pipeline.price_statistics(
         args.statistics, args.keep, dict(args.codec), write=not args.dry_run, progress=args.progress
     )
-    result = pipeline.plan_json(priced, size=args.size, bits=args.bits, ratio=args.ratio)
+    result = pipeline.plan_json(
+        priced, size=args.size, bits=args.bits, ratio=args.ratio, allocate=args.allocate or DEFAULT
+    )
     if args.out and not args.dry_run:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -217,34 +257,17 @@ def _plan_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _calibration(values: Sequence[str] | None) -> Any:
+def calibration(values: Sequence[str] | None) -> Any:
+    """What --calibrate was given, as `waterfill.compress` takes it."""
     if not values:
         return None
     return "self" if list(values) == ["self"] else list(values)
 
 
 def _budget(p: argparse.ArgumentParser, or_plan: bool = False) -> None:
-    from waterfill.plan.budget import parse_ratio, parse_size
+    from waterfill.plan.allocation import DEFAULT, allocators
 
-    one = p.add_mutually_exclusive_group(required=True)
-    one.add_argument(
-        "--size",
-        type=checked(parse_size),
-        metavar="SIZE",
-        help="of the weights file: 250MB, 1.5GiB, 123456",
-    )
-    one.add_argument(
-        "--bits",
-        type=_bits,
-        metavar="B",
-        help="average bits per weight, every byte of the file counted",
-    )
-    one.add_argument(
-        "--ratio",
-        type=checked(parse_ratio),
-        metavar="R",
-        help="share of the original's bytes: 20%%",
-    )
+    one = size_options(p)
     if or_plan:
         one.add_argument(
             "--lossless",
@@ -264,6 +287,11 @@ def _budget(p: argparse.ArgumentParser, or_plan: bool = False) -> None:
         metavar="GLOB",
         help="keep these tensors exact (repeatable)",
     )
+    p.add_argument(
+        "--allocate",
+        choices=allocators(),
+        help=f"how the budget is spent over the tensors (default {DEFAULT}); see docs/planning.md",
+    )
     p.add_argument("--codec", action="append", default=[], type=_pair, metavar="[GLOB=]SPEC",
                    help="a codec id, with options (integer:bits=3) or without, or auto: the best of all; "
                    "the last match wins, no GLOB is all")  # fmt: skip
@@ -280,13 +308,14 @@ def _pair(text: str) -> tuple[str, str]:
     return glob, spec
 
 
-def _bits(text: str) -> float:
+def minutes(text: str) -> float:
+    """A time that a search may take."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 < value <= 128:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits per weight; try 3.2")
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time in minutes; try 30")
     return value
 
 

@@ -1,11 +1,11 @@
-"""The verbs that look at what there is: show, eval, verify, report, codecs."""
+"""The verbs that look at what there is: show, eval, verify, report."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from waterfill.cli.grammar import Verb, count, named, path, trust
+from waterfill.cli.grammar import Verb, checked, count, named, path, trust
 from waterfill.cli.printing import short, table
 
 
@@ -69,6 +69,8 @@ def evaluate(args: argparse.Namespace) -> Any:
         stride=args.stride,
         tokens=args.tokens,
         layers=args.layers,
+        activations=args.activations,
+        size=args.size,
         trust_remote_code=args.trust_remote_code,
         progress=args.progress,
     )
@@ -94,6 +96,8 @@ def evaluate(args: argparse.Namespace) -> Any:
 
 
 def _eval_options(p: argparse.ArgumentParser) -> None:
+    from waterfill.plan.budget import parse_size
+
     p.add_argument("artifact", type=path, metavar="OUT")
     p.add_argument("--against", type=named, required=True, metavar="MODEL")
     p.add_argument("--text", nargs="+", type=path, metavar="FILE", help="default: a packaged text")
@@ -104,6 +108,18 @@ def _eval_options(p: argparse.ArgumentParser) -> None:
         "--layers",
         action="store_true",
         help="also measure each tensor alone (slow), for the report",
+    )
+    p.add_argument(
+        "--activations",
+        metavar="FORM",
+        help="round the inputs of linear layers to int8, e4m3 or e5m2 with a scale per token "
+        "(int8:tensor: per window), simulated; shown, not kept for the report",
+    )
+    p.add_argument(
+        "--size",
+        type=checked(parse_size),
+        metavar="SIZE",
+        help="open an artifact in layers at this size; the figures are not kept for the report",
     )
     trust(p)
 
@@ -144,28 +160,6 @@ def _report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("-o", "--out", type=path, metavar="HTML", help="default: OUT/report.html")
 
 
-def codecs(args: argparse.Namespace) -> Any:
-    """List the codecs and their options."""
-    from waterfill.registry import codec_ids, find_codec
-
-    result = []
-    for name in codec_ids():
-        cls = find_codec(name)
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
-        result.append(
-            {
-                "id": name,
-                "version": cls.version,
-                "lossy": cls.lossy,
-                "example": str(cls().spec),
-                "about": summary,
-            }
-        )
-        if not args.json:
-            print(f"{name:<10} {summary}\n{'':<10} {cls().spec}")
-    return result
-
-
 VERBS = (
     Verb(
         "show",
@@ -181,7 +175,10 @@ VERBS = (
         "eval",
         evaluate,
         _eval_options,
-        ("waterfill eval out/small --against demo --text book.txt",),
+        (
+            "waterfill eval out/small --against demo --text book.txt",
+            "waterfill eval out/small --against demo --activations e4m3",
+        ),
     ),
     Verb(
         "verify",
@@ -201,5 +198,4 @@ VERBS = (
             "waterfill report out/small out/smaller -o both.html",
         ),
     ),
-    Verb("codecs", codecs),
 )

@@ -8,27 +8,32 @@ from typing import Any, Self
 
 import numpy as np
 
+from waterfill.coding import levels
+from waterfill.coding.adaround import adaround
+from waterfill.coding.coordinate import Quadratic
 from waterfill.coding.entropy import decode_ints, encode_ints
+from waterfill.coding.outliers import decode_outliers, encode_outliers, worst
 from waterfill.coding.packing import pack, unpack
-from waterfill.coding.rounding import factor, finite, successive
+from waterfill.coding.rounding import factor, finite
+from waterfill.coding.uniform import Grid, Rounded, improve, round_successively
 from waterfill.registry import Codec, codec
 from waterfill.types import (
     DTYPES,
     FLOAT_DTYPES,
     Array,
+    Encoded,
     Floats,
     FormatError,
     Integers,
     SpecError,
     TensorInfo,
+    Tunable,
     Weighting,
     from_float32,
 )
 
-BLOCK_WEIGHTS = 1 << 18  # decoded at a time
-SHRINKS = np.linspace(
-    0.35, 1.0, 27, dtype=np.float32
-)  # clips tried, as shares of the largest weight
+BLOCK_WEIGHTS = 1 << 16  # decoded at a time, in a near cache
+SOLVERS = ("nearest", "successive", "coordinate", "adaround")
 
 
 @codec("integer", version=1)
@@ -36,8 +41,13 @@ class Integer(Codec):
     """``q * scale``, one float16 scale for each row and group of input columns.
 
     The scale is searched: the clip, and the sign of the scale, that minimise the weighted error of
-    its group. Rounding is to nearest, or successive (GPTQ, Frantar et al. 2022; columns last to
-    first, errors carried on).
+    its group. Then it is rounded, as a rule better the later in this list:
+
+    - nearest: each weight by itself;
+    - successive: columns last to first, errors carried on (GPTQ, Frantar et al. 2022);
+    - coordinate: from there coordinate descent (QuantEase, Behdin et al. 2023), scales fitted again;
+    - adaround: from nearest, up or down by gradient (AdaRound, Nagel et al. 2020), then descent as
+      in coordinate. Needs torch to encode.
 
     Attributes
     ----------
@@ -46,31 +56,43 @@ class Integer(Codec):
     group : int
         Input columns that share a scale.
     solver : str
-        nearest | successive
+        nearest | successive | coordinate | adaround
     pack : str
         packed: fixed width, as kernels read it; coded: the same integers through rANS.
     damping : float
         Added to the diagonal of S, relative to its mean.
+    outliers : float
+        Share of the weights kept to eight significant bits beside the integers: about 19 bits each
+        where they are 1 %. Those largest by their weight in the harm; `coordinate` chooses them
+        again between descents (QuantEase's outlier-aware form).
     """
 
     usual = True
-    parts = ("codes", "scales")
+    parts = ("codes", "scales", "outliers")
 
     bits: int = 4
     group: int = 128
     solver: str = "successive"
     pack: str = "packed"
     damping: float = 0.01
+    outliers: float = 0.0
 
     def __post_init__(self) -> None:
         if (
             not 2 <= self.bits <= 8
             or not 8 <= self.group <= 65536
             or not 0 <= self.damping < math.inf
+            or not 0 <= self.outliers <= 0.5
         ):
-            raise SpecError("integer: bits is 2 to 8, group 8 to 65536, damping not negative")
-        if self.solver not in ("nearest", "successive") or self.pack not in ("packed", "coded"):
-            raise SpecError("integer: solver is nearest or successive, pack is packed or coded")
+            raise SpecError(
+                "integer: bits is 2 to 8, group 8 to 65536, damping not negative, outliers 0 to 0.5"
+            )
+        if self.solver not in SOLVERS or self.pack not in ("packed", "coded"):
+            raise SpecError(
+                f"integer: solver is one of {', '.join(SOLVERS)}, pack is packed or coded"
+            )
+        if not self.outliers:  # what is never written must not be counted in the header
+            object.__setattr__(self, "parts", ("codes", "scales"))
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
@@ -82,34 +104,32 @@ class Integer(Codec):
     def encode(
         self, x: Array, info: TensorInfo, weighting: Weighting
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """Bits of `info.shape` -> parts ``codes`` and ``scales``."""
+        """Bits of `info.shape` -> parts ``codes``, ``scales`` and, if there are any, ``outliers``."""
         matrix = finite(info.matrix(x), info.name)
         exponent = _exponent(matrix)
         extra = {"exponent": exponent} if exponent else {}
-        columns = np.ascontiguousarray(np.ldexp(matrix, exponent).T)
-        n, m = columns.shape
-        codes = np.empty((n, m), np.int8)
-        scales = np.zeros((-(-n // self.group), m), np.float16)
-        lower = self._lower(n, weighting)
-        importance = np.square(lower if lower.ndim == 1 else lower.diagonal())
-        carried = lower.ndim == 2
+        rounded = self._round(np.ascontiguousarray(np.ldexp(matrix, exponent).T), weighting)
+        parts = {
+            "codes": self._pack(rounded.codes(Grid(self.bits, self.group)).T),
+            "scales": rounded.scales.astype("<f2").T.tobytes(),
+        }
+        if rounded.kept is not None and rounded.kept.any():
+            parts["outliers"] = encode_outliers(rounded.values.T, rounded.kept.T)
+        return parts, extra
 
-        def round_block(
-            first: int, last: int, block: Floats, target: Floats, carry: Floats
-        ) -> Floats:
-            scale = self._search_scale(target, importance[first:last])
-            scales[first // self.group] = scale
-            error = np.empty_like(target)
-            for j in range(last - first - 1, -1, -1):
-                q = self._nearest(target[j], scale)
-                codes[first + j] = q
-                error[j] = block[j] - q * scale
-                if carried and j:
-                    target[:j] += carry[j, :j, None] * error[j]
-            return error
-
-        successive(columns, lower, round_block, block=self.group)
-        return {"codes": self._pack(codes.T), "scales": scales.T.tobytes()}, extra
+    def _round(self, columns: Floats, weighting: Weighting) -> Rounded:
+        grid, row_weights = Grid(self.bits, self.group), weighting.row_weights
+        lower = self._lower(len(columns), weighting)
+        quadratic = Quadratic.damped(weighting.second_moment, len(columns), self.damping)
+        kept, count = None, int(self.outliers * columns.size)
+        if count:
+            kept = worst(np.square(columns) * quadratic.diagonal[:, None] * row_weights, count)
+        rounded = round_successively(columns, lower, grid, kept)
+        if self.solver == "adaround":
+            rounded = adaround(columns, rounded, grid, quadratic)
+        if self.solver in ("coordinate", "adaround"):
+            rounded = improve(columns, rounded, grid, quadratic, row_weights)
+        return rounded
 
     def decode(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
@@ -126,12 +146,19 @@ class Integer(Codec):
         m, n = info.matrix_shape
         scales, exponent = self._scales(parts["scales"], extra, info)
         held = self._integers(self._levels(parts["codes"], info), scales, n)
+        places, kept = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        if "outliers" in parts:
+            places, kept = decode_outliers(parts["outliers"], m * n)
         matrix = out.reshape(n, m).T if info.transposed else out.reshape(m, n)
         step = max(1, BLOCK_WEIGHTS // max(n, 1))
         for first in range(0, m, step):
-            rows = slice(first, first + step)
+            rows = slice(first, min(first + step, m))
+            values = held.values(rows.start, rows.stop)
+            some = slice(*np.searchsorted(places, (first * n, rows.stop * n)))
+            values.reshape(-1)[places[some] - first * n] = kept[some]
             with np.errstate(over="ignore", under="ignore"):
-                values = np.ldexp(held.values(first, min(first + step, m)), -exponent)
+                if exponent:
+                    np.ldexp(values, -exponent, out=values)
                 matrix[rows] = from_float32(values, info.dtype)
 
     def integers(
@@ -141,7 +168,9 @@ class Integer(Codec):
         info: TensorInfo,
         outline: bool = False,
     ) -> Integers | None:
-        """Codes and scales as they are, where the scales can take the exponent."""
+        """Codes and scales as they are, where the scales can take the exponent and are all there is."""
+        if "outliers" in parts:
+            return None
         scales, exponent = self._scales(parts["scales"], extra, info)
         with np.errstate(over="ignore", under="ignore"):
             whole = np.ldexp(scales, -exponent)
@@ -149,6 +178,25 @@ class Integer(Codec):
                 return None
         levels = None if outline else self._levels(parts["codes"], info)
         return self._integers(levels, whole, info.matrix_shape[1])
+
+    def tunable(self, one: Encoded) -> Tunable | None:
+        """Integers and scales; outliers stay."""
+        (m, n), top, fixed = one.info.matrix_shape, 1 << (self.bits - 1), None
+        scales, exponent = self._scales(one.parts["scales"], one.extra, one.info)
+        if "outliers" in one.parts:
+            places, kept = decode_outliers(one.parts["outliers"], m * n)
+            fixed = levels.apart(places, kept, (m, n), exponent)
+        codes = self._levels(one.parts["codes"], one.info).astype(np.int16) + top
+        table = np.arange(-top, top, dtype=np.float32)
+        return levels.tunable(
+            codes, table, scales, self.group, exponent, ["scales"], self.pack, fixed
+        )
+
+    def retuned(self, tunable: Tunable, one: Encoded) -> dict[str, bytes]:
+        """Parts of the same form."""
+        codes = self._pack(tunable.terms[0].codes - (1 << (self.bits - 1)))
+        scales = levels.retuned_scales(tunable, one.extra)
+        return {**one.parts, "codes": codes, "scales": scales}
 
     def _integers(self, levels: Array | None, scales: Floats, n: int) -> Integers:
         spread = np.full(n, 2.0**self.bits / 4, np.float32)
@@ -184,31 +232,9 @@ class Integer(Codec):
         moment = weighting.second_moment
         if moment is None:
             return np.ones(n, np.float32)
-        lower = factor(moment, self.damping)
-        if self.solver == "nearest" and lower.ndim == 2:
+        if self.solver in ("nearest", "adaround") and moment.ndim == 2:
             return np.sqrt(np.maximum(moment.diagonal(), 1e-12))
-        return lower
-
-    def _nearest(self, target: Floats, scale: Floats) -> Floats:
-        low, high = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
-        return np.clip(np.rint(target / np.where(scale == 0, 1, scale)), low, high)
-
-    def _search_scale(self, target: Floats, importance: Floats) -> Floats:
-        """Scale (m,) of least weighted error for a group (columns, m), rounded to float16."""
-        extreme = target[np.argmax(np.abs(target), axis=0), np.arange(target.shape[1])]
-        top = 1 << (self.bits - 1)
-        best = np.full(target.shape[1], np.inf, np.float32)
-        scale = np.zeros(target.shape[1], np.float32)
-        for shrink in SHRINKS:
-            # The negative end has one level more, so either sign of the scale may serve better.
-            for end in (-top, top - 1):
-                trial = (extreme * shrink / end).astype(np.float16).astype(np.float32) + 0.0
-                error = np.square(target - self._nearest(target, trial) * trial)
-                cost = importance @ error
-                better = cost < best
-                best = np.where(better, cost, best)
-                scale = np.where(better, trial, scale)
-        return scale
+        return factor(moment, self.damping)
 
     def _pack(self, codes: Array) -> bytes:
         if self.pack == "coded":

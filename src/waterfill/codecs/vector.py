@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from waterfill.coding.books import Books
 from waterfill.coding.columns import (
     GRID,
     diagonal,
@@ -17,16 +18,7 @@ from waterfill.coding.columns import (
     scaled_columns,
     share_bits,
 )
-from waterfill.coding.kmeans_vectors import (
-    MAX_SIZE,
-    Book,
-    assign,
-    decode_books,
-    decode_indices,
-    encode_books,
-    encode_indices,
-    train,
-)
+from waterfill.coding.kmeans_vectors import MAX_SIZE, Book, assign, train
 from waterfill.coding.rounding import finite, successive
 from waterfill.coding.scales import LIMIT, decode_grid, encode_grid, from_grid
 from waterfill.coding.sections import join, split
@@ -34,15 +26,16 @@ from waterfill.registry import Codec, codec
 from waterfill.types import (
     FLOAT_DTYPES,
     Array,
+    Encoded,
     Floats,
     FormatError,
     SpecError,
     TensorInfo,
+    Tunable,
     Weighting,
 )
 
 MAX_CLASSES = 64
-TINY = 1e-30
 SPARE = 3  # times the centroids that the bits ask for, where those that do not pay are dropped
 
 
@@ -157,14 +150,10 @@ class Vector(Codec):
                 for c, size in enumerate(sizes)
             ]
             first, second, aims = self._round(padded, lower, books, ids, price / energy)
-        streams, tables = [], []
-        for c, book in enumerate(books):
-            for index, table in ((first, book.first), (second, book.second)):
-                streams.append(encode_indices(index[ids == c].T, len(table)))
-                tables.append(table)
-        columns = [encode_grid(column_grid), encode_grid(ids), *encode_books(tables)]
+        made = Books([(book.first, book.second) for book in books], ids, (first.T, second.T))
+        columns = [encode_grid(column_grid), encode_grid(ids), made.sizes(), made.entries()]
         scales = encode_grid(row_grid)
-        return {"codes": join(streams), "scales": scales, "books": join(columns)}, {}
+        return {"codes": made.streams(), "scales": scales, "books": join(columns)}, {}
 
     def _round(
         self, weight: Floats, lower: Floats, books: list[Book], ids: Array, prices: Array
@@ -215,27 +204,37 @@ class Vector(Codec):
             if any(parts.values()):
                 raise FormatError(f"{info.name}: bytes where there are no weights")
             return info.unmatrix(np.zeros((m, n), np.float32))
-        columns, coded_ids, coded_sizes, entries = split(memoryview(parts["books"]), 4)
+        books, row_scale, scale = self._read(parts, info)
+        with np.errstate(over="ignore", under="ignore"):
+            values = books.values(m) * row_scale[:, None] * scale
+        if not np.isfinite(values).all():
+            raise FormatError(f"{info.name}: a weight is not finite")
+        return info.unmatrix(values)
+
+    def tunable(self, one: Encoded) -> Tunable | None:
+        """Indices and codebooks; scales are steps of a grid, and stay."""
+        if not one.info.size:
+            return None
+        books, row_scale, scale = self._read(one.parts, one.info)
+        return books.tunable(row_scale, scale)
+
+    def retuned(self, tunable: Tunable, one: Encoded) -> dict[str, bytes]:
+        """Other indices and codebooks of the same sizes."""
+        books = self._read(one.parts, one.info)[0].retuned(tunable)
+        columns = [*split(one.parts["books"], 4)[:3], books.entries()]
+        return {**one.parts, "codes": books.streams(), "books": join(columns)}
+
+    def _read(self, parts: Mapping[str, bytes], info: TensorInfo) -> tuple[Books, Floats, Floats]:
+        """Indices and codebooks, and the scales of rows and columns."""
+        m, n = info.matrix_shape
+        columns, coded_ids, coded_sizes, entries = split(parts["books"], 4)
         scale = from_grid(decode_grid(columns, n, LIMIT * GRID), GRID)
         row_scale = from_grid(decode_grid(parts["scales"], m, LIMIT * GRID), GRID)
         ids = decode_grid(coded_ids, n, MAX_CLASSES - 1)
         count = int(ids.max()) + 1
-        if ids.min() < 0:
-            raise FormatError(f"{info.name}: a class is negative")
-        books = decode_books(coded_sizes, entries, 2 * count, self.length)
-        if not all(map(len, books[::2])):
-            raise FormatError(f"{info.name}: a class without a codebook")
-        streams = split(memoryview(parts["codes"]), len(books))
-        tall, values = -(-m // self.length), np.empty((m, n), np.float32)
-        for c in range(count):
-            own = np.flatnonzero(ids == c)
-            picked = np.zeros((tall, own.size, self.length), np.float32)
-            for book, stream in zip(books[2 * c : 2 * c + 2], streams[2 * c :], strict=False):
-                index = decode_indices(stream, (tall, own.size), len(book))
-                picked = picked + book[index] if len(book) else picked
-            values[:, own] = picked.transpose(0, 2, 1).reshape(-1, own.size)[:m]
-        with np.errstate(over="ignore", under="ignore"):
-            values = values * row_scale[:, None] * scale
-        if not np.isfinite(values).all():
-            raise FormatError(f"{info.name}: a weight is not finite")
-        return info.unmatrix(values)
+        sizes = decode_grid(coded_sizes, 2 * max(count, 1), MAX_SIZE)
+        if ids.min() < 0 or sizes.min() < 0 or sizes[::2].min() < 1:
+            raise FormatError(f"{info.name}: a class or the size of its codebook is impossible")
+        shape = -(-m // self.length), self.length
+        read = Books.read(parts["codes"], entries, sizes.reshape(-1, 2), ids, shape, info)
+        return read, row_scale, scale

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,17 +9,15 @@ from numpy.typing import NDArray
 
 from waterfill.coding.entropy import decode_ints, encode_ints
 from waterfill.coding.packing import pack, unpack
-from waterfill.coding.scales import decode_grid, encode_grid
 from waterfill.types import Array, Floats, FormatError
 
 __all__ = [
     "MAX_SIZE",
     "Book",
     "assign",
-    "decode_books",
     "decode_indices",
-    "encode_books",
     "encode_indices",
+    "half",
     "kmeans",
     "train",
 ]
@@ -154,13 +151,14 @@ def train(
     start = old.first if old and price else None
     fair = price / max(float(worth.mean()), 1e-30)
     first, bits = kmeans(vectors, weights, max(1, round(size / second)), fair, start)
-    first, rest = _half(first), np.zeros((0, length), np.float32)
+    first, rest = half(first), np.zeros((0, length), np.float32)
     if second > 1:
-        rest = _half(kmeans(vectors - first[assign(vectors, first)], weights, second)[0])
+        rest = half(kmeans(vectors - first[assign(vectors, first)], weights, second)[0])
     return Book(first, bits, rest)
 
 
-def _half(book: Floats) -> Floats:
+def half(book: Floats) -> Floats:
+    """As a reader will see it."""
     return np.clip(book, -65504, 65504).astype(np.float16).astype(np.float32)
 
 
@@ -226,23 +224,6 @@ def decode_indices(data: Buffer, shape: tuple[int, int], size: int) -> NDArray[n
         if index.max() >= size:
             raise FormatError(f"an index beyond a codebook of {size}")
     return index
-
-
-def encode_books(books: Sequence[Floats]) -> list[bytes]:
-    """Codebooks (K, d) -> two byte strings: their sizes, and float16 centroids."""
-    sizes = np.array([len(book) for book in books])
-    return [encode_grid(sizes), b"".join(book.astype("<f2").tobytes() for book in books)]
-
-
-def decode_books(sizes: Buffer, entries: Buffer, count: int, length: int) -> list[Floats]:
-    """Inverse of `encode_books` for so many books: float32 (K, length) each."""
-    each = decode_grid(sizes, count, MAX_SIZE)
-    if each.min() < 0 or len(entries) != 2 * length * int(each.sum()):
-        raise FormatError(f"{len(entries)} bytes of codebooks, which is not what their sizes say")
-    every = np.frombuffer(entries, "<f2").astype(np.float32).reshape(-1, length)
-    if not np.isfinite(every).all():
-        raise FormatError("a centroid is not finite")
-    return np.split(every, np.cumsum(each)[:-1])
 
 
 def _plain_bits(size: int) -> int:

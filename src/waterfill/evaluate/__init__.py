@@ -3,6 +3,7 @@
 Nothing here imports torch or transformers before it is asked to measure something.
 """
 
+from waterfill.evaluate.activations import Activations
 from waterfill.evaluate.language import compare, is_masked, max_positions, perplexity
 from waterfill.evaluate.layers import layer_errors, layer_kl
 from waterfill.evaluate.windows import (
@@ -13,6 +14,7 @@ from waterfill.evaluate.windows import (
 )
 
 __all__ = [
+    "Activations",
     "Windows",
     "compare",
     "is_masked",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from waterfill.evaluate.activations import Activations
 from waterfill.evaluate.windows import Windows
 from waterfill.types import WaterfillError
 
@@ -31,6 +32,7 @@ def compare(
     compressed: Any,
     windows: Windows | NDArray[np.int64],
     *,
+    activations: Activations | str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measured harm of a compressed model.
@@ -39,6 +41,8 @@ def compare(
     ----------
     original, compressed : transformers models with logits, over the same vocabulary
     windows : Windows, or int64 (count, window) of which all but the first column is scored
+    activations : int8, e4m3, e5m2 (``int8:tensor``, ...) or `Activations`, optional
+        What the inputs of the compressed model's linear layers are rounded to while it is measured.
     progress : callable (iterable, label) -> iterable, optional
 
     Returns
@@ -53,13 +57,16 @@ def compare(
     masked = is_masked(original)
     rows = as_windows(windows, masked)
     check_vocabularies(original, compressed)
+    rounding = Activations.parse(activations) if isinstance(activations, str) else activations
     losses: list[Floats] = []
     divergences: list[Floats] = []
     agreements: list[Floats] = []
     with evaluating(original, compressed):
         for i in _watched(len(rows), "comparing", progress):
             p = scored_logits(original, rows, i, masked)
-            q = scored_logits(compressed, rows, i, masked)
+            # Around this call alone: the two models may be one.
+            with rounding.simulated(compressed) if rounding else contextlib.nullcontext():
+                q = scored_logits(compressed, rows, i, masked)
             if p.shape != q.shape:
                 raise WaterfillError(
                     f"logits differ in shape: {tuple(p.shape)} and {tuple(q.shape)}"
@@ -80,6 +87,8 @@ def compare(
         "tokens": len(kl),
         "protocol": protocol(rows, original, compressed),
     }
+    if rounding:
+        result["protocol"]["activations"] = rounding.protocol(compressed)
     if masked:
         return result
     before, after = np.concatenate(losses, axis=1).mean(axis=1)

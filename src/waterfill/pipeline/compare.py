@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from waterfill.container import Reader
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.runtime import artifact
 from waterfill.runtime.arrays import checkpoint_infos, decode
+from waterfill.runtime.sizing import open_at
 from waterfill.runtime.tensors import to_torch
 from waterfill.runtime.torch_model import load_model, load_original
 from waterfill.sources import Source, open_source
@@ -21,9 +23,9 @@ T = TypeVar("T")
 METRICS = "metrics"
 
 
-def show(path: str | Path) -> dict[str, Any]:
-    """The ledger of an artifact; its rows' bytes sum to the file."""
-    with Reader(path) as reader:
+def show(path: str | Path, size: str | int | None = None) -> dict[str, Any]:
+    """The ledger of an artifact, perhaps opened at a smaller size; its rows' bytes sum to the file."""
+    with open_at(path, size) as reader:
         rows = artifact.ledger(reader)
         params = sum(r["params"] for r in rows)
         return {
@@ -62,6 +64,8 @@ def compare(
     stride: int | None = None,
     tokens: int | None = None,
     layers: bool = False,
+    activations: str | None = None,
+    size: str | int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
@@ -74,51 +78,121 @@ def compare(
     text : text files; default: a packaged text
     window, stride, tokens : see `waterfill.evaluate.text_windows`
     layers : also measure each tensor alone
+    activations : int8, e4m3, e5m2 (``int8:tensor``, ...): what the inputs of linear layers are
+        rounded to; such figures are of more than the file, and are not kept beside it
+    size : open the artifact at this size, as of `waterfill.load_model`; the figures are not kept then
 
     Returns
     -------
     dict
         As of `waterfill.evaluate.compare`, with ``predicted_kl_nats`` and ``layers``.
     """
-    from waterfill import evaluate  # which needs torch; `show` must not
-
     folder = artifact.folder_of(path)
     source = open_source(against, trust_remote_code=trust_remote_code)
-    if source.path is None:
-        raise WaterfillError(
-            "compare with a folder, a hub id or demo; or call waterfill.evaluate.compare"
-        )
-    if "quantization_config" in source.config:
-        raise WaterfillError(f"{source.name} is itself quantised; compare with the original")
-    shown = show(folder)
+    shown = show(folder, size)
     _check_alike(folder, source)
-    tokenizer = load_tokenizer(source.path, trust_remote_code)
-    original = load_original(source.path, trust_remote_code)
-    compressed = load_model(
-        folder, residency="dense", dtype="float32", trust_remote_code=trust_remote_code
-    )
-    paths = [Path(t) for t in text] if text else [_packaged_text()]
-    windows = evaluate.text_windows(
-        paths,
-        tokenizer,
+    yardstick = Yardstick.open(
+        source,
+        text,
         window=window,
         stride=stride,
-        max_positions=evaluate.max_positions(original),
-        max_tokens=tokens,
-        masked=evaluate.is_masked(original),
+        tokens=tokens,
+        activations=activations,
+        trust_remote_code=trust_remote_code,
     )
-    watched = _watcher(progress)
-    metrics = evaluate.compare(original, compressed, windows, progress=watched)
-    predicted = record_of(path).predicted
-    metrics["predicted_kl_nats"] = predicted["kl_nats"]
+    metrics = yardstick.measure(folder, size, progress)
+    metrics["nbytes"] = shown["nbytes"]
+    metrics["predicted_kl_nats"] = shown["predicted_kl_nats"]
+    predicted = record_of(path).predicted if size is None else {}
     if "kl_nats_calibration" in predicted:
         metrics["calibration_kl_nats"] = predicted["kl_nats_calibration"]
     if layers:
-        metrics["layers"] = _layers(folder, original, windows, shown["ledger"], watched)
+        metrics["layers"] = _layers(folder, size, yardstick, shown["ledger"], _watcher(progress))
     stored = artifact.read_record(folder)
-    if stored:
+    if stored and not activations and size is None:
         artifact.write_record(folder, {**stored, METRICS: metrics})
     return metrics
+
+
+@dataclass(frozen=True, eq=False)
+class Yardstick:
+    """An original and a text, for any number of artifacts to be measured by.
+
+    Attributes
+    ----------
+    original : transformers model in float32
+    windows : waterfill.evaluate.Windows
+    activations : see `waterfill.evaluate.Activations`, or None
+    trust_remote_code : bool
+    """
+
+    original: Any
+    windows: Any
+    activations: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What is measured on, and how, before anything is."""
+        how = {"activations": self.activations} if self.activations else {}
+        return {**self.windows.protocol, **how}
+
+    @classmethod
+    def open(
+        cls,
+        source: Source,
+        text: Sequence[str | Path] | None = None,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        tokens: int | None = None,
+        activations: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Load the original and cut the text; parameters as of `compare`."""
+        from waterfill import evaluate  # which needs torch; `show` must not
+
+        if activations:
+            evaluate.Activations.parse(activations)  # before anything takes time
+        if source.path is None:
+            raise WaterfillError(
+                "compare with a folder, a hub id or demo; or call waterfill.evaluate.compare"
+            )
+        if "quantization_config" in source.config:
+            raise WaterfillError(f"{source.name} is itself quantised; compare with the original")
+        tokenizer = load_tokenizer(source.path, trust_remote_code)
+        original = load_original(source.path, trust_remote_code)
+        windows = evaluate.text_windows(
+            [Path(t) for t in text] if text else [_packaged_text()],
+            tokenizer,
+            window=window,
+            stride=stride,
+            max_positions=evaluate.max_positions(original),
+            max_tokens=tokens,
+            masked=evaluate.is_masked(original),
+        )
+        return cls(original, windows, activations, trust_remote_code)
+
+    def measure(
+        self, folder: Path, size: str | int | None = None, progress: Progress = quiet
+    ) -> dict[str, Any]:
+        """An artifact's harm, as of `waterfill.evaluate.compare`; perhaps opened at a size."""
+        from waterfill import evaluate
+
+        compressed = load_model(
+            folder,
+            residency="dense",
+            dtype="float32",
+            size=size,
+            trust_remote_code=self.trust_remote_code,
+        )
+        return evaluate.compare(
+            self.original,
+            compressed,
+            self.windows,
+            activations=self.activations,
+            progress=_watcher(progress),
+        )
 
 
 def _check_alike(folder: Path, source: Source) -> None:
@@ -138,14 +212,20 @@ def _check_alike(folder: Path, source: Source) -> None:
 
 
 def _layers(
-    folder: Path, original: Any, windows: Any, ledger: Sequence[dict[str, Any]], watched: Any
+    folder: Path,
+    size: str | int | None,
+    yardstick: Yardstick,
+    ledger: Sequence[dict[str, Any]],
+    watched: Any,
 ) -> list[dict[str, Any]]:
     from waterfill import evaluate
 
     predicted = {r["name"]: r["predicted_nats"] for r in ledger if r["predicted_nats"] > 0}
-    with Reader(folder) as reader:
+    with open_at(folder, size) as reader:
         weights = _Decoded(reader)
-        measured = evaluate.layer_kl(original, weights, windows, list(predicted), progress=watched)
+        measured = evaluate.layer_kl(
+            yardstick.original, weights, yardstick.windows, list(predicted), progress=watched
+        )
     return [{**row, "predicted_nats": predicted[row["name"]]} for row in measured]
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from waterfill.container import FILE_NAME, describe, file_nbytes, payload_nbytes, write
 from waterfill.pipeline.planning import Priced, Progress, about, overhead_nbytes, plan, quiet, read
-from waterfill.plan.fill import Coded, fill, keep_to
+from waterfill.plan.allocation import DEFAULT
+from waterfill.plan.fill import Coded, fill, follow, keep_to
 from waterfill.registry import make_codec
 from waterfill.runtime.pieces import Pieces
 from waterfill.types import (
@@ -131,7 +132,11 @@ class Encoder:
 
 
 def encode(
-    encoder: Encoder, budget: int, out: Path, planned: Mapping[str, Point] | None = None
+    encoder: Encoder,
+    budget: int,
+    out: Path,
+    planned: Mapping[str, Point] | None = None,
+    allocator: str = DEFAULT,
 ) -> dict[str, Coded]:
     """Encode every tensor and write the weights file into folder `out`.
 
@@ -140,7 +145,10 @@ def encode(
     priced = encoder.priced
     if planned is not None:
         coded = keep_to(priced.curves, planned, budget, encoder.one, encoder.nbytes)
-    else:
+    elif allocator != DEFAULT:
+        choose = lambda aim: plan(priced, aim, allocator).choices  # noqa: E731
+        coded = follow(priced.curves, choose, budget, encoder.one, encoder.nbytes)
+    else:  # the hull learns from each tensor what the others should be
         overhead, aim = overhead_nbytes(priced, plan(priced, budget).choices), budget
         for _ in range(ATTEMPTS):
             coded = fill(priced.curves, aim, overhead, encoder.one, encoder.nbytes)

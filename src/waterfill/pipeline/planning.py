@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,22 @@ import numpy as np
 from waterfill import __version__
 from waterfill.calibrate import Statistics
 from waterfill.container import file_nbytes, payload_nbytes
-from waterfill.plan.hull import Curves, at_level, cheapest, curves, point_on, smallest, solve_level
+from waterfill.pipeline.prices import PriceList
+from waterfill.plan.allocation import DEFAULT, Context, Trial, find_allocator
+from waterfill.plan.hull import Curves, at_level, cheapest, curves, smallest, solve_level
 from waterfill.plan.price import Rules, contenders, price
 from waterfill.registry import Codec, make_codec
 from waterfill.sources import Source, open_source
-from waterfill.types import Array, BudgetError, Plan, Point, Spec, TensorInfo, WaterfillError
+from waterfill.types import (
+    Array,
+    BudgetError,
+    Floats,
+    Plan,
+    Point,
+    Spec,
+    TensorInfo,
+    WaterfillError,
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -81,37 +90,21 @@ def prepare(
     own = {name: info for name, info in statistics.infos.items() if not info.group}
     weighted = {name: statistics.is_weighted(name) for name in own}
     rules.check(own, weighted)
-    key = hashlib.sha256(f"{__version__} {statistics.digest} {rules}".encode()).hexdigest()[:16]
-    path = statistics.folder / f"prices-{key}.jsonl"
-    kept = dict(_read_prices(path))
     prices: dict[str, list[Point]] = {}
     why: dict[str, str] = {}
     worth: dict[Any, set[str]] = {}
-    keep = write and os.access(statistics.folder, os.W_OK)
-    with (path if keep else Path(os.devnull)).open("a", encoding="utf-8") as file:
-        if keep and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            file.write("\n")  # an interrupt cut the last line off
+    with PriceList.open(statistics, write) as known:
         for done, (name, info) in enumerate(own.items(), 1):
             candidates, forced = rules.candidates(info, weighted[name])
             reason = (
                 "water level" if weighted[name] else "kept exact: takes part in no matrix product"
             )
             why[name] = forced or statistics.notes.get(name) or reason
-            ladder = hashlib.sha256(
-                repr([c.spec.to_json() for c in candidates]).encode()
-            ).hexdigest()[:12]
-            prices[name] = kept.get((name, ladder), [])
             alike = info.kind, info.matrix_shape, info.dtype, frozenset(c.id for c in candidates)
-            if not prices[name]:
-                if not forced and alike in worth:
-                    candidates = [c for c in candidates if c.id in worth[alike]]
-                prices[name] = price(
-                    read(source, info), info, statistics.weighting(name), candidates
-                )
-                points = [[p.nbytes, p.distortion_nats, p.spec.to_json()] for p in prices[name]]
-                file.write(json.dumps([name, ladder, points]) + "\n")
-                file.flush()
-            if not forced:  # prices from an earlier run count too, or it would not be the same plan
+            if not forced and alike in worth:
+                candidates = [c for c in candidates if c.id in worth[alike]]
+            prices[name] = known.points(name, candidates, partial(_price, source, statistics, info))
+            if not forced:
                 worth.setdefault(alike, contenders(prices[name]))
             progress("pricing", done, len(own))
     largest_first = sorted(own, key=lambda n: -own[n].size)
@@ -119,15 +112,10 @@ def prepare(
     return Priced(source, statistics, found, why, rules)
 
 
-def _read_prices(path: Path) -> Iterator[tuple[tuple[str, str], list[Point]]]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            name, ladder, points = json.loads(line)
-        except ValueError:
-            continue  # the line that an interrupt cut off; it is priced again
-        yield (name, ladder), [Point(b, d, Spec.from_json(s)) for b, d, s in points]
+def _price(
+    source: Source, statistics: Statistics, info: TensorInfo, rungs: Sequence[Codec]
+) -> list[Point]:
+    return price(read(source, info), info, statistics.weighting(info.name), rungs)
 
 
 def overhead_nbytes(priced: Priced, points: Mapping[str, Point]) -> int:
@@ -150,7 +138,7 @@ def overhead_nbytes(priced: Priced, points: Mapping[str, Point]) -> int:
             entry["codec"] = _made_up(chosen, random)
             entry["parts"] = {
                 part: [int(random.integers(info.size + 1)), int(random.integers(2**32))]
-                for part in chosen.parts
+                for part in chosen.names
             }
             nats = {"nats": float(f"{random.random():.4g}")} if chosen.lossy else {}
             entry["note"] = {"why": priced.why[name]} | nats
@@ -170,8 +158,35 @@ def _made_up(chosen: Codec, random: np.random.Generator) -> list[Any]:
     return Spec(chosen.id, own, chosen.version).to_json()
 
 
-def plan(priced: Priced, budget: int) -> Plan:
+def context_of(priced: Priced, trial: Trial | None = None) -> Context:
+    """What an allocator may look at beside the curves."""
+    source, statistics = priced.source, priced.statistics
+
+    def matrix(name: str) -> Floats:
+        return priced.infos[name].matrix(read(source, priced.infos[name]))
+
+    def changes() -> Mapping[str, float]:
+        try:
+            from waterfill.calibrate.influence import influence
+        except ImportError as error:
+            raise WaterfillError(
+                f"running text through the model needs torch and transformers ({error}): "
+                "pip install 'waterfill[hf]'"
+            ) from error
+        if statistics.sample is None:
+            raise WaterfillError(f"{statistics.folder} keeps no text to run; calibrate again")
+        return influence(source, statistics.sample)
+
+    return Context(priced.infos, matrix, changes, trial)
+
+
+def plan(priced: Priced, budget: int, allocator: str = DEFAULT) -> Plan:
     """Choose an operating point for every tensor; nothing is encoded.
+
+    Parameters
+    ----------
+    budget : bytes of the file
+    allocator : see `waterfill.plan.allocation`
 
     Raises
     ------
@@ -179,6 +194,7 @@ def plan(priced: Priced, budget: int) -> Plan:
         If the budget is smaller than the cheapest plan; the message states the smallest possible.
     """
     c = priced.curves
+    allocate, context = find_allocator(allocator).allocate, context_of(priced)
     choices = cheapest(c)
     overhead = overhead_nbytes(priced, choices)
     least = smallest(c) + overhead
@@ -188,12 +204,11 @@ def plan(priced: Priced, budget: int) -> Plan:
             f"bytes ({8 * least * 1.01 / priced.params:.2f} bits per weight)"
         )
     for _ in range(2):  # codecs differ in what their entries take: count those that were chosen
-        level = solve_level(c, budget - overhead)
-        nbytes, nats, pick = at_level(c, level)
-        chosen = zip(c.names, pick, nbytes, strict=True)
-        choices = {name: point_on(c, int(s), float(b)) for name, s, b in chosen}
+        room = budget - overhead
+        choices = allocate(c, room, context)
         overhead = overhead_nbytes(priced, choices)
-    return Plan(choices, priced.why, budget, float(nats.sum()), level)
+    nats = sum(point.distortion_nats for point in choices.values())
+    return Plan(choices, priced.why, budget, nats, solve_level(c, room))
 
 
 def predicted_curve(priced: Priced, budget: int) -> tuple[dict[str, float], ...]:

@@ -10,6 +10,7 @@ from typing import Any
 from waterfill.calibrate import Statistics
 from waterfill.pipeline.compare import record_of
 from waterfill.pipeline.planning import Priced, plan
+from waterfill.plan.allocation import DEFAULT
 from waterfill.plan.budget import budget_nbytes
 from waterfill.plan.price import Rules, takes
 from waterfill.registry import make_codec, parse_spec
@@ -29,6 +30,7 @@ class SavedPlan:
     plan : Plan
     rules : what the user had fixed by hand
     statistics, digest : the folder it was priced with and what it held; None and "" if unknown
+    allocate : name of the allocator that chose
     """
 
     path: Path
@@ -36,6 +38,7 @@ class SavedPlan:
     rules: Rules
     statistics: Path | None
     digest: str
+    allocate: str
 
 
 def plan_json(
@@ -44,8 +47,15 @@ def plan_json(
     size: str | int | None = None,
     bits: float | None = None,
     ratio: str | float | None = None,
+    allocate: str = DEFAULT,
 ) -> dict[str, Any]:
-    """A plan as JSON: one row per tensor, in the order of the checkpoint."""
+    """A plan as JSON: one row per tensor, in the order of the checkpoint.
+
+    Parameters
+    ----------
+    size, bits, ratio : the budget, exactly one of them
+    allocate : see `waterfill.plan.allocation`
+    """
     budget = budget_nbytes(
         params=priced.params,
         original_nbytes=priced.original_nbytes,
@@ -53,7 +63,7 @@ def plan_json(
         bits=bits,
         ratio=ratio,
     )
-    chosen = plan(priced, budget)
+    chosen = plan(priced, budget, allocate)
     rows = [
         {
             "name": name,
@@ -73,6 +83,7 @@ def plan_json(
         "statistics_digest": priced.statistics.digest,
         "keep": list(priced.rules.keep),
         "codec": [list(pair) for pair in priced.rules.codecs],
+        "allocate": allocate,
         "budget_nbytes": budget,
         "bits_per_weight": 8 * budget / max(priced.params, 1),
         "predicted_nats": chosen.predicted_nats,
@@ -93,7 +104,8 @@ def read_plan(path: Path) -> SavedPlan:
         record = record_of(path).to_json()
         budget = record["about"].get("budget_nbytes", record["nbytes"])
         rows = [r for r in record["ledger"] if r["codec"] and not r["codec"].startswith("same as")]
-        table: Mapping[str, Any] = {"version": VERSION, "budget_nbytes": budget, "choices": rows}
+        table: Mapping[str, Any] = {"version": VERSION, "budget_nbytes": budget, "choices": rows,
+                                    "allocate": record["about"].get("allocate", DEFAULT)}  # fmt: skip
     else:
         table = read_json(path)
     if not isinstance(table.get("choices"), list):
@@ -115,7 +127,8 @@ def read_plan(path: Path) -> SavedPlan:
     level = float(table.get("water_level_nats_per_byte") or 0.0)
     read = Plan(choices, why, budget, nats, level)
     digest = str(table.get("statistics_digest", ""))
-    return SavedPlan(path, read, Rules(keep, codecs), statistics, digest)
+    allocate = str(table.get("allocate", DEFAULT))
+    return SavedPlan(path, read, Rules(keep, codecs), statistics, digest, allocate)
 
 
 def _point(row: Mapping[str, Any]) -> Point:

@@ -9,7 +9,7 @@ from waterfill.calibrate import Statistics
 from waterfill.coding.native import return_freed_memory
 from waterfill.container import FILE_NAME, Reader
 from waterfill.pipeline.encoding import Encoder
-from waterfill.pipeline.remeasuring import Decoded, remeasure
+from waterfill.pipeline.remeasuring import Decoded, keep_better
 from waterfill.plan.fill import Coded, refill
 from waterfill.registry import make_codec
 from waterfill.types import Array, Floats
@@ -87,16 +87,7 @@ def propagate_losses(
     if not so_far.moved:
         return before
     again = refill(priced.curves, coded, budget, encoder.one, encoder.nbytes)
-    second = folder / f"{FILE_NAME}.second"
-    try:
-        if encoder.write(second, again) <= budget:
-            after = remeasure(priced.source, priced.statistics, second, encoder.progress)
-            if after["kl_nats_calibration"] < before["kl_nats_calibration"]:
-                second.replace(file)
-                return after
-    finally:
-        second.unlink(missing_ok=True)  # an artifact holds one weights file, whatever happens
-    return before
+    return keep_better(encoder, again, budget, folder, before)
 
 
 def _movable(statistics: Statistics, coded: Mapping[str, Coded]) -> set[str]:

@@ -7,6 +7,7 @@ is still a prediction: the text is the one the errors were shaped to, not the on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.calibrate import Statistics
-from waterfill.container import Reader
+from waterfill.container import FILE_NAME, Reader
+from waterfill.pipeline.encoding import Encoder
 from waterfill.pipeline.planning import Progress, quiet
+from waterfill.plan.fill import Coded
 from waterfill.runtime.arrays import checkpoint_infos, decode
 from waterfill.sources import Source
 from waterfill.types import Array
@@ -94,6 +97,39 @@ def remeasure(
         "kl_nats_calibration_stderr": spread,
         "tokens_calibration": len(found) * statistics.sample.shape[1],
     }
+
+
+def keep_better(
+    encoder: Encoder,
+    coded: Mapping[str, Coded],
+    budget: int,
+    folder: Path,
+    before: dict[str, float],
+) -> dict[str, float]:
+    """Write another weights file; the better of the two on the calibration text stays in `folder`.
+
+    Parameters
+    ----------
+    encoder : of both
+    coded : what the new one holds
+    budget : bytes that it may have
+    before : what `remeasure` says of the file that is there
+
+    Returns
+    -------
+    What `remeasure` says of the file that stays: `before` itself, where it is the old one.
+    """
+    second = folder / f"{FILE_NAME}.second"
+    priced = encoder.priced
+    try:
+        if encoder.write(second, coded) <= budget:
+            after = remeasure(priced.source, priced.statistics, second, encoder.progress)
+            if after["kl_nats_calibration"] < before["kl_nats_calibration"]:
+                second.replace(folder / FILE_NAME)
+                return after
+    finally:
+        second.unlink(missing_ok=True)  # an artifact holds one weights file, whatever happens
+    return before
 
 
 def _batches(ids: NDArray[np.int64], vocabulary: int) -> list[NDArray[np.int64]]:

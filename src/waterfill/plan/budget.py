@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from waterfill.types import BudgetError
@@ -33,6 +34,25 @@ def parse_ratio(text: str) -> float:
     if not 0 < value <= 1.5:
         raise BudgetError(f"{text!r} is not a share; write for example 20% or 0.2")
     return value
+
+
+def parse_budget(text: str) -> dict[str, str | float]:
+    """``3`` (bits per weight), ``250MB`` or ``20%`` -> the argument of `budget_nbytes` that it is.
+
+    A bare number above 128 is bytes: no weight has so many bits.
+    """
+    text = text.strip()
+    if text.endswith("%"):
+        parse_ratio(text)
+        return {"ratio": text}
+    try:
+        bits = float(text)
+    except ValueError:
+        bits = math.inf
+    if 0 < bits <= 128:
+        return {"bits": bits}
+    parse_size(text)
+    return {"size": text}
 
 
 def budget_nbytes(

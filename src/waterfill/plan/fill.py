@@ -17,6 +17,7 @@ from waterfill.types import BudgetError, Point
 
 RESOLVES = 64  # how often the water level is solved again on the way
 PASSES = 3  # more, over all tensors, where the first was far off
+AIMS = 8
 ROUNDS = 40
 GIVE = 0.03  # of the budget: how far off the sizes of a plan may be
 
@@ -29,6 +30,7 @@ class Coded:
     nbytes: int
 
 
+Choose = Callable[[int], Mapping[str, Point]]
 Encode = Callable[[str, Point], int]
 FileSize = Callable[[Mapping[str, Coded]], int]
 
@@ -63,6 +65,41 @@ def fill(
         slack = budget - file_nbytes(coded)
         if _better(slack, best_slack):
             best, best_slack = coded, slack
+    return _settle(c, best, budget, encode, file_nbytes)
+
+
+def follow(
+    c: Curves,
+    choose: Choose,
+    budget: int,
+    encode: Encode,
+    file_nbytes: FileSize,
+) -> dict[str, Coded]:
+    """Encode what an allocator chooses, and aim it anew where real sizes are not what they were priced at.
+
+    What is left over is spent as in `fill`, where there is a continuous codec to spend it with.
+
+    Parameters
+    ----------
+    choose : bytes of a file -> a point for every tensor
+    c, budget, encode, file_nbytes : as of `fill`
+    """
+    aim, tried = budget, None
+    best: dict[str, Coded] = {}
+    best_slack = 0
+    for _ in range(AIMS):
+        points = choose(aim)
+        if points == tried:
+            break
+        tried = points
+        coded = {name: Coded(points[name], encode(name, points[name])) for name in c.names}
+        slack = budget - file_nbytes(coded)
+        if not best or _better(slack, best_slack):
+            best, best_slack = coded, slack
+        if 0 <= slack <= 0.01 * budget:
+            break
+        unforeseen = sum(one.nbytes - one.point.nbytes for one in coded.values())
+        aim = aim + slack if slack < 0 else int(max(aim, budget - unforeseen))
     return _settle(c, best, budget, encode, file_nbytes)
 
 

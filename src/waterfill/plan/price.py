@@ -22,7 +22,7 @@ from waterfill.registry import (
     parse_spec,
     read_spec,
 )
-from waterfill.types import Array, Encoded, Point, SpecError, TensorInfo, Weighting
+from waterfill.types import Array, Floats, Point, SpecError, TensorInfo, Weighting
 
 SAMPLE_WEIGHTS = 1 << 18  # enough for rate and harm to within a few per mille
 SAMPLE_ROWS = 128  # at least, so that side information of columns does not swamp the estimate
@@ -145,34 +145,63 @@ def price(
     weighting : None where no model of harm exists; distortion is then counted as zero, and only
         lossless codecs make sense.
     """
-    m, n = info.matrix_shape
-    wanted = max(SAMPLE_ROWS, SAMPLE_WEIGHTS // max(n, 1))
-    share = 1.0
-    if m >= 2 * wanted and len(info.shape) >= 2:
-        rows = np.linspace(0, m - 1, wanted).astype(np.int64)
-        share = wanted / m
-        bits, info, weighting = _sample(bits, info, weighting, rows)
-    exact = info.matrix(bits) if weighting is not None else None
-    points = []
-    for rung in codecs:
-        parts, extra = rung.encode(bits, info, weighting or Weighting())
+    points: dict[Codec, Point] = {}
+    samples: dict[int, _Sample] = {}
+    for rung in reversed(codecs):
+        if rung in points:
+            continue  # a prefix of one that was encoded
+        taken = _rows(info, rung.fair_rows)
+        if taken not in samples:
+            samples[taken] = _sample(bits, info, weighting, taken)
+        at = samples[taken]
+        parts, extra = rung.encode(at.bits, at.info, at.weighting or Weighting())
         nats = 0.0
-        if rung.lossy and weighting is not None and exact is not None:
-            nats = weighting.distortion(exact, info.matrix(rung.decode(parts, extra, info)))
-        once = sum(len(parts.get(name, b"")) for name in rung.shared)
-        nbytes = Encoded(rung.spec, info, parts, extra).nbytes
-        points.append(Point((nbytes - once) / share + once, nats / share, rung.spec))
-    return points
+        if rung.lossy and at.weighting is not None and at.exact is not None:
+            decoded = at.info.matrix(rung.decode(parts, extra, at.info))
+            nats = at.weighting.distortion(at.exact, decoded)
+        sizes = {name: len(part) for name, part in parts.items()}
+        points[rung] = _point(rung, sizes, nats, at.share)
+        for count, (nbytes, harm) in enumerate(rung.layers(sizes, extra, at.info) or ()):
+            if count:
+                kept = rung.truncate(sizes, extra, at.info, nbytes)
+                points.setdefault(rung.at(count), _point(rung.at(count), kept, harm, at.share))
+    return [points[rung] for rung in codecs]
 
 
-def _sample(
-    bits: Array, info: TensorInfo, weighting: Weighting | None, rows: Array
-) -> tuple[Array, TensorInfo, Weighting | None]:
-    axis = 1 if info.transposed else 0
-    sampled = np.take(bits, rows, axis=axis)
-    if weighting is not None and not isinstance(weighting.row_weights, float):
-        weighting = Weighting(weighting.second_moment, weighting.row_weights[rows])
-    return sampled, dataclasses.replace(info, shape=sampled.shape), weighting
+def _point(rung: Codec, sizes: Mapping[str, int], nats: float, share: float) -> Point:
+    """What bytes of parts and nats of some of the rows come to for all of them."""
+    once = sum(sizes.get(name, 0) for name in rung.shared)
+    return Point((sum(sizes.values()) - once) / share + once, nats / share, rung.spec)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sample:
+    """Some rows of a tensor; `share` of all, and `exact` their weights where harm is known."""
+
+    bits: Array
+    info: TensorInfo
+    weighting: Weighting | None
+    exact: Floats | None
+    share: float
+
+
+def _rows(info: TensorInfo, least: int) -> int:
+    """How many rows stand for a tensor: all of them where half would have to."""
+    m, n = info.matrix_shape
+    wanted = max(SAMPLE_ROWS, SAMPLE_WEIGHTS // max(n, 1), least)
+    return wanted if m >= 2 * wanted and len(info.shape) >= 2 else m
+
+
+def _sample(bits: Array, info: TensorInfo, weighting: Weighting | None, count: int) -> _Sample:
+    m = info.matrix_shape[0]
+    if count < m:
+        rows = np.linspace(0, m - 1, count).astype(np.int64)
+        bits = np.take(bits, rows, axis=1 if info.transposed else 0)
+        info = dataclasses.replace(info, shape=bits.shape)
+        if weighting is not None and not isinstance(weighting.row_weights, float):
+            weighting = Weighting(weighting.second_moment, weighting.row_weights[rows])
+    exact = info.matrix(bits) if weighting is not None else None
+    return _Sample(bits, info, weighting, exact, count / m if m else 1.0)
 
 
 def contenders(points: Sequence[Point]) -> set[str]:

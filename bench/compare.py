@@ -1,0 +1,139 @@
+"""Every method on three models, one protocol. ``python -m bench.compare [MODEL ...] [--quick] [--write PAGE]``
+
+Goes on where it was stopped. ``--write docs/gallery.md`` puts the grid, and the claims that the last
+``python -m bench.gallery --json out/bench/gallery.json`` measured, into the page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.harness import Row, main
+from bench.measure import Subject
+from bench.models import WINDOW, WORK, text_of
+from waterfill import compare_methods
+from waterfill.pipeline.methods import every_method
+from waterfill.report import comparison_rows, mixing
+
+PROTOCOL = (
+    "waterfill compare: KL(original || compressed) in nats per token on held-out text, files of at most so many bits "
+    "per weight, every byte counted; calibration and text as in bench.quality, 8192 tokens measured, encoded once "
+    "(no propagation). auto over the best single method: the bar is 1 + the noise (both standard errors, as if the "
+    "errors were independent, which overstates it: both read the same text)"
+)
+MODELS = ("english-7m", "stories260K", "demo")
+SIZES = ("2", "2.5", "3", "4", "5")
+QUICK_SIZES = ("2.5", "3", "4", "5")
+TOKENS = 8192
+CLAIMS = WORK / "gallery.json"
+# Beside every codec as it comes: solvers, and ways to spend a budget, on the field's common ground.
+VARIANTS = (
+    "integer:solver=nearest",
+    "integer:solver=coordinate",
+    "integer:pack=coded",
+    "integer@uniform",
+    "integer@baq",
+    "integer@program",
+)
+MARK = "<!-- from here on written by python -m bench.compare --write docs/gallery.md -->"
+
+
+def compared(name: str, sizes: Sequence[str]) -> dict[str, Any]:
+    """The grid of one model; cells that are there are not made again while the code is the same."""
+    subject = Subject(name, TOKENS)
+    methods = [*every_method(), *VARIANTS]
+
+    def said(stage: str, done: int, total: int) -> None:
+        if stage == "comparing":
+            sys.stderr.write(f"\r{name}: {done}/{total} cells ")
+
+    found = compare_methods(
+        str(subject.path),
+        subject.folder / "compared",
+        methods=methods,
+        sizes=sizes,
+        text=[text_of(name, held_out=True)],
+        calibration=subject.statistics,
+        window=WINDOW[name],
+        tokens=TOKENS,
+        progress=said,
+    )
+    return {**found, "name": name}
+
+
+def rows(result: dict[str, Any]) -> Iterator[Row]:
+    """`auto` over the best single codec at each size."""
+    singles = [c for c in result["cells"] if c["method"] in every_method() and "kl_nats" in c]
+    for auto in (c for c in singles if c["method"] == "auto"):
+        others = [c for c in singles if c["asked"] == auto["asked"] and c is not auto]
+        best = min(others, key=lambda c: float(c["kl_nats"]))
+        noise = math.hypot(*(c["kl_nats_stderr"] / c["kl_nats"] for c in (auto, best)))
+        note = f"{best['method']} {best['kl_nats']:.4g}, auto {auto['kl_nats']:.4g} nats; noise {noise:.3f}"
+        name = f"{result['name']}, {auto['asked']} bits: auto over the best single codec"
+        yield Row(name, auto["kl_nats"] / best["kl_nats"], "ratio", 1 + noise, note=note)
+
+
+def page(results: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]]) -> str:
+    """The part of docs/gallery.md that is measured, as Markdown."""
+    lines = [MARK, "", f"Protocol: {PROTOCOL}."]
+    for result in results:
+        head, table = comparison_rows(result)
+        lines += [
+            "",
+            f"## {result['name']}",
+            "",
+            f"{result['params']:,} parameters. KL in nats per token, * the least.",
+        ]
+        lines += ["", *_table((head[0], *(f"{h} bits" for h in head[1:])), table), ""]
+        lines += [f"- {line}" for line in mixing(result)]
+    if claims:
+        lines += [
+            "",
+            "## What papers claim",
+            "",
+            "`python -m bench.gallery`: a ratio of at most 1 reproduces the claim.",
+            "",
+        ]
+        cells = [(c["name"], f"{c['measured']:.3g}", _short(c["note"])) for c in claims]
+        lines += _table(("claim", "ratio", "measured"), cells)
+    return "\n".join(lines) + "\n"
+
+
+def _short(note: str) -> str:
+    return note if len(note) < 160 else note[:157] + "..."
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *body)]
+    text = ["| " + " | ".join(row) + " |" for row in cells]
+    return [text[0], "|" + "---|" * len(head), *text[1:]]
+
+
+def write(path: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Replace what was written into a page the last time."""
+    claims = json.loads(CLAIMS.read_text())["rows"] if CLAIMS.exists() else []
+    kept = path.read_text(encoding="utf-8").partition(MARK)[0] if path.exists() else ""
+    path.write_text(kept + page(results, claims), encoding="utf-8")
+
+
+def run(names: Sequence[str], path: Path | None, quick: bool) -> Iterator[Row]:
+    """All models, then the page."""
+    results = []
+    for name in names:
+        results.append(compared(name, QUICK_SIZES if quick else SIZES))
+        yield from rows(results[-1])
+    if path is not None:
+        write(path, results)
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    into = Path(words[words.index("--write") + 1]) if "--write" in words else None
+    chosen = [word for word in words if word in MODELS] or list(MODELS)
+    sys.argv[1:] = [w for w in words if w not in (*MODELS, "--write", str(into))]
+    main("compare", PROTOCOL, lambda quick: run(chosen, into, quick))

@@ -1,0 +1,1 @@
+"""Ways to spend a budget, one file each; see `waterfill.plan.allocation`."""
