@@ -181,9 +181,11 @@ class Codec:
 
     @property
     def spec(self) -> Spec:
-        """This codec as data, every option included."""
+        """This codec as data, every option included, of codecs inside too."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        return Spec(self.id, {f.name: getattr(self, f.name) for f in fields}, self.version)
+        config = {f.name: getattr(self, f.name) for f in fields}
+        inner = {k: Inner(v.codec.spec) for k, v in config.items() if isinstance(v, Inner)}
+        return Spec(self.id, config | inner, self.version)
 
 
 C = TypeVar("C", bound=Codec)
@@ -262,13 +264,8 @@ def make_codec(spec: Spec) -> Codec:
             continue
         if type(value) is not want:
             raise SpecError(f"{spec.id}: {key} must be {want.__name__}, not {value!r}")
-    # From JSON a codec inside is plain text.
-    return cls(
-        **{
-            k: Inner(v) if isinstance(known[k].default, Inner) else v
-            for k, v in spec.config.items()
-        }
-    )
+    inner = {k: v for k, v in spec.config.items() if isinstance(known[k].default, Inner)}
+    return cls(**{**spec.config, **{k: Inner(parse_spec(v)) for k, v in inner.items()}})
 
 
 def parse_spec(text: str) -> Codec:
