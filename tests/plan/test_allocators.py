@@ -291,9 +291,10 @@ def test_a_generation_cut_short_counts_for_nothing() -> None:
     c = curves({name: ladder(size, 0.01) for name, size in sizes.items()})
     start = allocate("hull", c, 500, context(sizes))
     trial = Pretend(c, start, 40)
-    trial.looks = 5
-    assert allocate("evolutionary", c, 0, context(sizes, trial=trial)) == start
-    assert trial.state is None
+    for looks in (5, 12):  # while children are made, and while they are tried
+        trial.looks = looks
+        assert allocate("evolutionary", c, 0, context(sizes, trial=trial)) == start
+        assert trial.state is None
 
 
 def test_nothing_to_move_is_no_error() -> None:

@@ -65,11 +65,12 @@ def _generation(search: _Search, state: Mapping[str, Any]) -> dict[str, Any] | N
     """The state after one more generation; None if the time was up before its end."""
     trial, number = search.trial, state["generation"]
     parent = np.array(state["parent"], np.intp)
-    drawn = (
-        search.child(parent, np.random.default_rng([trial.seed, number, i]))
-        for i in range(OFFSPRING)
-    )
-    children = [child for child in drawn if child is not None]
+    children = []
+    for i in range(OFFSPRING):
+        if trial.is_over(number):
+            return None
+        child = search.child(parent, np.random.default_rng([trial.seed, number, i]))
+        children += [] if child is None else [child]
     order = np.random.default_rng([trial.seed, number]).permutation(trial.windows)
     for tokens, survivors in (*STAGES, (trial.window * trial.windows, 1)):
         windows = np.sort(order[: -(-tokens // trial.window)]).tolist()
