@@ -82,7 +82,7 @@ def _nats(layer: Layer, decoded: Array) -> float:
 
 def sizes(quick: bool) -> Iterator[Row]:
     """One file of four megabytes, at twenty sizes down to a third of it."""
-    subject = Subject(MODEL, 4096 if quick else 16384)
+    subject = Subject(MODEL, 4096 if quick else 8192)
     # Encoded once, as the files it is compared with: what a second time gains is another question.
     options = {"codec": {"*": "stack"}, "propagate": False}
     whole = subject.planned("stack", size=WHOLE, **options)
