@@ -20,6 +20,7 @@ from waterfill.calibrate.text import read_windows, write_itself
 from waterfill.container import FILE_NAME
 from waterfill.pipeline import compress
 from waterfill.pipeline.evolving import MINUTES
+from waterfill.pipeline.tuning import TUNE_STEPS
 from waterfill.plan.allocation import DEFAULT
 from waterfill.runtime.torch_model import load_model, load_original
 from waterfill.sources.text import load_tokenizer
@@ -50,7 +51,7 @@ def digest_of_code() -> str:
         *(ROOT / "src/waterfill" / f for f in ("codecs", "coding", "pipeline", "plan")),
     ]
     # What runs after the statistics; those have a digest of their own.
-    for name in ("batches", "missing", "propagation"):
+    for name in ("batches", "missing", "propagation", "tunables", "tuning"):
         digest.update((ROOT / f"src/waterfill/calibrate/{name}.py").read_bytes())
     for path in sorted(
         p for f in folders for p in f.rglob("*") if p.suffix in (".py", ".cpp", ".h")
@@ -139,16 +140,19 @@ class Subject:
         propagate: bool = True,
         allocate: str = DEFAULT,
         minutes: float = MINUTES,
+        tune: str | None = None,
+        tune_steps: int = TUNE_STEPS,
     ) -> Measured:
         """Compressed by waterfill; parameters as of `waterfill.compress`."""
         out = self.artifact(
             size=size, bits=bits, codec=codec, keep=keep, propagate=propagate, allocate=allocate,
-            minutes=minutes,
+            minutes=minutes, tune=tune, tune_steps=tune_steps,
         )  # fmt: skip
         if not out.exists():
             compress(
                 str(self.path), out, size=size, bits=bits, codec=codec, keep=keep,
                 calibration=self.statistics, propagate=propagate, allocate=allocate, minutes=minutes,
+                tune=tune, tune_steps=tune_steps,
             )  # fmt: skip
         nbytes = (out / FILE_NAME).stat().st_size
         return self._measured(method, nbytes, out, lambda: load_model(out, dtype="float32"))
@@ -163,9 +167,21 @@ class Subject:
         propagate: bool = True,
         allocate: str = DEFAULT,
         minutes: float = MINUTES,
+        tune: str | None = None,
+        tune_steps: int = TUNE_STEPS,
     ) -> Path:
         """Where `planned` leaves what it made under these options."""
-        given = [size, bits, dict(codec or {}), list(keep), propagate, allocate, minutes]
+        given = [
+            size,
+            bits,
+            dict(codec or {}),
+            list(keep),
+            propagate,
+            allocate,
+            minutes,
+            tune,
+            tune_steps,
+        ]
         options = json.dumps(given)
         return self.folder / hashlib.sha256(options.encode()).hexdigest()[:12]
 

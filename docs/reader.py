@@ -42,10 +42,7 @@ def integer(parts, m, n, dtype, bits=4, group=128, pack="packed", solver="", dam
         codes -= 1 << (bits - 1)
     need((abs(2 * codes + 1) < 1 << bits).all(), "a code outside its range")
     values = (codes * np.repeat(scale, group, axis=1)[:, :n]).astype("f4")
-    if "outliers" in parts:
-        places, kept = sparse(parts["outliers"], m * n)
-        values.flat[places] = kept
-    return values
+    return sparse(values, parts["outliers"]) if "outliers" in parts else values
 
 
 def trellis(parts, m, n, dtype, states=64, step=0, mmse=0, gains=False, rows=0, damping=0):
@@ -63,7 +60,7 @@ CODECS = {"raw": raw, "lossless": lossless, "integer": integer, "trellis": trell
 def decode(entry, parts):
     """One index entry and its parts -> array; BF16 as float32, fp8 as its bits."""
     (codec, version, options), dtype, shape = entry["codec"], entry["dtype"], entry["shape"]
-    known = {"lossless": (1, 2), "trellis": (2,)}.get(codec, (1,))
+    known = {"lossless": (1, 2), "integer": (1, 2), "trellis": (2,)}.get(codec, (1,))
     need(codec in CODECS and version in known, f"codec {codec} version {version} is unknown here")
     m = shape[0] if len(shape) > 1 else 1
     n, turned = math.prod(shape) // max(m, 1), entry.get("transposed") and len(shape) > 1

@@ -239,10 +239,10 @@ def sections(data, count):
     return [*first, bytes(source.data)]
 
 
-def sparse(data, size):
-    """Places, and values, of the outliers of a matrix."""
+def sparse(matrix, data):
+    """A matrix with outliers in their places."""
     head, high, low, *planes = sections(data, 5)
-    head, low = Source(head), Source(low)
+    head, low, size = Source(head), Source(low), matrix.size
     count = head.varint()
     need(not len(head.data) and count <= size, "number of outliers")
     width = min(max((size // max(count, 1)).bit_length() - 4, 0), 8)
@@ -254,7 +254,8 @@ def sparse(data, size):
     need((gaps >= 0).all() and (places < size).all(), "an outlier outside the matrix")
     values = np.stack([octets(p, count) for p in planes[::-1]], axis=1).astype("u1").view("<f2")
     need(np.isfinite(values).all(), "an outlier that is not finite")
-    return places, values.ravel().astype("f4")
+    matrix.flat[places] = values.ravel()
+    return matrix
 
 
 def grid(data, count, limit):

@@ -337,6 +337,8 @@ def test_examples_parse(verb: str, run: Shell) -> None:
         ),
         (["compress", "M", "-o", "x", "--lossless", "--tokens", "9"], "leave it out"),
         (["compress", "M", "-o", "x", "--lossless", "--no-propagate"], "leave it out"),
+        (["compress", "M", "-o", "x", "--lossless", "--tune", "pv"], "leave it out"),
+        (["compress", "M", "-o", "x", "--bits", "3", "--tune-steps", "9"], "--tune pv"),
         (
             ["compress", "M", "-o", "x", "--lossless", "--keep", "a", "--codec", "b=raw"],
             "--keep and --codec would do nothing: leave them out",

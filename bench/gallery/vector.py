@@ -8,7 +8,7 @@ from bench.gallery import at_equal_bytes, layers, versus
 from bench.harness import Row
 
 # One codebook, unscaled columns, trained once: the published method without its extras.
-PUBLISHED = "scaled=no,classes=1,passes=1,rows=0.0"
+PUBLISHED = "scaled=no,entropy=0.0,classes=1,passes=1,rows=0.0"
 
 
 def rows(quick: bool) -> Iterator[Row]:
@@ -22,22 +22,37 @@ def rows(quick: bool) -> Iterator[Row]:
         "a residual codebook <= a single one at equal bytes",
         f"vector:bits=2.0,length=4,residual=0.5,{PUBLISHED}", single, chosen,
     )  # fmt: skip
+    if not quick:
+        twice = [f"vector:bits={b},length=2,{PUBLISHED}" for b in (3.5, 4.0, 4.5)]
+        yield at_equal_bytes(
+            "the same at four bits, in vectors of two",
+            f"{twice[1]},residual=0.5", twice, chosen,
+        )  # fmt: skip
     yield at_equal_bytes(
         "a codebook for columns of most energy <= one for all at equal bytes",
         base.replace("classes=1", "classes=2"), single, chosen,
     )  # fmt: skip
-    yield versus("trained again on what was rounded <= once", base.replace("passes=1", "passes=2"), base, chosen)  # fmt: skip
+    again = base.replace("passes=1", "passes=2")
+    yield versus("trained again on what was rounded <= once", again, base, chosen)
+    classes = [f"vector:bits={bits},length=2,entropy=0.0" for bits in (1.0, 2.0, 3.0)]
+    yield at_equal_bytes(
+        "scaled columns in eight classes <= as published at equal bytes",
+        classes[1], single, chosen,
+    )  # fmt: skip
     full = [f"vector:bits={bits},length=2" for bits in (1.0, 2.0, 3.0)]
     yield at_equal_bytes(
-        "scaled columns in eight classes <= as published at equal bytes", full[1], single, chosen
-    )
+        "centroids that pay for their bits <= nearest ones at equal bytes",
+        full[1], classes, chosen,
+    )  # fmt: skip
+    scalars = [f"vector:bits={bits},length=1" for bits in (1.0, 2.0, 3.0)]
+    for text in full[:2]:
+        yield at_equal_bytes(
+            f"{text} <= vectors of one weight at equal bytes", text, scalars, chosen
+        )
     integers = [f"integer:bits={bits}" for bits in (2, 3, 4, 5)]
     steps = [f"trellis:states=1,step={step}" for step in (2.0, 1.2, 0.8, 0.5, 0.3)]
-    for text in full[1 : 2 if quick else 3]:
-        yield at_equal_bytes(f"{text} <= integers at equal bytes", text, integers, chosen)
+    yield at_equal_bytes(f"{scalars[1]} <= integers at equal bytes", scalars[1], integers, chosen)
+    for text in scalars[: 2 if quick else 3]:
         yield at_equal_bytes(
             f"{text} <= scalar rounding through rANS at equal bytes", text, steps, chosen
         )
-    yield at_equal_bytes(
-        f"{full[0]} <= scalar rounding through rANS at equal bytes", full[0], steps, chosen
-    )

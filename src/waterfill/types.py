@@ -323,6 +323,8 @@ class Integers:
         Standard deviation that the coder expects of each column's levels.
     bits : int
         Every level fits in so many, as a signed number; 0 where there is no such bound.
+    entries : int
+        Levels are of so many numbers at most; 0 where there is no such bound.
     """
 
     levels: Array | None
@@ -332,6 +334,7 @@ class Integers:
     states: int
     spread: Floats
     bits: int = 0
+    entries: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:

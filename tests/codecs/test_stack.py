@@ -151,7 +151,7 @@ def test_bytes_that_lie_are_refused() -> None:
     for lie in lies:
         with pytest.raises(FormatError):
             codec.decode(lie, extra, info)
-    for nats in ([], [1.0, 2.0], "none", None):
+    for nats in ([], [1.0, 2.0], "none", None, 5, {"4": 1.0}, ["1", "2", "3", "4"]):
         with pytest.raises(FormatError):
             codec.layers(sizes(parts), {"nats": nats}, info)
     with pytest.raises(FormatError):

@@ -123,6 +123,32 @@ def test_other_architectures(architecture: str, tmp_path: Path) -> None:
     assert record.predicted[KEY] < record.predicted["kl_nats_untuned"]
 
 
+def codes_of(folder: Path) -> dict[str, bytes]:
+    with Reader(folder / FILE_NAME) as reader:
+        return {n: reader.read(n).parts.get("codes", b"") for n in reader.entries}
+
+
+def test_methods_differ_in_what_they_do_to_codes(model: tuple[Path, Path], tmp_path: Path) -> None:
+    made(model, tmp_path / "plain", tune=None)
+    plain = codes_of(tmp_path / "plain")
+    found = {}
+    for method in ("pv", "v", "ste"):
+        record = made(model, tmp_path / method, tune=method, tune_steps=16)
+        found[method] = codes_of(tmp_path / method)
+        if method != "ste":
+            assert record.predicted[KEY] < record.predicted["kl_nats_untuned"]
+    assert found["v"] == plain != found["pv"]
+
+
+@pytest.mark.parametrize("codec", ["vector:bits=2.0,length=2", "codebook:bits=3,outliers=0.02"])
+def test_entropy_coded_codes_of_a_full_file(
+    model: tuple[Path, Path], tmp_path: Path, codec: str
+) -> None:
+    tuned = made(model, tmp_path / "out", codec, bits=6, tune_steps=16)
+    assert tuned.nbytes <= tuned.about["budget_nbytes"]
+    assert tuned.predicted[KEY] < tuned.predicted["kl_nats_untuned"]
+
+
 def test_misuse(model: tuple[Path, Path], tmp_path: Path) -> None:
     for options in ({"tune": "vp"}, {"tune_steps": 0}):
         with pytest.raises(SpecError, match="tune"):

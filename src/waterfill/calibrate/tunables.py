@@ -56,6 +56,7 @@ class Tuned:
         self.across, self.down = _curvature(tunable.shape, weighting)
         self.gradient = torch.zeros(tunable.shape)
         self._seen = 0
+        self._dense: torch.Tensor | None = None
 
     def values(self) -> torch.Tensor:
         """Float32 (m, n)."""
@@ -119,6 +120,14 @@ class Tuned:
         row, number = (top.values > 0).nonzero(as_tuple=True)
         column = top.indices[row, number]
         return Moves(term, row, column, entry[row, column])
+
+    def drag(self, damping: float) -> None:
+        """Straight-through estimation: from here the gradient leads to the sum of all dense updates."""
+        bend = damping * self.down[:, None] * self.across
+        if self._dense is None:
+            self._dense = self.values().clone()
+        self._dense -= self.gradient / bend
+        self.gradient = (self.values() - self._dense) * bend
 
     def apply(self, moves: Moves) -> Moves:
         """Change codes; the moves that take it back."""

@@ -47,13 +47,16 @@ class Tuning:
 
     Attributes
     ----------
+    method : what comes between V-steps. pv: P-steps; v: nothing, codes stay; ste: straight-through
+        estimation, all updates of dense weights added up and rounded anew
     steps : V-steps, a batch of text each
     seed : of the order of the text
-    share : of a row's codes, at most, that a P-step changes; 0: no P-steps
+    share : of a row's codes, at most, that a P-step changes
     rate : of V-steps at first, relative to the numbers; it falls to nothing like a cosine
     price : of a bit in the file, in nats, where codes are entropy coded
     """
 
+    method: str = "pv"
     steps: int = 64
     seed: int = 0
     share: float = 0.03
@@ -144,8 +147,8 @@ class _Run:
         for number, (which, reference) in enumerate(zip(order, references, strict=True)):
             if reference is None:
                 raise WaterfillError(f"{type(self.model).__name__} has no logits to tune by")
-            if self.how.share and number >= max(steps // ALONE, 1) and number % PERIOD == 0:
-                self._choose(batches[which], reference)
+            if number >= max(steps // ALONE, 1) and number % PERIOD == 0:
+                self._change(batches[which], reference)
             self._learn(batches[which], reference, number / steps)
             progress(number + 1, steps)
 
@@ -163,6 +166,19 @@ class _Run:
             item.write()
         for parameter in self.model.parameters():
             parameter.grad = None
+
+    def _change(self, ids: NDArray[np.int64], reference: torch.Tensor) -> None:
+        """What comes between V-steps."""
+        match self.how.method:
+            case "pv":
+                self._choose(ids, reference)
+            case "ste":
+                for item in self.items:
+                    item.tuned.drag(DAMPING)
+                    for term in range(len(item.tuned.codes)):
+                        item.tuned.apply(item.tuned.moves(term, 1.0, DAMPING))
+                    item.tuned.forget()
+                self._write()
 
     def _choose(self, ids: NDArray[np.int64], reference: torch.Tensor) -> None:
         """A P-step, kept if it is good for this text."""

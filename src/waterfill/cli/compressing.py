@@ -112,9 +112,10 @@ def _compress_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--tune",
-        choices=("pv",),
-        help="go on and better codes and scales on the text, at the same size; takes some 20 bytes of "
-        "memory a weight, and codecs with codes of their own such as integer (docs/tuning.md)",
+        metavar="pv|v|ste",
+        help="go on and better codes and scales on the text, at the same size: pv both, v scales alone, "
+        "ste by straight-through estimation. Takes some 20 bytes of memory a weight, and codecs that "
+        "have such: integer, float, power, codebook, vector (docs/tuning.md)",
     )
     p.add_argument(
         "--tune-steps",

@@ -34,7 +34,8 @@ class Affine(Codec):
     layer and must be as simple as that allows. Here B goes with the tensor, so every matrix can have
     one, nothing else changes, and its bytes count; and as B is what is stored, it is B that is kept
     strictly diagonally dominant. With blocks of one column it scales columns (AWQ, Lin et al. 2023).
-    Blocks of four pay for their bytes from a few hundred rows on; larger ones want thousands.
+    On layers of 128 to 704 rows blocks of four pay for their bytes at three bits (0.92 to 0.96 of the
+    harm around `integer`), not at two (1.01 to 1.06); around 1 with blocks of one or eight.
 
     Attributes
     ----------

@@ -36,7 +36,7 @@ BLOCK_WEIGHTS = 1 << 16  # decoded at a time, in a near cache
 SOLVERS = ("nearest", "successive", "coordinate", "adaround")
 
 
-@codec("integer", version=1)
+@codec("integer", version=2)
 class Integer(Codec):
     """``q * scale``, one float16 scale for each row and group of input columns.
 

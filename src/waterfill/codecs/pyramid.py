@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from waterfill.coding.columns import GRID, scaled_columns
+from waterfill.coding.columns import FAR, GRID, energy_order, scaled_columns
 from waterfill.coding.entropy import decode_ints, encode_ints
 from waterfill.coding.pyramid import (
     counts,
@@ -35,7 +35,7 @@ from waterfill.types import (
 )
 
 ROW_GRID = 2  # row scales to the octave
-LEVELS = 4  # to a pulse: a group's usual number, before the row has its say
+STEPS = 4  # to a pulse: a group's usual number, before the row has its say
 MAX_LEVEL = 1 << 16
 TINY = 1e-30
 
@@ -45,8 +45,9 @@ class Pyramid(Codec):
     """Groups of columns, last to first; each a point with K unit pulses times a gain.
 
     No codebook: points are enumerated (Fischer 1986; for language models van der Ouderaa et al.
-    2024, arXiv 2410.16926). Columns are scaled by the factor of the second moment first, and each
-    group gets the pulses that make all pulses about equally long: reverse water-filling.
+    2024, arXiv 2410.16926). Columns are put in order of energy and scaled by the factor of the second
+    moment, and each group gets the pulses that make all pulses about equally long: reverse
+    water-filling. Coordinates through rANS took 6 % more than their numbers.
 
     Attributes
     ----------
@@ -61,7 +62,7 @@ class Pyramid(Codec):
     rows : float
         Pulses go with the row's weight to the power ``rows / 2``: 0 ignores the weights.
     even : bool
-        As many pulses for every group and row, on unscaled columns, as published.
+        As many pulses for every group and row, on columns as they are: as published.
     damping : float
         Added to the diagonal of S, relative to its mean.
     """
@@ -116,8 +117,12 @@ class Pyramid(Codec):
         if not info.size:
             return dict.fromkeys(self.parts, b""), {}
         matrix = finite(info.matrix(x), info.name)
+        energies = np.zeros(matrix.shape[1], np.int32)
+        if not self.even:
+            energies, weighting = energy_order(matrix, weighting)
+        order = np.argsort(energies, kind="stable")
         weight, lower, column_grid = scaled_columns(
-            matrix, weighting, self.damping, self.solver == "successive", not self.even
+            matrix[:, order], weighting, self.damping, self.solver == "successive", not self.even
         )
         n, m = weight.shape
         row_grid, rate_grid = self._rows(weight, weighting)
@@ -138,7 +143,7 @@ class Pyramid(Codec):
             return block - y.astype(np.float32) * gains_of(gain, self.gain)
 
         successive(weight, lower, round_block, block=self.length)
-        columns = join([encode_grid(column_grid), encode_grid(levels)])
+        columns = join([encode_grid(energies), encode_grid(column_grid), encode_grid(levels)])
         rows = [encode_grid(row_grid), encode_grid(rate_grid), encode_ints(gains.T)]
         return {"codes": self._pack(points, pulses), "gains": join(rows), "columns": columns}, {}
 
@@ -204,7 +209,7 @@ class Pyramid(Codec):
                 raise FormatError(f"{info.name}: bytes where there are no weights")
             return info.unmatrix(np.zeros((m, n), np.float32))
         groups = -(-n // self.length)
-        columns, coded_levels = split(parts["columns"], 2)
+        energies, columns, coded_levels = split(parts["columns"], 3)
         rows, rates, coded_gains = split(parts["gains"], 3)
         scale = from_grid(decode_grid(columns, n, LIMIT * GRID), GRID)
         row_scale = from_grid(decode_grid(rows, m, LIMIT * ROW_GRID), ROW_GRID)
@@ -212,14 +217,17 @@ class Pyramid(Codec):
         levels = decode_grid(coded_levels, groups, MAX_LEVEL)
         gains = decode_ints(coded_gains, m, groups)
         if levels.min() < 0:
-            raise FormatError(f"{info.name}: a level or a gain lies outside its range")
+            raise FormatError(f"{info.name}: a group with fewer pulses than none")
         points = self._points(parts["codes"], _pulses(levels, rate_grid, self.length), n)
         with np.errstate(over="ignore", under="ignore"):
             spread = gains_of(gains, self.gain) * row_scale[:, None]
             values = points * np.repeat(spread, self.length, axis=1)[:, :n] * scale
         if not np.isfinite(values).all():
             raise FormatError(f"{info.name}: a weight is not finite")
-        return info.unmatrix(values)
+        order = np.argsort(decode_grid(energies, n, FAR), kind="stable")
+        back = np.empty_like(values)
+        back[:, order] = values
+        return info.unmatrix(back)
 
     def _points(self, data: bytes, pulses: Array, n: int) -> Floats:
         """Coordinates as float32 (m, n)."""
@@ -237,5 +245,5 @@ class Pyramid(Codec):
 
 def _pulses(levels: Array, rate_grid: Array, length: int) -> Array:
     """Pulses (groups, m) of groups of columns at `levels` in rows at `rate_grid`."""
-    wanted = np.rint(levels[:, None] * from_grid(rate_grid, ROW_GRID) / LEVELS)
+    wanted = np.rint(levels[:, None] * from_grid(rate_grid, ROW_GRID) / STEPS)
     return np.clip(wanted, 0, most_pulses(length)).astype(np.int64)

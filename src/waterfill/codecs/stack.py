@@ -72,12 +72,11 @@ class Stack(Codec):
 
     def between(self, other: Self, t: float) -> Self:
         """A part of the rows of a block more."""
-        blocks = float(f"{self.blocks + t * (other.blocks - self.blocks):.6g}")
-        return dataclasses.replace(self, blocks=blocks)
+        return self.at(self.blocks + t * (other.blocks - self.blocks))
 
-    def at(self, count: int) -> Self:
+    def at(self, count: float) -> Self:
         """With so many blocks."""
-        return dataclasses.replace(self, blocks=float(count))
+        return dataclasses.replace(self, blocks=float(f"{count:.6g}"))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -222,8 +221,9 @@ class Stack(Codec):
         """Bytes and nats without any block, then with each one more."""
         m, n = info.matrix_shape
         nbytes, blocks = self._blocks(sizes, n)
-        nats = extra.get("nats")
-        if not isinstance(nats, list) or len(nats) <= len(blocks) or nbytes < 0:
+        told = extra.get("nats")
+        nats = [x for x in told if type(x) in (int, float)] if isinstance(told, list) else []
+        if len(nats) <= len(blocks) or nbytes < 0:
             raise FormatError(f"{info.name}: its blocks are not as its index says")
         found = [(nbytes, float(nats[0]))]
         for b, (name, _, rows) in enumerate(blocks):

@@ -9,17 +9,18 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from waterfill.coding.books import Books, half
+from waterfill.coding.books import Books
 from waterfill.coding.columns import (
     GRID,
     diagonal,
     level_classes,
+    row_scales,
     scaled_columns,
     share_bits,
 )
-from waterfill.coding.kmeans_vectors import MAX_SIZE, assign, kmeans
+from waterfill.coding.kmeans_vectors import MAX_SIZE, Book, assign, train
 from waterfill.coding.rounding import finite, successive
-from waterfill.coding.scales import LIMIT, decode_grid, encode_grid, from_grid, to_grid
+from waterfill.coding.scales import LIMIT, decode_grid, encode_grid, from_grid
 from waterfill.coding.sections import join, split
 from waterfill.registry import Codec, codec
 from waterfill.types import (
@@ -35,8 +36,7 @@ from waterfill.types import (
 )
 
 MAX_CLASSES = 64
-TINY = 1e-30
-Pairs = list[tuple[Floats, Floats]]  # of each class: the codebook, and the one of what it leaves
+SPARE = 3  # times the centroids that the bits ask for, where those that do not pay are dropped
 
 
 @codec("vector", version=1)
@@ -45,7 +45,9 @@ class Vector(Codec):
 
     VPTQ (Liu et al. 2024, arXiv 2409.17066): vectors lie down a column, so a column's weight in the
     harm is one number, and errors are carried on to the columns that follow. Its codebook for the
-    columns of most energy is here one for each class of columns, sized by reverse water-filling.
+    columns of most energy is here one for each class of columns, sized by reverse water-filling. At
+    equal bytes on real layers a residual codebook did 1.7 times the harm at two bits, so it is off; with
+    `entropy`, vectors of two or more were no better than single weights (`bench.gallery vector`).
 
     Attributes
     ----------
@@ -57,6 +59,9 @@ class Vector(Codec):
         Codebooks, at most, for columns of unlike energy: 1 to 64.
     residual : float
         Share of the bits that a second codebook, of what the first leaves, gets: 0 is none.
+    entropy : float
+        What a bit counts in choosing centroids, relative to its worth at this rate: 0 takes the
+        nearest, as published. Only without a residual.
     passes : int
         Times that codebooks are trained: after the first, on what the columns were rounded to.
     solver : str
@@ -78,6 +83,7 @@ class Vector(Codec):
     length: int = 3
     classes: int = 8
     residual: float = 0.0
+    entropy: float = 1.0
     passes: int = 2
     solver: str = "successive"
     weighted: bool = True
@@ -87,7 +93,12 @@ class Vector(Codec):
 
     def __post_init__(self) -> None:
         sizes = 0 < self.bits <= 12 and 1 <= self.length <= 16 and 1 <= self.classes <= MAX_CLASSES
-        shares = 0 <= self.rows <= 1 and 0 <= self.residual < 1 and 0 <= self.damping < math.inf
+        shares = (
+            0 <= self.rows <= 1
+            and 0 <= self.entropy <= 8
+            and 0 <= self.residual < 1
+            and 0 <= self.damping < math.inf
+        )
         solvers = self.solver in ("nearest", "successive") and 1 <= self.passes <= 8
         if not (sizes and shares and solvers):
             raise SpecError(
@@ -97,15 +108,15 @@ class Vector(Codec):
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
-        """One to six bits, in vectors as long as codebooks of a few per cent of the bytes allow."""
+        """One to six bits, in vectors as long as their codebooks pay."""
         if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
             for bits, longest in ((1.0, 4), (1.5, 3), (2.0, 3), (3.0, 2), (4.0, 2), (6.0, 1)):
                 fits = [
                     length
                     for length in range(1, longest + 1)
-                    if 2 * length * 16 * 2 ** (bits * length) <= 0.04 * bits * info.size / 8
+                    if 2 * length * 16 * 2 ** (bits * length) <= 0.005 * bits * info.size / 8
                 ]
-                yield cls(bits=bits, length=max(fits, default=1), classes=8 if fits else 1)
+                yield cls(bits=bits, length=max(fits, default=1))
 
     def between(self, other: Self, t: float) -> Self | None:
         """Bits in arithmetic progression; the other options are those of the nearer rung."""
@@ -123,25 +134,31 @@ class Vector(Codec):
             matrix, weighting, self.damping, self.solver == "successive", self.scaled
         )
         n, m = weight.shape
-        row_grid = self._rows(weight, weighting)
+        row_grid = row_scales(weight, weighting, self.rows)
         tall = -(-m // self.length)
         padded = np.zeros((n, tall * self.length), np.float32)
         np.divide(weight, from_grid(row_grid, GRID), out=padded[:, :m])
         energy = np.square(diagonal(lower))
         ids, heights = level_classes(energy * np.mean(np.square(padded), axis=1), self.classes)
-        sizes = self._sizes(heights, ids, tall)
-        aims = padded
+        sizes, price = self._sizes(heights, ids, tall)
+        worth = energy if self.weighted else np.ones_like(energy)
+        aims, books = padded, list[Book]()
         for _ in range(self.passes if lower.ndim == 2 else 1):
-            books = self._books(aims, energy, ids, sizes)
-            first, second, aims = self._round(padded, lower, books, ids)
-        made = Books(books, ids, (first.T, second.T))
-        shapes = np.array([len(book) for pair in books for book in pair])
-        columns = [encode_grid(column_grid), encode_grid(ids), encode_grid(shapes), made.entries()]
+            old: list[Book | None] = [*books] or [None] * len(sizes)
+            books = [
+                train(
+                    aims[ids == c], worth[ids == c], self.length, size, self.residual, price, old[c]
+                )
+                for c, size in enumerate(sizes)
+            ]
+            first, second, aims = self._round(padded, lower, books, ids, price / energy)
+        made = Books([(book.first, book.second) for book in books], ids, (first.T, second.T))
+        columns = [encode_grid(column_grid), encode_grid(ids), made.sizes(), made.entries()]
         scales = encode_grid(row_grid)
         return {"codes": made.streams(), "scales": scales, "books": join(columns)}, {}
 
     def _round(
-        self, weight: Floats, lower: Floats, books: Pairs, ids: Array
+        self, weight: Floats, lower: Floats, books: list[Book], ids: Array, prices: Array
     ) -> tuple[Array, Array, Floats]:
         """Indices into both codebooks, uint16 (n, vectors), and what each column was rounded to."""
         first, second = np.zeros((2, len(weight), weight.shape[1] // self.length), np.uint16)
@@ -152,13 +169,13 @@ class Vector(Codec):
         ) -> Floats:
             error = np.empty_like(target)
             for j in range(end - start - 1, -1, -1):
-                book, rest = books[ids[start + j]]
+                book = books[ids[start + j]]
                 vectors = target[j].reshape(-1, self.length)
-                first[start + j] = assign(vectors, book)
-                rounded = book[first[start + j]]
-                if len(rest):
-                    second[start + j] = assign(vectors - rounded, rest)
-                    rounded = rounded + rest[second[start + j]]
+                first[start + j] = assign(vectors, book.first, prices[start + j] * book.bits)
+                rounded = book.first[first[start + j]]
+                if len(book.second):
+                    second[start + j] = assign(vectors - rounded, book.second)
+                    rounded = rounded + book.second[second[start + j]]
                 error[j] = block[j] - rounded.reshape(-1)
                 if lower.ndim == 2 and j:
                     target[:j] += carry[j, :j, None] * error[j]
@@ -168,37 +185,17 @@ class Vector(Codec):
         successive(weight, lower, round_block)
         return first, second, aims
 
-    def _rows(self, weight: Floats, weighting: Weighting) -> Array:
-        """Grid exponents of the row scales."""
-        size = np.maximum(np.sqrt(np.mean(np.square(weight), axis=0, dtype=np.float64)), TINY)
-        worth = np.broadcast_to(np.asarray(weighting.row_weights, np.float64), size.shape)
-        worth = np.maximum(worth, 1e-6 * worth.mean() + TINY)
-        log_size, log_worth = np.log(size), np.log(worth)
-        wanted = log_size.mean() - (log_worth - log_worth.mean()) / 2
-        return to_grid(np.exp((1 - self.rows) * log_size + self.rows * wanted), GRID)
-
-    def _sizes(self, heights: Array, ids: Array, tall: int) -> Array:
-        """Centroids for each class: at least eight vectors to each, unless a second book helps."""
+    def _sizes(self, heights: Array, ids: Array, tall: int) -> tuple[Array, float]:
+        """Centroids for each class, at least eight vectors to each, and the price of a bit."""
         columns = np.bincount(ids)
-        most = np.log2(np.clip(columns * tall // 8, 1, MAX_SIZE))
-        most /= self.length * max(self.residual, 1 - self.residual)
-        bits = self.length * share_bits(heights, columns, most, self.bits)
-        sizes: Array = np.rint(2**bits).astype(np.int64)
-        return sizes
-
-    def _books(self, aims: Floats, energy: Floats, ids: Array, sizes: Array) -> Pairs:
-        books = []
-        for c, size in enumerate(sizes):
-            vectors = aims[ids == c].reshape(-1, self.length)
-            worth = energy[ids == c] if self.weighted else np.ones_like(energy[ids == c])
-            worth = np.repeat(worth, aims.shape[1] // self.length)
-            second = round(size**self.residual)
-            book = half(kmeans(vectors, worth, max(1, round(size / second))))
-            rest = np.zeros((0, self.length), np.float32)
-            if second > 1:
-                rest = half(kmeans(vectors - book[assign(vectors, book)], worth, second))
-            books.append((book, rest))
-        return books
+        most = np.clip(columns * tall // 8, 1, MAX_SIZE)
+        bits = np.log2(most) / self.length / max(self.residual, 1 - self.residual)
+        bits, level = share_bits(heights, columns, bits, self.bits)
+        sizes = np.rint(2 ** (self.length * bits)).astype(np.int64)
+        if self.residual or not self.entropy:
+            return sizes, 0.0
+        # Noise of 1.42 * 4^-R falls by 2 ln 2 of itself for a bit.
+        return np.minimum(SPARE * sizes, most), 2 * self.entropy * 4.0**-level
 
     def decode(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo

@@ -8,16 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from waterfill.coding.kmeans_vectors import decode_indices, encode_indices
+from waterfill.coding.kmeans_vectors import decode_indices, encode_indices, half
+from waterfill.coding.scales import encode_grid
 from waterfill.coding.sections import join, split
 from waterfill.types import Array, Floats, FormatError, TensorInfo, Term, Tunable
 
-__all__ = ["Books", "half"]
-
-
-def half(book: Floats) -> Floats:
-    """As a reader will see it."""
-    return np.clip(book, -65504, 65504).astype(np.float16).astype(np.float32)
+__all__ = ["Books"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +72,10 @@ class Books:
                 for index, book in zip(self.indices, pair, strict=True)
             ]
         )
+
+    def sizes(self) -> bytes:
+        """How many entries the codebooks have."""
+        return encode_grid(np.array([len(book) for pair in self.pairs for book in pair]))
 
     def entries(self) -> bytes:
         """The codebooks, float16."""

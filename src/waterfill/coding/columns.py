@@ -9,10 +9,19 @@ from waterfill.coding.rounding import factor
 from waterfill.coding.scales import from_grid, to_grid
 from waterfill.types import Array, Floats, Weighting
 
-__all__ = ["GRID", "diagonal", "level_classes", "scaled_columns", "share_bits"]
+__all__ = [
+    "GRID",
+    "diagonal",
+    "energy_order",
+    "level_classes",
+    "row_scales",
+    "scaled_columns",
+    "share_bits",
+]
 
 GRID = 4  # column scales to the octave
 TINY = 1e-30
+FAR = 24  # beyond these a column is as good as nothing, or alone
 
 
 def diagonal(lower: Floats) -> Floats:
@@ -27,7 +36,7 @@ def scaled_columns(
 
     Parameters
     ----------
-    matrix : float32 (m, n)
+    matrix : float32 (m, n); it may be overwritten
     weighting : its second moment S counts
     damping : added to the diagonal of S, relative to its mean
     carried : whether errors will be carried on; without, only the diagonal of S counts
@@ -48,8 +57,49 @@ def scaled_columns(
         lower = factor(np.ascontiguousarray(moment.diagonal()), damping)
     exponents = to_grid(1 / diagonal(lower), GRID) if scaled else np.zeros(n, np.int32)
     scale = from_grid(exponents, GRID)[:, None]
-    weight = matrix.T / scale
+    weight = np.ascontiguousarray(matrix.T)
+    weight /= scale
     return weight, lower * (scale[:, 0] if lower.ndim == 1 else scale), exponents
+
+
+def energy_order(matrix: Floats, weighting: Weighting) -> tuple[Array, Weighting]:
+    """Columns of like energy together, those of most last.
+
+    Parameters
+    ----------
+    matrix : float32 (m, n)
+    weighting : its second moment S tells what each column costs
+
+    Returns
+    -------
+    levels : int32 (n,), energy of each column in half octaves around the median; ``np.argsort(levels,
+        kind="stable")`` is the order
+    weighting : for the matrix in that order
+    """
+    moment = weighting.second_moment
+    cost: Floats | float = 1.0
+    if moment is not None:
+        cost = moment if moment.ndim == 1 else moment.diagonal()
+    energy = cost * np.mean(np.square(matrix), axis=0, dtype=np.float64)
+    level = np.log2(np.maximum(energy, TINY))
+    levels: Array = np.clip(np.rint(level - np.median(level)), -FAR, FAR).astype(np.int32)
+    order = np.argsort(levels, kind="stable")
+    if moment is not None:
+        moment = moment[order] if moment.ndim == 1 else moment[np.ix_(order, order)]
+    return levels, Weighting(moment, weighting.row_weights)
+
+
+def row_scales(weight: Floats, weighting: Weighting, trust: float) -> Array:
+    """Grid exponents, int32 (m,), of scales for the rows of a matrix stored as (n, m).
+
+    At `trust` 0 rows come to the same size, at 1 to the same cost: scales go with the row's weight to
+    the power minus one half; in between, geometrically.
+    """
+    size = np.maximum(np.sqrt(np.mean(np.square(weight), axis=0, dtype=np.float64)), TINY)
+    worth = np.broadcast_to(np.asarray(weighting.row_weights, np.float64), size.shape)
+    log_size, log_worth = np.log(size), np.log(np.maximum(worth, 1e-6 * worth.mean() + TINY))
+    wanted = log_size.mean() - (log_worth - log_worth.mean()) / 2
+    return to_grid(np.exp((1 - trust) * log_size + trust * wanted), GRID)
 
 
 def level_classes(energy: Array, most: int) -> tuple[Array, Array]:
@@ -67,12 +117,12 @@ def level_classes(energy: Array, most: int) -> tuple[Array, Array]:
     """
     level = np.log2(np.maximum(energy, TINY, dtype=np.float64)) / 2
     above = (level - level.min())[:, None].astype(np.float32)
-    centres = kmeans(above, np.ones(len(above), np.float32), most)
+    centres, _ = kmeans(above, np.ones(len(above), np.float32), most)
     ids: Array = np.unique(assign(above, centres), return_inverse=True)[1]
     return ids, np.bincount(ids, level) / np.bincount(ids)
 
 
-def share_bits(heights: Array, counts: Array, most: Array, bits: float) -> Array:
+def share_bits(heights: Array, counts: Array, most: Array, bits: float) -> tuple[Array, float]:
     """Reverse water-filling: bits of each class, within 0 and its most, that spend `bits` on average.
 
     Parameters
@@ -81,11 +131,14 @@ def share_bits(heights: Array, counts: Array, most: Array, bits: float) -> Array
     counts : (classes,), columns in each
     most : (classes,), bits that a class can take
     bits : mean over the columns; less where the classes cannot take so many
+
+    Returns
+    -------
+    bits of each class, and the level: a class gets its height and the level
     """
     low, high = -float(heights.max()), bits + float(np.max(most) - heights.min())
     for _ in range(50):
         middle = (low + high) / 2
         enough = counts @ np.clip(heights + middle, 0, most) >= bits * counts.sum()
         low, high = (low, middle) if enough else (middle, high)
-    shared: Array = np.clip(heights + high, 0, most)
-    return shared
+    return np.clip(heights + high, 0, most), high

@@ -16,11 +16,11 @@ from waterfill.coding.scales import LIMIT, from_grid, to_grid
 from waterfill.types import Array, Floats, FormatError, Weighting
 
 Bools = NDArray[np.bool_]
-BLOCK = 128  # columns between two products with the moment
+BLOCK = 32  # columns between two products with the moment
 EXTRA = 4  # directions beyond the rank that the search for the right factor carries along
 ITERATIONS = 6
 DAMPING = 0.01  # for an input that calibration never saw, relative to the mean
-ROWS = 4096  # of the matrix at a time
+ROWS = 1024  # of the matrix at a time
 
 
 def input_grid(n: int, weighting: Weighting, per_octave: int) -> tuple[Indices, Floats | None]:
@@ -131,47 +131,58 @@ def _fit(
 ) -> tuple[Bools, Floats]:
     """As `fit`, of a few rows."""
     signs = columns >= 0
-    left = _left_factor(columns, right, signs, None)
-    for _ in range(0 if moment is None else sweeps):
-        assert moment is not None
-        magnitude = (left @ right).T
-        error = columns - np.where(signs, magnitude, -magnitude)
-        _descend(error, magnitude, signs, moment)
-        left = _left_factor(columns, right, signs, moment)
+    each = np.where(signs, right[:, :, None], -right[:, :, None])
+    left = _left_factor(columns, each, each)
+    if moment is not None and sweeps:
+        goal = moment @ columns
+        weighted = np.stack([moment @ one for one in each])
+        for _ in range(sweeps):
+            _descend(signs, left, each, weighted, goal, moment)
+            left = _left_factor(columns, each, weighted)
     return signs, left
 
 
-def _left_factor(columns: Floats, right: Floats, signs: Bools, moment: Floats | None) -> Floats:
-    """Left factor (m, k) of least weighted error for given signs: k normal equations for each row."""
-    k = len(right)
-    planes = [np.where(signs, row[:, None], -row[:, None]) for row in right]
-    m = columns.shape[1]
-    normal, target = np.zeros((m, k, k)), np.zeros((m, k))
-    for a, plane in enumerate(planes):
-        weighted = plane if moment is None else moment @ plane
-        target[:, a] = np.einsum("jm,jm->m", weighted, columns)
+def _left_factor(columns: Floats, each: Floats, weighted: Floats) -> Floats:
+    """Left factor (m, k) of least weighted error for given signs: k normal equations for each row.
+
+    `each` are the planes (k, n, m) that it is to weigh, `weighted` their products with the moment.
+    """
+    k, _, m = each.shape
+    normal, target = np.empty((m, k, k)), np.empty((m, k))
+    for a in range(k):
+        target[:, a] = np.einsum("jm,jm->m", weighted[a], columns)
         for b in range(a + 1):
-            normal[:, a, b] = normal[:, b, a] = np.einsum("jm,jm->m", weighted, planes[b])
+            normal[:, a, b] = normal[:, b, a] = np.einsum("jm,jm->m", weighted[a], each[b])
     damping = 1e-6 * np.trace(normal, axis1=1, axis2=2) + 1e-30
     normal[:, np.arange(k), np.arange(k)] += damping[:, None]
     return np.linalg.solve(normal, target[:, :, None])[:, :, 0].astype(np.float32)
 
 
-def _descend(error: Floats, magnitude: Floats, signs: Bools, moment: Floats) -> None:
-    """Turn every sign whose turning lessens the harm, column after column, in place."""
-    n = len(error)
-    gradient = moment @ error
+def _descend(
+    signs: Bools, left: Floats, each: Floats, weighted: Floats, goal: Floats, moment: Floats
+) -> None:
+    """Turn every sign whose turning lessens the harm, column after column, in place.
+
+    Products with the moment are kept up to date, so that a sweep costs one of them.
+    """
+    n, m = signs.shape
+    gradient = goal.copy()
+    for k, product in enumerate(weighted):
+        gradient -= left[:, k] * product
     for first in range(0, n, BLOCK):
         last = min(first + BLOCK, n)
-        changes = np.zeros((last - first, error.shape[1]), np.float32)
+        turned = np.empty((last - first, m), np.bool_)
         for j in range(first, last):
-            change = 2 * np.where(signs[j], magnitude[j], -magnitude[j])
-            change[change * (2 * gradient[j] + change * moment[j, j]) >= 0] = 0
-            signs[j] ^= change != 0
-            changes[j - first] = change
+            change = 2 * np.einsum("mk,km->m", left, each[:, j])
+            turned[j - first] = change * (2 * gradient[j] + change * moment[j, j]) < 0
+            change *= turned[j - first]
             gradient[j + 1 : last] += moment[j + 1 : last, j, None] * change
-        error[first:last] += changes
-        gradient[last:] += moment[last:, first:last] @ changes
+        signs[first:last] ^= turned
+        each[:, first:last] *= np.where(turned, np.float32(-1), np.float32(1))
+        for k, one in enumerate(each):
+            more = moment[:, first:last] @ (2 * one[first:last] * turned)
+            weighted[k] += more
+            gradient[last:] -= left[:, k] * more[last:]
 
 
 def plane(left: Floats, right: Floats, packed: Array) -> Floats:

@@ -91,7 +91,8 @@ def compress(
     propagate : encode a second time, each block aimed at what the ones before it have lost, and
         keep the better of the two files
     tune : ``"pv"`` to go on and better codes and scales together on the calibration text, at the same
-        size (docs/tuning.md). It needs some 20 bytes of memory for each weight, and takes a while
+        size (docs/tuning.md); ``"v"`` for scales and codebooks alone; ``"ste"`` for straight-through
+        estimation. It needs some 20 bytes of memory for each weight, and takes a while
     tune_steps : of tuning, a batch of about 2,048 tokens each; the time it takes goes with them
     force : replace `out` if it exists
 
@@ -106,7 +107,7 @@ def compress(
     """
     return_freed_memory()
     if tune not in (None, *METHODS) or tune_steps < 1:
-        raise SpecError(f"tune is {' or '.join(METHODS)}, with one step or more, not {tune!r}")
+        raise SpecError(f"tune is {', '.join(METHODS)}, with one step or more, not {tune!r}")
     out = Path(out)
     artifact.refuse_existing(out, force)
     if lossless:
@@ -161,7 +162,7 @@ def compress(
                 better = partial(evolve, allocator, state=work / "search.json", minutes=minutes)
             whole, warnings = _measure(encoder, coded, budget, folder, better, propagate)
             if tune:
-                whole, more = tune_file(priced, budget, folder, whole, tune_steps, progress)
+                whole, more = tune_file(priced, budget, folder, whole, tune, tune_steps, progress)
                 warnings += more
             facts = {"allocate": saved.allocate if saved else allocator.name, "warnings": warnings}
             record = _finish(priced, budget, folder, command, out.name, whole, facts)

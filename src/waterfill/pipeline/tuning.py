@@ -15,7 +15,7 @@ from waterfill.pipeline.remeasuring import Decoded, remeasure
 from waterfill.registry import make_codec
 from waterfill.types import Encoded, Tunable, WaterfillError, Weighting
 
-METHODS = ("pv",)
+METHODS = ("pv", "v", "ste")
 TUNE_STEPS = 64
 SLOPE = 2 * math.log(2)  # by so much of itself the harm falls for a bit more of every weight
 
@@ -25,6 +25,7 @@ def tune_file(
     budget: int,
     folder: Path,
     before: dict[str, float],
+    method: str,
     steps: int,
     progress: Progress = quiet,
 ) -> tuple[dict[str, float], list[str]]:
@@ -36,6 +37,7 @@ def tune_file(
     budget : bytes of the file
     folder : of the artifact in the making
     before : what `remeasure` says of the file in it
+    method : one of `METHODS`
     steps : of tuning
 
     Returns
@@ -49,7 +51,7 @@ def tune_file(
     second = folder / f"{FILE_NAME}.tuned"
     try:
         with Reader(file) as reader:
-            tuned = _tune(reader, priced, before["kl_nats_calibration"], steps, progress)
+            tuned = _tune(reader, priced, before["kl_nats_calibration"], method, steps, progress)
             return_freed_memory()
             _rewrite(reader, priced, tuned, second, budget)
         after = remeasure(priced.source, priced.statistics, second, progress)
@@ -64,7 +66,7 @@ def tune_file(
 
 
 def _tune(
-    reader: Reader, priced: Priced, nats: float, steps: int, progress: Progress
+    reader: Reader, priced: Priced, nats: float, method: str, steps: int, progress: Progress
 ) -> dict[str, Tunable]:
     """Items that have changed."""
     from waterfill.calibrate.tuning import Tuning, tune
@@ -86,7 +88,7 @@ def _tune(
         statistics.infos,
         tunables,
         statistics.weighting,
-        Tuning(steps, price=SLOPE * nats / priced.params),
+        Tuning(method, steps, price=SLOPE * nats / priced.params),
         lambda done, total: progress("tuning", done, total),
     )
 
