@@ -58,7 +58,7 @@ class Contest:
     def __init__(self, model: str, codec: str, quick: bool) -> None:
         self.label, self.codec = f"{model}, {codec}", codec
         self.subject = Subject(model, 8192 if quick else 16384)
-        self.minutes = MINUTES[model] * (0.25 if quick else 1.0)
+        self.minutes = MINUTES[model] * (0.5 if quick else 1.0)
         self.made = cache(self._made)
 
     def _made(
