@@ -32,7 +32,14 @@ QUICK_SIZES = ("2.5", "3", "4", "5")
 TOKENS = 8192
 CLAIMS = WORK / "gallery.json"
 # Beside every codec as it comes: solvers, and ways to spend a budget, on the field's common ground.
-VARIANTS: tuple[str, ...] = ()
+VARIANTS = (
+    "integer:solver=nearest",
+    "integer:solver=coordinate",
+    "integer:pack=coded",
+    "integer@uniform",
+    "integer@baq",
+    "integer@program",
+)
 MARK = "<!-- from here on written by python -m bench.compare --write docs/gallery.md -->"
 
 

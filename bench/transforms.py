@@ -1,4 +1,4 @@
-"""Walsh-Hadamard and codebook kernels against copy and torch. ``python -m bench.transforms [--json FILE] [--quick]``"""
+"""Walsh-Hadamard, codebook and packing kernels. ``python -m bench.transforms [--json FILE] [--quick]``"""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from bench.harness import Row, main
 from waterfill.coding import native
 from waterfill.coding.codebook import CodebookMatrix, integers
 from waterfill.coding.hadamard import hadamard
+from waterfill.coding.packing import pack, unpack
 from waterfill.types import Array
 
 PROTOCOL = (
     "one thread unless said; medians of interleaved rounds, ratios of speeds in one run. Rows of 4096 "
     "float32, 256 MB (64 MB with --quick); copy is numpy.copyto of the same rows; GB/s of rows, read or written. "
-    "Codebook: NF4, 4096 x 11008, float16 scales of 128 columns, float32 activations, nine copies in turn"
+    "Codebook: NF4, 4096 x 11008, float16 scales of 128 columns, float32 activations, nine copies in turn. "
+    "Packing: 2 million values, in a cache"
 )
 COPIES = 9  # 210 MB together
 NF4 = np.array(
@@ -133,6 +135,24 @@ def codebook_matvec(quick: bool) -> Iterator[Row]:
     yield Row("codebook matvec: two threads against one", ratio, "times")
 
 
+def packing(quick: bool) -> Iterator[Row]:
+    """Values of three and four bits, out of their bytes and into them."""
+    random = np.random.default_rng(0)
+    for width in (4,) if quick else (3, 4):
+        values = random.integers(0, 1 << width, 1 << 21).astype(np.uint8)
+        data = pack(values, width)
+        calls: dict[str, Callable[[], object]] = {}
+        for isa in [*isas(), "numpy"]:
+            calls[f"unpack, {isa}"] = forced(isa, partial(unpack, data, values.size, width))
+            calls[f"pack, {isa}"] = forced(isa, partial(pack, values, width))
+        took = interleaved(calls, 5 if quick else 15)
+        for isa in isas():
+            for what in ("unpack", "pack"):
+                ratio = took[f"{what}, numpy"] / took[f"{what}, {isa}"]
+                note = f"{values.size / took[f'{what}, {isa}'] / 1e9:.1f} billion values a second"
+                yield Row(f"{what} {width} bits, {isa}: against numpy", ratio, "times", note=note)
+
+
 def copied(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {name: array.copy() for name, array in arrays.items()}
 
@@ -143,6 +163,7 @@ def rows(quick: bool) -> Iterator[Row]:
     torch.set_num_threads(1)
     yield from walsh_hadamard(quick)
     yield from codebook_matvec(quick)
+    yield from packing(quick)
 
 
 if __name__ == "__main__":

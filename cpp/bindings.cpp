@@ -13,6 +13,7 @@ void bind_delta(nb::module_& m);
 void bind_hadamard(nb::module_& m);
 void bind_huffman(nb::module_& m);
 void bind_packed(nb::module_& m);
+void bind_packing(nb::module_& m);
 void bind_rans(nb::module_& m);
 void bind_paths(nb::module_& m);
 void bind_trellis(nb::module_& m);
@@ -33,6 +34,7 @@ NB_MODULE(_core, m) {
     bind_hadamard(m);
     bind_huffman(m);
     bind_packed(m);
+    bind_packing(m);
     bind_rans(m);
     bind_paths(m);
     bind_trellis(m);

@@ -277,7 +277,11 @@ def test_every_folder_of_the_tour_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/lossless.md", "docs/delta.md", "docs/serving.md"]
+    "page",
+    [
+        "README.md",
+        *(f"docs/{name}.md" for name in ("lossless", "delta", "serving", "planning", "stack")),
+    ],
 )
 def test_examples_name_what_there_is(page: str) -> None:
     """Each command parses, each block of Python does, and what it asks of the package is there."""

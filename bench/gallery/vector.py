@@ -26,7 +26,8 @@ def rows(quick: bool) -> Iterator[Row]:
         "a codebook for columns of most energy <= one for all at equal bytes",
         base.replace("classes=1", "classes=2"), single, chosen,
     )  # fmt: skip
-    yield versus("trained again on what was rounded <= once", base.replace("passes=1", "passes=2"), base, chosen)  # fmt: skip
+    twice = base.replace("passes=1", "passes=2")
+    yield versus("trained again on what was rounded <= once", twice, base, chosen)
     full = [f"vector:bits={bits},length=2" for bits in (1.0, 2.0, 3.0)]
     yield at_equal_bytes(
         "scaled columns in eight classes <= as published at equal bytes", full[1], single, chosen

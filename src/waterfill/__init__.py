@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from waterfill.pipeline.diffing import diff as diff
     from waterfill.pipeline.methods import compare_methods as compare_methods
     from waterfill.pipeline.patching import patch as patch
+    from waterfill.pipeline.truncating import truncate as truncate
     from waterfill.registry import Codec as Codec
     from waterfill.registry import codec as codec
     from waterfill.runtime.apply import apply_ as apply_
@@ -55,6 +56,7 @@ _HOMES = {
     "load": "runtime.arrays",
     "load_model": "runtime.torch_model",
     "patch": "pipeline",
+    "truncate": "pipeline",
 }
 
 _MODULES = ("lossless",)

@@ -9,6 +9,7 @@ compares: together with a CRC-32 of the index and of every part, any flipped bit
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -36,6 +37,7 @@ __all__ = [
     "Reader",
     "chunks",
     "describe",
+    "describe_entry",
     "file_nbytes",
     "format_of",
     "payload_nbytes",
@@ -80,24 +82,31 @@ def describe(encoded: Encoded, note: Mapping[str, Any]) -> dict[str, Any]:
     info = encoded.info
     if not is_shape(info.shape):
         raise WaterfillError(f"{info.name}: no file here can hold the shape {list(info.shape)}")
-    entry: dict[str, Any] = {
+    parts = {k: (0, len(v), zlib.crc32(v)) for k, v in encoded.parts.items()}
+    return describe_entry(Entry(encoded.spec, info, encoded.extra, parts, note))
+
+
+def describe_entry(entry: Entry) -> dict[str, Any]:
+    """As `describe`, of what a file says of a tensor; offsets are left out."""
+    info = entry.info
+    described: dict[str, Any] = {
         "name": info.name,
-        "codec": encoded.spec.to_json(),
+        "codec": entry.spec.to_json(),
         "dtype": info.dtype,
         "shape": list(info.shape),
         "kind": info.kind,
-        "parts": {k: [len(v), zlib.crc32(v)] for k, v in encoded.parts.items()},
+        "parts": {k: [length, crc] for k, (_, length, crc) in entry.parts.items()},
     }
     optional = {
         "same_as": info.group,
         "index": info.index,
         "transposed": info.transposed,
-        "extra": dict(encoded.extra),
-        "note": dict(note),
+        "extra": dict(entry.extra),
+        "note": dict(entry.note),
     }
     absent: tuple[Any, ...] = (None, False, "", {})
     # By identity of kind, not by equality: slice 0 is not "no slice".
-    return entry | {
+    return described | {
         k: v for k, v in optional.items() if not any(v == a and type(v) is type(a) for a in absent)
     }
 
@@ -329,15 +338,42 @@ class Reader:
     def read(self, name: str) -> Encoded:
         """The coded tensor of this name; FormatError if a part fails its checksum."""
         entry = self.entries[name]
-        parts = {}
-        for part, (offset, length, crc) in entry.parts.items():
-            data = self._pread(self._data_start + offset, length)
-            if zlib.crc32(data) != crc:
-                raise FormatError(
-                    f"{self.path}: {name} ({part}) fails its checksum; the file is damaged"
-                )
-            parts[part] = data
+        parts = {part: self._part(entry, part) for part in entry.parts}
         return Encoded(entry.spec, entry.info, parts, entry.extra)
+
+    def _part(self, entry: Entry, part: str) -> bytes:
+        offset, length, crc = entry.parts[part]
+        data = self._pread(self._data_start + offset, length)
+        if zlib.crc32(data) != crc:
+            raise FormatError(
+                f"{self.path}: {entry.info.name} ({part}) fails its checksum; the file is damaged"
+            )
+        return data
+
+    def cut(self, name: str, lengths: Mapping[str, int], note: Mapping[str, Any]) -> Entry:
+        """An entry with the beginnings of some of its parts only, and a note that says more.
+
+        A part that is cut is read and checked, for the checksum of what is left of it.
+        """
+        entry = self.entries[name]
+        parts = {}
+        for part, length in lengths.items():
+            offset, whole, crc = entry.parts[part]
+            if length < whole:
+                crc = zlib.crc32(self._part(entry, part)[:length])
+            parts[part] = (offset, length, crc)
+        return dataclasses.replace(entry, parts=parts, note={**entry.note, **note})
+
+    def nbytes_with(self, entries: Mapping[str, Entry]) -> int:
+        """Size of the file in which some entries of `cut` are in place of those there are."""
+        described = [describe_entry(entry) for entry in {**self.entries, **entries}.values()]
+        return file_nbytes(described, self.about)
+
+    def narrow(self, entries: Mapping[str, Entry]) -> None:
+        """From now on be that file."""
+        self.nbytes = self.nbytes_with(entries)
+        self.entries.update(entries)
+        self.overhead_nbytes = self.nbytes - sum(e.nbytes for e in self.entries.values())
 
     def verify(self) -> Iterator[str]:
         """Check every part, yielding each tensor's name once it has passed."""

@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
@@ -123,6 +123,41 @@ class Codec:
         An `outline` leaves the levels out and costs next to nothing.
         """
         return None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of `parts` that `encode` returns under these settings."""
+        return self.parts
+
+    def layers(
+        self, sizes: Mapping[str, int], extra: Mapping[str, Any], info: TensorInfo
+    ) -> Sequence[tuple[int, float]] | None:
+        """Prefixes that decode by themselves, for files that can be cut; None where there are none.
+
+        Parameters
+        ----------
+        sizes : bytes of each part, perhaps cut before
+
+        Returns
+        -------
+        (bytes, nats of harm) of each prefix, shortest first; the last is all there is. Between two of
+        them `truncate` may cut too.
+        """
+        return None
+
+    def at(self, count: int) -> Self:
+        """These settings with so many layers: what `encode` gives is a prefix of more layers' bytes."""
+        return self
+
+    def truncate(
+        self, sizes: Mapping[str, int], extra: Mapping[str, Any], info: TensorInfo, nbytes: int
+    ) -> Mapping[str, int]:
+        """How much of each part to keep in at most so many bytes: the longest prefix that decodes.
+
+        No less is kept than the first of `layers`. What is kept of a part is its beginning; a part
+        that is not named is left out.
+        """
+        return sizes
 
     def tunable(self, one: Encoded) -> Tunable | None:
         """What was encoded as codes and numbers that tuning may change; None where there are none."""

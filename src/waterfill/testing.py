@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 
@@ -30,6 +31,7 @@ from waterfill.types import (
 __all__ = [
     "check_codec",
     "check_corruption",
+    "check_layers",
     "check_round_trip",
     "check_spec",
     "check_tunable",
@@ -106,6 +108,26 @@ def check_round_trip(codec: Codec, info: TensorInfo, bits: Array, weighting: Wei
     return decoded
 
 
+def check_layers(codec: Codec, info: TensorInfo, bits: Array, weighting: Weighting) -> None:
+    """What a codec says can be left out, can: every prefix decodes, and so do cuts between two."""
+    parts, extra = codec.encode(bits, info, weighting)
+    sizes = {name: len(part) for name, part in parts.items()}
+    layers = codec.layers(sizes, extra, info)
+    if layers is None:
+        assert codec.truncate(sizes, extra, info, 0) == sizes, "nothing can be left out"
+        return
+    assert layers[-1][0] == sum(sizes.values()), "the last prefix is all there is"
+    wanted = [nbytes for nbytes, _ in layers]
+    for nbytes in [*wanted, *(sum(pair) // 2 for pair in itertools.pairwise(wanted))]:
+        lengths = codec.truncate(sizes, extra, info, nbytes)
+        assert sum(lengths.values()) <= nbytes
+        kept = {name: parts[name][:length] for name, length in lengths.items()}
+        decoded = codec.decode(kept, extra, info)
+        assert decoded.shape == info.shape and decoded.dtype == DTYPES[info.dtype]
+        again = codec.layers(dict(lengths), extra, info)
+        assert again is not None and again[-1][0] == sum(lengths.values())
+
+
 def check_tunable(codec: Codec, info: TensorInfo, bits: Array, weighting: Weighting) -> bool:
     """What tuning may change says what is decoded, before and after; whether there is any such."""
     parts, extra = codec.encode(bits, info, weighting)
@@ -175,6 +197,7 @@ def check_codec(codec: Codec, dtypes: tuple[str, ...] = ("BF16", "F16", "F32")) 
             check_round_trip(codec, info, bits, weighting)
     for info, bits, weighting in samples(dtypes[-1]):
         check_tunable(codec, info, bits, weighting)
+        check_layers(codec, info, bits, weighting)
     info, bits, weighting = next(samples(dtypes[0]))
     check_corruption(codec, info, bits, weighting)
     if codec.lossy:

@@ -82,6 +82,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 ROWS = 1024  # of a matrix whose error is weighed at a time: a tall one is not copied
+TOGETHER = 1 << 15  # numbers that are rounded at a time
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -105,15 +106,32 @@ def to_float32(bits: Array, dtype: str) -> Floats:
 def from_float32(values: Floats, dtype: str) -> Array:
     """Float32 values rounded (to nearest, ties to even) to the storage form of `dtype`."""
     if dtype == "BF16":
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-        # Rounding would carry a NaN's mantissa into its sign: keep it a NaN, made quiet.
-        nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
+        values = np.ascontiguousarray(values, np.float32)
+        out = np.empty(values.shape, np.uint16)
+        flat, into = values.reshape(-1), out.reshape(-1)
+        # A few at a time: the steps between then stay in a cache.
+        for first in range(0, flat.size, TOGETHER):
+            part = slice(first, first + TOGETHER)
+            into[part] = _to_bfloat16(flat[part])
+        return out
     if dtype not in FLOAT_DTYPES:
         raise SpecError(f"dtype {dtype} holds no weights that can be rounded")
     with np.errstate(over="ignore"):
         return values.astype(DTYPES[dtype])
+
+
+def _to_bfloat16(values: Floats) -> Array:
+    bits = values.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    nan = np.isnan(values)
+    if nan.any():
+        # Rounding would carry a NaN's mantissa into its sign: keep it a NaN, made quiet.
+        rounded[nan] = (bits[nan] >> 16) | 0x40
+    return rounded
 
 
 @dataclass(frozen=True)
@@ -305,6 +323,8 @@ class Integers:
         Standard deviation that the coder expects of each column's levels.
     bits : int
         Every level fits in so many, as a signed number; 0 where there is no such bound.
+    entries : int
+        Levels are of so many numbers at most; 0 where there is no such bound.
     """
 
     levels: Array | None
@@ -314,6 +334,7 @@ class Integers:
     states: int
     spread: Floats
     bits: int = 0
+    entries: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -326,7 +347,9 @@ class Integers:
             raise ValueError("an outline has no levels")
         rows = np.repeat(self.rows[first:last], self.group, axis=1)[:, : len(self.columns)]
         with np.errstate(over="ignore", under="ignore"):
-            values: Floats = self.levels[first:last].astype(np.float32) * self.columns * rows
+            values: Floats = self.levels[first:last].astype(np.float32)
+            values *= self.columns
+            values *= rows
         return values
 
 

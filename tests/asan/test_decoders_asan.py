@@ -51,6 +51,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("words_fuzz", ["words_kernel", "rans_kernel", "huffman_kernel"], 500),
         ("attention_fuzz", ["attention_kernel", "norm_kernel"], 150),
         ("packed_fuzz", ["packed_kernel"], 400),
+        ("packing_fuzz", ["packing_kernel"], 4000),
         ("pool_fuzz", [], 1000),
     ],
 )

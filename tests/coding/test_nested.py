@@ -10,8 +10,9 @@ import pytest
 
 from waterfill import registry
 from waterfill.coding.nested import decode_inner, encode_inner
-from waterfill.registry import Codec, Inner, parse_spec
+from waterfill.registry import Codec, Inner, codec_ids, find_codec, parse_spec
 from waterfill.runtime.arrays import unpack
+from waterfill.testing import check_round_trip
 from waterfill.types import Array, Encoded, FormatError, Spec, TensorInfo, Weighting
 
 INFO = TensorInfo("w", (6, 8), "BF16", "linear", transposed=True)
@@ -112,3 +113,17 @@ def test_a_nest_without_end_is_refused() -> None:
     encoded = Encoded(Spec("rotate", {"inner": text}), INFO, {"codes": b""}, {"version": 1})
     with pytest.raises(FormatError, match="w: the file promises"):
         unpack(encoded)
+
+
+@pytest.mark.parametrize("name", codec_ids())
+@pytest.mark.parametrize("around", ["lowrank:inner=({}),rank=2,rounds=1", "rotate:inner=({})"])
+def test_any_codec_may_be_inside(name: str, around: str) -> None:
+    random = np.random.default_rng(7)
+    info = TensorInfo("w", (48, 32), "BF16", "linear")
+    rungs = [str(rung) for rung in find_codec(name).ladder(TensorInfo("w", (48, 32), "F32"))]
+    bits = info.unmatrix((random.standard_t(4, info.shape) * 0.02).astype(np.float32))
+    inputs = random.standard_normal((99, 32)) * np.exp(random.uniform(-1, 1, 32))
+    moment = (inputs.T @ inputs / 99).astype(np.float32)
+    weighting = Weighting(moment, random.lognormal(0, 1, 48).astype(np.float32))
+    for text in [name, *rungs[-1:]]:
+        check_round_trip(parse_spec(around.format(text)), info, bits, weighting)

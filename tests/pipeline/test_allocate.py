@@ -156,7 +156,8 @@ def test_evolution_is_never_worse_and_goes_on_where_it_stopped(
 
 def test_no_time_is_the_file_it_starts_from(tmp_path: Path) -> None:
     compress(tmp_path / "hull")
-    compress(tmp_path / "none", allocate="evolutionary", minutes=1e-9)
+    record = compress(tmp_path / "none", allocate="evolutionary", minutes=1e-9)
+    assert "no better file" in record.about["warnings"][0]
     small.same_files(tmp_path / "hull", tmp_path / "none")
 
 
@@ -166,8 +167,8 @@ def test_evolution_judges_by_text_it_has_not_seen(
     """A search that is led astray gives the file that it began with."""
     generations(3)
     hull = compress(tmp_path / "hull")
-    honest = evolving.Tried.harm
-    monkeypatch.setattr(evolving.Tried, "harm", lambda *given: -honest(*given))
+    honest = evolving.Tried.harms
+    monkeypatch.setattr(evolving.Tried, "harms", lambda *given: [-x for x in honest(*given)])
     record = compress(tmp_path / "out", allocate="evolutionary")
     assert kl(record) == kl(hull)
     small.same_files(tmp_path / "hull", tmp_path / "out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plan.test_hull import ladder
-from waterfill.plan.fill import Coded, fill
-from waterfill.plan.hull import curves
-from waterfill.types import Point, Spec
+from waterfill.plan.fill import Coded, fill, follow
+from waterfill.plan.hull import Curves, curves
+from waterfill.plan.rates import Rates
+from waterfill.types import Point, Spec, TensorInfo
 
 
 class Encoder:
@@ -48,6 +49,50 @@ def test_never_over_and_nearly_full(sizes: list[int], bits: float, spread: float
     slack = budget - total(coded)
     assert 0 <= slack <= max(64, budget / 1000)
     assert encoder.calls <= 2 * len(sizes) + 45
+
+
+def alike(sizes: list[int], c: Curves) -> Callable[[int], dict[str, Point]]:
+    """An allocator that knows of 480 bytes of header, and prices only."""
+    rates = Rates.of(c, {f"t{i}": TensorInfo(f"t{i}", (n,), "F32") for i, n in enumerate(sizes)})
+    return lambda budget: rates.fill(np.zeros(len(sizes)), budget - 480)
+
+
+@given(
+    sizes=st.lists(st.integers(400, 100_000), min_size=2, max_size=30),
+    bits=st.floats(0.8, 7.0),
+    spread=st.floats(0, 0.1),
+)
+@settings(max_examples=40, deadline=None)
+def test_an_allocation_is_followed_to_the_byte(
+    sizes: list[int], bits: float, spread: float
+) -> None:
+    c = curves({f"t{i}": ladder(n, 1.0) for i, n in enumerate(sizes)})
+    budget = 500 + int(sum(sizes) * bits / 8)
+    coded = follow(c, alike(sizes, c), budget, Encoder(spread), total)
+    assert 0 <= budget - total(coded) <= max(64, budget / 1000)
+    rates = [8 * x.point.nbytes / sizes[int(n[1:])] for n, x in coded.items()]
+    common = np.sort(rates)[len(rates) // 2]
+    assert np.count_nonzero(np.abs(rates - common) > 1e-6) <= 3  # a few took what was left
+
+
+@given(
+    sizes=st.lists(st.integers(400, 100_000), min_size=2, max_size=30),
+    bits=st.floats(3.5, 7.0),
+    spread=st.floats(-0.1, 0.1),
+)
+@settings(max_examples=40, deadline=None)
+def test_rungs_that_turn_out_larger_give_way(sizes: list[int], bits: float, spread: float) -> None:
+    c = curves(
+        {
+            f"t{i}": [Point(n * b / 8, 4.0**-b, Spec("integer", {"bits": b})) for b in range(2, 9)]
+            for i, n in enumerate(sizes)
+        }
+    )
+    budget = 500 + int(sum(sizes) * bits / 8)
+    coded = follow(c, alike(sizes, c), budget, Encoder(spread), total)
+    assert total(coded) <= budget
+    rungs = {x.point.spec.config["bits"] for x in coded.values()}
+    assert len(rungs) == 1 and abs(rungs.pop() - int(bits)) <= 1
 
 
 def test_without_a_continuous_codec_the_result_is_returned_as_it_is() -> None:

@@ -78,3 +78,17 @@ def test_codecs_that_need_more_rows_are_priced_beside_those_that_do_not() -> Non
     points = price(np.ascontiguousarray(bits.T), info, Weighting(None, rows), rungs)
     assert [point.spec for point in points] == [rung.spec for rung in rungs]
     assert points[0].nbytes / bits.size == pytest.approx(4.125 / 8)
+
+
+def test_layers_of_one_encoding_cost_what_each_would_alone() -> None:
+    random = np.random.default_rng(3)
+    info = TensorInfo("w", (1100, 512), "F32", "linear")  # more rows than are sampled
+    inputs = random.normal(size=(900, 512)) * np.linspace(0.2, 2, 512)
+    weighting = Weighting((inputs.T @ inputs / 900).astype(np.float32), np.ones(1100, np.float32))
+    bits = random.normal(size=info.shape).astype(np.float32)
+    rungs = [parse_spec(f"stack:blocks={blocks}") for blocks in (1.0, 1.5, 2.0, 3.0)]
+    together = price(bits, info, weighting, rungs)
+    for rung, point in zip(rungs, together, strict=True):
+        (alone,) = price(bits, info, weighting, [rung])
+        assert (point.spec, point.nbytes) == (alone.spec, alone.nbytes)
+        assert point.distortion_nats == pytest.approx(alone.distortion_nats, rel=1e-3)

@@ -46,15 +46,15 @@ class Resident:
             with torch.no_grad():
                 self.parameters[name].copy_(values)
 
-    def divergence(self, windows: Sequence[int]) -> float:
-        """Nats per token of KL(as at first || as now) on windows, by their numbers."""
-        total = 0.0
+    def divergences(self, windows: Sequence[int]) -> list[float]:
+        """Nats per token of KL(as at first || as now) in each of some windows, by their numbers."""
+        found = []
         for i in windows:
             p, q = self.original[i], self._log_probabilities(self.ids[i : i + 1])
             # What the original rules out (-inf) weighs nothing, whatever it has become.
             term = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0)
-            total += float(term.sum(-1, dtype=torch.float64).mean())
-        return total / max(len(windows), 1)
+            found.append(float(term.sum(-1, dtype=torch.float64).mean()))
+        return found
 
     def _log_probabilities(self, ids: NDArray[np.int64]) -> torch.Tensor:
         with torch.no_grad():

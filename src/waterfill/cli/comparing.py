@@ -30,6 +30,7 @@ def compare(args: argparse.Namespace) -> Any:
         window=args.window,
         stride=args.stride,
         tokens=args.tokens,
+        activations=args.activations,
         propagate=args.propagate,
         minutes=args.minutes,
         trust_remote_code=args.trust_remote_code,
@@ -84,6 +85,8 @@ def _compare_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--window", type=count, help="context length in tokens (default: up to 1024)")
     p.add_argument("--stride", type=count, help="tokens scored per window (default: half a window)")
     p.add_argument("--tokens", type=count, default=16384, help="of text, at most (default 16384)")
+    p.add_argument("--activations", metavar="FORM",
+                   help="round the inputs of linear layers, simulated: see waterfill eval --help")  # fmt: skip
     p.add_argument("--propagate", action="store_true",
                    help="encode twice, as compress does: blocks make up for what those before them lost")  # fmt: skip
     p.add_argument("--minutes", type=minutes, default=MINUTES, metavar="M",

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from waterfill.cli.grammar import Verb, checked, count, force, named, path, trust
+from waterfill.cli.grammar import Verb, count, force, named, path, size_options, trust
 from waterfill.cli.printing import short, table, warn
 from waterfill.types import Record
 
@@ -266,27 +266,8 @@ def calibration(values: Sequence[str] | None) -> Any:
 
 def _budget(p: argparse.ArgumentParser, or_plan: bool = False) -> None:
     from waterfill.plan.allocation import DEFAULT, allocators
-    from waterfill.plan.budget import parse_ratio, parse_size
 
-    one = p.add_mutually_exclusive_group(required=True)
-    one.add_argument(
-        "--size",
-        type=checked(parse_size),
-        metavar="SIZE",
-        help="of the weights file: 250MB, 1.5GiB, 123456",
-    )
-    one.add_argument(
-        "--bits",
-        type=_bits,
-        metavar="B",
-        help="average bits per weight, every byte of the file counted",
-    )
-    one.add_argument(
-        "--ratio",
-        type=checked(parse_ratio),
-        metavar="R",
-        help="share of the original's bytes: 20%%",
-    )
+    one = size_options(p)
     if or_plan:
         one.add_argument(
             "--lossless",
@@ -335,16 +316,6 @@ def minutes(text: str) -> float:
         value = -1.0
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} is no time in minutes; try 30")
-    return value
-
-
-def _bits(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 128:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits per weight; try 3.2")
     return value
 
 

@@ -88,6 +88,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def bits(text: str) -> float:
+    """An average number of bits per weight."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 128:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits per weight; try 3.2")
+    return value
+
+
 def checked(parse: Callable[[str], Any]) -> Callable[[str], str]:
     """A type that checks the text now and passes it on."""
 
@@ -116,3 +127,29 @@ def trust(p: argparse.ArgumentParser) -> None:
 def force(p: argparse.ArgumentParser, out: str) -> None:
     """Whether what is there may be replaced."""
     p.add_argument("--force", action="store_true", help=f"replace {out} if it exists")
+
+
+def size_options(p: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """How large the weights file may be, in one of three ways; more may join them."""
+    from waterfill.plan.budget import parse_ratio, parse_size
+
+    one = p.add_mutually_exclusive_group(required=True)
+    one.add_argument(
+        "--size",
+        type=checked(parse_size),
+        metavar="SIZE",
+        help="of the weights file: 250MB, 1.5GiB, 123456",
+    )
+    one.add_argument(
+        "--bits",
+        type=bits,
+        metavar="B",
+        help="average bits per weight, every byte of the file counted",
+    )
+    one.add_argument(
+        "--ratio",
+        type=checked(parse_ratio),
+        metavar="R",
+        help="share of the original's bytes: 20%%",
+    )
+    return one

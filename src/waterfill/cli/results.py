@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from waterfill.cli.grammar import Verb, count, named, path, trust
+from waterfill.cli.grammar import Verb, checked, count, named, path, trust
 from waterfill.cli.printing import short, table
 
 
@@ -70,6 +70,7 @@ def evaluate(args: argparse.Namespace) -> Any:
         tokens=args.tokens,
         layers=args.layers,
         activations=args.activations,
+        size=args.size,
         trust_remote_code=args.trust_remote_code,
         progress=args.progress,
     )
@@ -95,6 +96,8 @@ def evaluate(args: argparse.Namespace) -> Any:
 
 
 def _eval_options(p: argparse.ArgumentParser) -> None:
+    from waterfill.plan.budget import parse_size
+
     p.add_argument("artifact", type=path, metavar="OUT")
     p.add_argument("--against", type=named, required=True, metavar="MODEL")
     p.add_argument("--text", nargs="+", type=path, metavar="FILE", help="default: a packaged text")
@@ -111,6 +114,12 @@ def _eval_options(p: argparse.ArgumentParser) -> None:
         metavar="FORM",
         help="round the inputs of linear layers to int8, e4m3 or e5m2 with a scale per token "
         "(int8:tensor: per window), simulated; shown, not kept for the report",
+    )
+    p.add_argument(
+        "--size",
+        type=checked(parse_size),
+        metavar="SIZE",
+        help="open an artifact in layers at this size; the figures are not kept for the report",
     )
     trust(p)
 

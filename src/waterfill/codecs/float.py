@@ -180,7 +180,7 @@ class Float(Codec):
         n = info.matrix_shape[1]
         bits = int(table.max() / step).bit_length() + 1
         deviation = np.full(n, 0.4 * table.max() / step, np.float32)
-        return Integers(whole, np.full(n, step), rows, self.group, 1, deviation, bits)
+        return Integers(whole, np.full(n, step), rows, self.group, 1, deviation, bits, len(table))
 
     def _splits(self) -> list[int]:
         """Bits of exponent to try."""

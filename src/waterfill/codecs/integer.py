@@ -32,7 +32,7 @@ from waterfill.types import (
     from_float32,
 )
 
-BLOCK_WEIGHTS = 1 << 18  # decoded at a time
+BLOCK_WEIGHTS = 1 << 16  # decoded at a time, in a near cache
 SOLVERS = ("nearest", "successive", "coordinate", "adaround")
 
 
@@ -41,7 +41,7 @@ class Integer(Codec):
     """``q * scale``, one float16 scale for each row and group of input columns.
 
     The scale is searched: the clip, and the sign of the scale, that minimise the weighted error of
-    its group. Then it is rounded, better the later in this list:
+    its group. Then it is rounded, as a rule better the later in this list:
 
     - nearest: each weight by itself;
     - successive: columns last to first, errors carried on (GPTQ, Frantar et al. 2022);
@@ -157,7 +157,9 @@ class Integer(Codec):
             some = slice(*np.searchsorted(places, (first * n, rows.stop * n)))
             values.reshape(-1)[places[some] - first * n] = kept[some]
             with np.errstate(over="ignore", under="ignore"):
-                matrix[rows] = from_float32(np.ldexp(values, -exponent), info.dtype)
+                if exponent:
+                    np.ldexp(values, -exponent, out=values)
+                matrix[rows] = from_float32(values, info.dtype)
 
     def integers(
         self,

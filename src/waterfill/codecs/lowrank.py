@@ -31,7 +31,7 @@ MOST = 8  # directions of a rung: a sample of 1024 rows tells what those are wor
 
 @codec("lowrank", version=1)
 class LowRank(Codec):
-    """What the codec inside decodes to, plus ``sum_k (left_ik scale_k) right_kj``.
+    """Another codec, and a matrix of low rank added to what it decodes to, against its errors.
 
     The error of the codec inside is approximated at a low rank (LoRC of ZeroQuant-V2, Yao et al. 2023), in
     the metric of the inputs' second moment (EoRA, Liu et al. 2024), and here of the row weights

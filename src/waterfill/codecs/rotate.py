@@ -17,11 +17,12 @@ from waterfill.types import FLOAT_DTYPES, Array, SpecError, TensorInfo, Weightin
 
 @codec("rotate", version=1)
 class Rotate(Codec):
-    """The codec inside is given ``W R`` with the second moment ``R^T S R``; ``R^T`` follows decoding.
+    """Another codec, given the weights with their input columns rotated: outliers are spread.
 
-    R multiplies blocks of input columns by random signs and Walsh-Hadamard matrices (QuaRot, Ashkboos et
-    al. 2024; QuIP#, Tseng et al. 2024): each column of W R is a mean over a block, near Gaussian
-    whatever W was, so that a grid with one scale for many weights fits. Figures on real layers are in
+    It codes ``W R`` with the second moment ``R^T S R``; ``R^T`` follows decoding. R multiplies blocks of
+    input columns by random signs and Walsh-Hadamard matrices (QuaRot, Ashkboos et al. 2024; QuIP#,
+    Tseng et al. 2024): each column of W R is a mean over a block, near Gaussian whatever W was, so
+    that a grid with one scale for many weights fits. Figures on real layers are in
     docs/format/rotate.md: it helps integers, and not a trellis, whose entropy coder adapts anyway.
     Rotating the outputs too helped nothing.
 

@@ -100,36 +100,43 @@ def descend(
     float32 (n, m): values that `nearest` gave, but for float32's rounding
     """
     error = start - weight
-    best, least = start.copy(), quadratic.harms(error)
+    best, now = start.copy(), quadratic.harms(error)
+    least = now.copy()
     for sweep in range(sweeps):
-        if relax and sweep % PERIOD == PERIOD - 1 and sweep + 2 < sweeps:
-            _sweep(weight, error, quadratic, lambda _, value: value)
+        free = relax and sweep % PERIOD == PERIOD - 1 and sweep + 2 < sweeps
+        change = _sweep(weight, error, quadratic, None if free else nearest)
+        now += change
+        if free:
             continue
-        moved = _sweep(weight, error, quadratic, nearest)
-        found = quadratic.harms(error)
-        better = found < least
+        better = now < least
         best[:, better] = weight[:, better] + error[:, better]
-        least = np.minimum(found, least)
-        if not moved and not relax:
+        least = np.minimum(now, least)
+        if not change.any() and not relax:
             break
+    # What sweeps say of themselves is right to float32: the last word is a product with S.
+    worse = quadratic.harms(best - weight) > quadratic.harms(start - weight)
+    best[:, worse] = start[:, worse]
     return best
 
 
-def _sweep(weight: Floats, error: Floats, quadratic: Quadratic, nearest: Nearest) -> bool:
-    """Set each column once, first to last, in `error`; whether any weight moved."""
-    moved = False
+def _sweep(
+    weight: Floats, error: Floats, quadratic: Quadratic, nearest: Nearest | None
+) -> NDArray[np.float64]:
+    """Set each column once, first to last, in `error`; what that adds to the harm of each row."""
+    change = np.zeros(error.shape[1])
     moment, pivots = quadratic.moment, quadratic.diagonal
-    least = UNSEEN * float(np.mean(pivots, dtype=np.float64))
+    least = UNSEEN * float(np.sum(pivots, dtype=np.float64)) / max(len(pivots), 1)
     for first in range(0, len(error), BLOCK):
         some = slice(first, min(first + BLOCK, len(error)))
         slopes = quadratic.products(error, some)
         for j in range(some.start, some.stop):
             if pivots[j] <= least:
                 continue  # any value is as good
-            best = weight[j] + error[j] - slopes[j - first] / pivots[j]
-            step = nearest(j, best) - weight[j] - error[j]
+            slope = slopes[j - first]
+            best = weight[j] + error[j] - slope / pivots[j]
+            step = (best if nearest is None else nearest(j, best)) - weight[j] - error[j]
             error[j] += step
-            moved = moved or bool(step.any())
+            change += step * (2 * slope + step * pivots[j])
             if moment.ndim == 2:
                 slopes[j - first + 1 :] += moment[j + 1 : some.stop, j, None] * step
-    return moved
+    return change

@@ -37,12 +37,13 @@ class Factors:
         """Add to float32 (m, n) in place, the same bits on every machine."""
         right = self.right.astype(np.float32)
         step = max(1, BLOCK // max(matrix.shape[1], 1))
+        term = np.empty((min(step, len(matrix)), matrix.shape[1]), np.float32)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             for first in range(0, len(matrix), step):
                 rows = slice(first, first + step)
                 left = self.left[rows].astype(np.float32) * self.scale
                 for k in range(len(right)):
-                    matrix[rows] += left[:, k, None] * right[k]
+                    matrix[rows] += np.multiply(left[:, k, None], right[k], out=term[: len(left)])
 
 
 def leading(error: Floats, moment: Floats | None, roots: Floats, rank: int) -> Floats:

@@ -9,6 +9,7 @@ from waterfill.pipeline.planning import plan, price_statistics
 from waterfill.pipeline.plans import plan_json, read_plan
 from waterfill.pipeline.preparing import calibrate_to, warnings_of
 from waterfill.pipeline.survey import survey
+from waterfill.pipeline.truncating import truncate
 
 __all__ = [
     "calibrate_to",
@@ -26,5 +27,6 @@ __all__ = [
     "show",
     "show_patch",
     "survey",
+    "truncate",
     "warnings_of",
 ]

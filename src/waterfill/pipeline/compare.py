@@ -12,6 +12,7 @@ from waterfill.container import Reader
 from waterfill.pipeline.planning import Progress, quiet
 from waterfill.runtime import artifact
 from waterfill.runtime.arrays import checkpoint_infos, decode
+from waterfill.runtime.sizing import open_at
 from waterfill.runtime.tensors import to_torch
 from waterfill.runtime.torch_model import load_model, load_original
 from waterfill.sources import Source, open_source
@@ -22,9 +23,9 @@ T = TypeVar("T")
 METRICS = "metrics"
 
 
-def show(path: str | Path) -> dict[str, Any]:
-    """The ledger of an artifact; its rows' bytes sum to the file."""
-    with Reader(path) as reader:
+def show(path: str | Path, size: str | int | None = None) -> dict[str, Any]:
+    """The ledger of an artifact, perhaps opened at a smaller size; its rows' bytes sum to the file."""
+    with open_at(path, size) as reader:
         rows = artifact.ledger(reader)
         params = sum(r["params"] for r in rows)
         return {
@@ -64,6 +65,7 @@ def compare(
     tokens: int | None = None,
     layers: bool = False,
     activations: str | None = None,
+    size: str | int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def compare(
     layers : also measure each tensor alone
     activations : int8, e4m3, e5m2 (``int8:tensor``, ...): what the inputs of linear layers are
         rounded to; such figures are of more than the file, and are not kept beside it
+    size : open the artifact at this size, as of `waterfill.load_model`; the figures are not kept then
 
     Returns
     -------
@@ -86,7 +89,7 @@ def compare(
     """
     folder = artifact.folder_of(path)
     source = open_source(against, trust_remote_code=trust_remote_code)
-    shown = show(folder)
+    shown = show(folder, size)
     _check_alike(folder, source)
     yardstick = Yardstick.open(
         source,
@@ -97,15 +100,16 @@ def compare(
         activations=activations,
         trust_remote_code=trust_remote_code,
     )
-    metrics = yardstick.measure(folder, progress)
-    predicted = record_of(path).predicted
-    metrics["predicted_kl_nats"] = predicted["kl_nats"]
+    metrics = yardstick.measure(folder, size, progress)
+    metrics["nbytes"] = shown["nbytes"]
+    metrics["predicted_kl_nats"] = shown["predicted_kl_nats"]
+    predicted = record_of(path).predicted if size is None else {}
     if "kl_nats_calibration" in predicted:
         metrics["calibration_kl_nats"] = predicted["kl_nats_calibration"]
     if layers:
-        metrics["layers"] = _layers(folder, yardstick, shown["ledger"], _watcher(progress))
+        metrics["layers"] = _layers(folder, size, yardstick, shown["ledger"], _watcher(progress))
     stored = artifact.read_record(folder)
-    if stored and not activations:
+    if stored and not activations and size is None:
         artifact.write_record(folder, {**stored, METRICS: metrics})
     return metrics
 
@@ -126,6 +130,12 @@ class Yardstick:
     windows: Any
     activations: str | None = None
     trust_remote_code: bool = False
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What is measured on, and how, before anything is."""
+        how = {"activations": self.activations} if self.activations else {}
+        return {**self.windows.protocol, **how}
 
     @classmethod
     def open(
@@ -163,14 +173,17 @@ class Yardstick:
         )
         return cls(original, windows, activations, trust_remote_code)
 
-    def measure(self, folder: Path, progress: Progress = quiet) -> dict[str, Any]:
-        """An artifact's harm, as of `waterfill.evaluate.compare`."""
+    def measure(
+        self, folder: Path, size: str | int | None = None, progress: Progress = quiet
+    ) -> dict[str, Any]:
+        """An artifact's harm, as of `waterfill.evaluate.compare`; perhaps opened at a size."""
         from waterfill import evaluate
 
         compressed = load_model(
             folder,
             residency="dense",
             dtype="float32",
+            size=size,
             trust_remote_code=self.trust_remote_code,
         )
         return evaluate.compare(
@@ -199,12 +212,16 @@ def _check_alike(folder: Path, source: Source) -> None:
 
 
 def _layers(
-    folder: Path, yardstick: Yardstick, ledger: Sequence[dict[str, Any]], watched: Any
+    folder: Path,
+    size: str | int | None,
+    yardstick: Yardstick,
+    ledger: Sequence[dict[str, Any]],
+    watched: Any,
 ) -> list[dict[str, Any]]:
     from waterfill import evaluate
 
     predicted = {r["name"]: r["predicted_nats"] for r in ledger if r["predicted_nats"] > 0}
-    with Reader(folder) as reader:
+    with open_at(folder, size) as reader:
         weights = _Decoded(reader)
         measured = evaluate.layer_kl(
             yardstick.original, weights, yardstick.windows, list(predicted), progress=watched

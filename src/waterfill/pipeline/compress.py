@@ -199,14 +199,22 @@ def _measure(
     try:
         file = folder / FILE_NAME
         whole = remeasure(priced.source, priced.statistics, file, encoder.progress)
-        if better is not None:
-            whole, coded = better(encoder, coded, budget, folder, whole)
+    except WaterfillError as error:
+        # The file is whole and its predictions stand; what went undone is said.
+        if better is None:
+            return {}, [*warnings, f"the compressed model was not measured: {error}"]
+        raise  # what was asked for cannot be
+    if better is not None:
+        start = whole
+        whole, coded = better(encoder, coded, budget, folder, whole)
+        if whole is start:
+            warnings = [*warnings, "the search found no better file than the one it started from"]
+    try:
         if propagate:
             whole = propagate_losses(encoder, coded, budget, folder, whole)
     except WaterfillError as error:
-        # The file is whole and its predictions stand; what went undone is said.
-        undone = "not encoded a second time" if whole else "not measured"
-        warnings = [*warnings, f"the compressed model was {undone}: {error}"]
+        undone = f"the compressed model was not encoded a second time: {error}"
+        warnings = [*warnings, undone]
     return whole, warnings
 
 

@@ -101,8 +101,8 @@ class Tried:
         coded = {name: Coded(point, self.nbytes(name, point)) for name, point in choices.items()}
         return self._budget - self._encoder.nbytes(coded)
 
-    def harm(self, choices: Mapping[str, Point], windows: Sequence[int]) -> float:
-        """Nats per token on some windows; only tensors that have changed are decoded."""
+    def harms(self, choices: Mapping[str, Point], windows: Sequence[int]) -> list[float]:
+        """Nats per token in some windows; only tensors that have changed are decoded."""
         before, infos = self._chosen.choices, self._encoder.priced.infos
         changed = {n for n, p in choices.items() if n not in before or before[n].spec != p.spec}
         for name in changed:
@@ -110,7 +110,7 @@ class Tried:
         self._chosen.choices = dict(choices)
         touched = {i.tensor for i in infos.values() if (i.group or i.name) in changed}
         self._resident.reload(touched)
-        return self._resident.divergence(windows)
+        return self._resident.divergences(windows)
 
     def kept(self) -> dict[str, Any] | None:
         """The state of a run of the same beginnings, with the time it took."""

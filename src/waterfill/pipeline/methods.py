@@ -109,6 +109,7 @@ def compare_methods(
     window: int | None = None,
     stride: int | None = None,
     tokens: int | None = 16384,
+    activations: str | None = None,
     propagate: bool = False,
     minutes: float = MINUTES,
     trust_remote_code: bool = False,
@@ -122,7 +123,7 @@ def compare_methods(
     out : folder that keeps the cells; an earlier comparison of the same model in it is gone on with
     methods : ``CODEC[@ALLOCATOR][+TUNING]`` each; all lossy codecs and `auto` by default
     sizes : bits per weight (``3``), bytes (``"250MB"``) or shares (``"20%"``), all of the whole file
-    text, window, stride, tokens : what is measured on; see `waterfill.compare`
+    text, window, stride, tokens, activations : what is measured on, and how; see `waterfill.compare`
     calibration, calibration_tokens : see `waterfill.compress`
     propagate : encode a second time, as `waterfill.compress` does; most papers encode once
     minutes : for each cell of an allocator that searches
@@ -154,6 +155,7 @@ def compare_methods(
         window=window,
         stride=stride,
         tokens=tokens,
+        activations=activations,
         trust_remote_code=trust_remote_code,
     )
     bench = Bench(source, statistics, yardstick, propagate, minutes)
@@ -167,7 +169,7 @@ def compare_methods(
         **bench.totals,
         "waterfill": __version__,
         "calibration": dict(statistics.protocol),
-        "protocol": dict(yardstick.windows.protocol),
+        "protocol": dict(yardstick.protocol),
         "propagate": propagate,
         "cells": cells,
         "best": _best(cells),
@@ -215,7 +217,7 @@ def _grid(
             options = [bench.propagate, bench.minutes] if method.options else [bench.propagate]
             key = [
                 bench.source.fingerprint(), bench.statistics.digest, method.text, budget,
-                bench.yardstick.windows.protocol, options, __version__,
+                bench.yardstick.protocol, options, __version__,
             ]  # fmt: skip
             digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
             kept = out / "cells" / f"{digest}.json"

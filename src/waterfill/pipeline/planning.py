@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 from waterfill import __version__
 from waterfill.calibrate import Statistics
 from waterfill.container import file_nbytes, payload_nbytes
+from waterfill.pipeline.prices import PriceList
 from waterfill.plan.allocation import DEFAULT, Context, Trial, find_allocator
 from waterfill.plan.hull import Curves, at_level, cheapest, curves, smallest, solve_level
 from waterfill.plan.price import Rules, contenders, price
@@ -91,37 +90,21 @@ def prepare(
     own = {name: info for name, info in statistics.infos.items() if not info.group}
     weighted = {name: statistics.is_weighted(name) for name in own}
     rules.check(own, weighted)
-    key = hashlib.sha256(f"{__version__} {statistics.digest} {rules}".encode()).hexdigest()[:16]
-    path = statistics.folder / f"prices-{key}.jsonl"
-    kept = dict(_read_prices(path))
     prices: dict[str, list[Point]] = {}
     why: dict[str, str] = {}
     worth: dict[Any, set[str]] = {}
-    keep = write and os.access(statistics.folder, os.W_OK)
-    with (path if keep else Path(os.devnull)).open("a", encoding="utf-8") as file:
-        if keep and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            file.write("\n")  # an interrupt cut the last line off
+    with PriceList.open(statistics, write) as known:
         for done, (name, info) in enumerate(own.items(), 1):
             candidates, forced = rules.candidates(info, weighted[name])
             reason = (
                 "water level" if weighted[name] else "kept exact: takes part in no matrix product"
             )
             why[name] = forced or statistics.notes.get(name) or reason
-            ladder = hashlib.sha256(
-                repr([c.spec.to_json() for c in candidates]).encode()
-            ).hexdigest()[:12]
-            prices[name] = kept.get((name, ladder), [])
             alike = info.kind, info.matrix_shape, info.dtype, frozenset(c.id for c in candidates)
-            if not prices[name]:
-                if not forced and alike in worth:
-                    candidates = [c for c in candidates if c.id in worth[alike]]
-                prices[name] = price(
-                    read(source, info), info, statistics.weighting(name), candidates
-                )
-                points = [[p.nbytes, p.distortion_nats, p.spec.to_json()] for p in prices[name]]
-                file.write(json.dumps([name, ladder, points]) + "\n")
-                file.flush()
-            if not forced:  # prices from an earlier run count too, or it would not be the same plan
+            if not forced and alike in worth:
+                candidates = [c for c in candidates if c.id in worth[alike]]
+            prices[name] = known.points(name, candidates, partial(_price, source, statistics, info))
+            if not forced:
                 worth.setdefault(alike, contenders(prices[name]))
             progress("pricing", done, len(own))
     largest_first = sorted(own, key=lambda n: -own[n].size)
@@ -129,15 +112,10 @@ def prepare(
     return Priced(source, statistics, found, why, rules)
 
 
-def _read_prices(path: Path) -> Iterator[tuple[tuple[str, str], list[Point]]]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            name, ladder, points = json.loads(line)
-        except ValueError:
-            continue  # the line that an interrupt cut off; it is priced again
-        yield (name, ladder), [Point(b, d, Spec.from_json(s)) for b, d, s in points]
+def _price(
+    source: Source, statistics: Statistics, info: TensorInfo, rungs: Sequence[Codec]
+) -> list[Point]:
+    return price(read(source, info), info, statistics.weighting(info.name), rungs)
 
 
 def overhead_nbytes(priced: Priced, points: Mapping[str, Point]) -> int:
@@ -160,7 +138,7 @@ def overhead_nbytes(priced: Priced, points: Mapping[str, Point]) -> int:
             entry["codec"] = _made_up(chosen, random)
             entry["parts"] = {
                 part: [int(random.integers(info.size + 1)), int(random.integers(2**32))]
-                for part in chosen.parts
+                for part in chosen.names
             }
             nats = {"nats": float(f"{random.random():.4g}")} if chosen.lossy else {}
             entry["note"] = {"why": priced.why[name]} | nats

@@ -50,8 +50,8 @@ class Trial(Protocol):
     def slack(self, choices: Mapping[str, Point]) -> int:
         """Bytes that a file of these choices leaves of the budget; negative: it is too large."""
 
-    def harm(self, choices: Mapping[str, Point], windows: Sequence[int]) -> float:
-        """Nats per token of KL(original || decoded) on windows, by their numbers."""
+    def harms(self, choices: Mapping[str, Point], windows: Sequence[int]) -> list[float]:
+        """Nats per token of KL(original || decoded) in each of some windows, by their numbers."""
 
     def kept(self) -> Mapping[str, Any] | None:
         """What `keep` was given last, here or in a run of the same beginnings; None: nothing yet."""

@@ -22,7 +22,7 @@ from waterfill.registry import (
     parse_spec,
     read_spec,
 )
-from waterfill.types import Array, Encoded, Floats, Point, SpecError, TensorInfo, Weighting
+from waterfill.types import Array, Floats, Point, SpecError, TensorInfo, Weighting
 
 SAMPLE_WEIGHTS = 1 << 18  # enough for rate and harm to within a few per mille
 SAMPLE_ROWS = 128  # at least, so that side information of columns does not swamp the estimate
@@ -145,9 +145,11 @@ def price(
     weighting : None where no model of harm exists; distortion is then counted as zero, and only
         lossless codecs make sense.
     """
-    points = []
+    points: dict[Codec, Point] = {}
     samples: dict[int, _Sample] = {}
-    for rung in codecs:
+    for rung in reversed(codecs):
+        if rung in points:
+            continue  # a prefix of one that was encoded
         taken = _rows(info, rung.fair_rows)
         if taken not in samples:
             samples[taken] = _sample(bits, info, weighting, taken)
@@ -157,10 +159,19 @@ def price(
         if rung.lossy and at.weighting is not None and at.exact is not None:
             decoded = at.info.matrix(rung.decode(parts, extra, at.info))
             nats = at.weighting.distortion(at.exact, decoded)
-        once = sum(len(parts.get(name, b"")) for name in rung.shared)
-        nbytes = Encoded(rung.spec, at.info, parts, extra).nbytes
-        points.append(Point((nbytes - once) / at.share + once, nats / at.share, rung.spec))
-    return points
+        sizes = {name: len(part) for name, part in parts.items()}
+        points[rung] = _point(rung, sizes, nats, at.share)
+        for count, (nbytes, harm) in enumerate(rung.layers(sizes, extra, at.info) or ()):
+            if count:
+                kept = rung.truncate(sizes, extra, at.info, nbytes)
+                points.setdefault(rung.at(count), _point(rung.at(count), kept, harm, at.share))
+    return [points[rung] for rung in codecs]
+
+
+def _point(rung: Codec, sizes: Mapping[str, int], nats: float, share: float) -> Point:
+    """What bytes of parts and nats of some of the rows come to for all of them."""
+    once = sum(sizes.get(name, 0) for name in rung.shared)
+    return Point((sum(sizes.values()) - once) / share + once, nats / share, rung.spec)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -147,7 +147,9 @@ def read_tensors(
         pool.shutdown(cancel_futures=True)
 
 
-def load(path: str | Path, threads: int | None = None) -> dict[str, Array]:
+def load(
+    path: str | Path, threads: int | None = None, size: str | int | None = None
+) -> dict[str, Array]:
     """Decode an artifact to a dict of numpy arrays; no torch needed.
 
     Parameters
@@ -155,6 +157,7 @@ def load(path: str | Path, threads: int | None = None) -> dict[str, Array]:
     path : artifact folder or its weights file
     threads : tensors to decode at a time; default 1 of a small file, else one per core up to 4
         (WATERFILL_THREADS sets another number of cores)
+    size : bytes, or text such as ``3MB``, that the file might have been cut to (docs/stack.md)
 
     Returns
     -------
@@ -165,8 +168,12 @@ def load(path: str | Path, threads: int | None = None) -> dict[str, Array]:
     ------
     FormatError
         If the file is damaged, truncated or written by a newer waterfill.
+    BudgetError
+        If the model cannot be had in so small a `size`.
     """
-    with Reader(path) as reader:
+    from waterfill.runtime.sizing import open_at
+
+    with open_at(path, size) as reader:
         return dict(read_tensors(reader, _as_numpy, threads))
 
 

@@ -13,7 +13,7 @@ from waterfill.coding.native import trim_memory
 from waterfill.container import Reader
 from waterfill.runtime import modules
 from waterfill.runtime.arrays import decode
-from waterfill.runtime.residency import MATRICES, Row, integers_of, rows_of
+from waterfill.runtime.residency import Row, integers_of, matrix_class, rows_of
 from waterfill.runtime.streaming import StreamMatrix
 from waterfill.runtime.tensors import LazyTensor, to_torch
 from waterfill.runtime.weights import MatrixWeight, Scratch, StreamWeight, Weight
@@ -88,7 +88,7 @@ class Filling:
         integers = integers_of(self.reader, root)
         info = self.reader.entries[root].info
         if integers is not None and info.transposed == transposed:
-            matrix = MATRICES[self.forms[root]].build(integers, info.dtype)
+            matrix = matrix_class(self.forms[root], integers).build(integers, info.dtype)
             if matrix is not None:
                 return MatrixWeight(matrix, scratch)
         if self.forms[root] == "coded":

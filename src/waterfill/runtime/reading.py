@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from waterfill.container import Reader
 from waterfill.runtime.arrays import checkpoint_infos, read_tensor
 from waterfill.runtime.buffers import fill_target
+from waterfill.runtime.sizing import open_at
 from waterfill.types import Array, TensorInfo, WaterfillError
 
 __all__ = ["Artifact"]
@@ -27,6 +27,7 @@ class Artifact:
     Parameters
     ----------
     path : artifact folder or its weights file
+    size : bytes, or text such as ``3MB``, that the file might have been cut to (docs/stack.md)
 
     Raises
     ------
@@ -34,8 +35,8 @@ class Artifact:
         If header or index are damaged. A tensor is checked when it is read.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self._reader = Reader(path)
+    def __init__(self, path: str | Path, size: str | int | None = None) -> None:
+        self._reader = open_at(path, size)
         try:
             self._infos = checkpoint_infos(self._reader)
         except BaseException:

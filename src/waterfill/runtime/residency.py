@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from waterfill.coding.codebook import ENTRIES, CodebookMatrix
 from waterfill.coding.coded import CodedMatrix
 from waterfill.coding.packed import PackedMatrix
 from waterfill.container import Entry, Reader
@@ -43,11 +44,13 @@ __all__ = [
     "choose",
     "estimate",
     "forms_for",
+    "matrix_class",
     "rows_of",
 ]
 
 RESIDENCIES = ("dense", "packed", "coded")
 MATRICES: Mapping[str, Any] = {"packed": PackedMatrix, "coded": CodedMatrix}
+TABLE_BITS = 4  # of the codes where levels are looked up
 # Decoded at a time where many vectors meet a packed or coded weight; coded rows begin in such steps.
 TILE_ROWS = 1024
 
@@ -234,7 +237,7 @@ def _row(reader: Reader, entry: Entry, dense: int, products: int, itemsize: int)
     outline = integers_of(reader, info.name, outline=True)
     packed = coded = None
     if outline is not None:
-        packed = PackedMatrix.expected_nbytes(outline, entry.nbytes)
+        packed = matrix_class("packed", outline).expected_nbytes(outline, entry.nbytes)
         coded = CodedMatrix.expected_nbytes(outline, entry.nbytes)
     streamed = coded is None
     return Row(
@@ -247,6 +250,13 @@ def _row(reader: Reader, entry: Entry, dense: int, products: int, itemsize: int)
         products,
         itemsize,
     )
+
+
+def matrix_class(form: str, integers: Integers) -> Any:
+    """What holds a matrix in a form: packed, few levels that need many bits are codes of a table."""
+    if form == "packed" and 0 < integers.entries <= ENTRIES and integers.bits > TABLE_BITS:
+        return CodebookMatrix
+    return MATRICES[form]
 
 
 def integers_of(reader: Reader, name: str, outline: bool = False) -> Integers | None:

@@ -76,7 +76,10 @@ def _save(model: Any, origin: _Origin, folder: Path) -> None:
         )
     with Reader(file) as reader:
         if _fingerprint(reader) != origin.fingerprint:
-            raise WaterfillError(f"{file} is not the file that this model was loaded from")
+            raise WaterfillError(
+                f"{file} is not the file that this model was loaded from, or it was loaded at a smaller "
+                "size: waterfill truncate writes it at one"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / FILE_NAME).exists() or not (folder / FILE_NAME).samefile(file):
         temporary = folder / f"{FILE_NAME}.partial"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from waterfill.container import Reader
-from waterfill.plan.budget import parse_size
 from waterfill.runtime.artifact import (
     ORIGINAL,
     WEIGHTS_KEY,
@@ -22,8 +21,9 @@ from waterfill.runtime.artifact import (
     wishes,
 )
 from waterfill.runtime.residency import check, choose, forms_for
+from waterfill.runtime.sizing import open_at
 from waterfill.runtime.tensors import LazyTensor, lazy_tensors
-from waterfill.types import BudgetError, WaterfillError
+from waterfill.types import WaterfillError
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,8 @@ def load_model(
     dtype : "float32", "bfloat16", ...; default: as the checkpoint was stored
     device : where the model goes. Packed and coded weights stay on the CPU, and are decoded and
         sent for each use: correct, and slow
-    size : bytes of the artifact to read at most; no codec yet can leave some out
+    size : bytes, or text such as ``3MB``, that the file might have been cut to: layers of quality
+        beyond it are left out (docs/stack.md)
     trust_remote_code : run Python files that came with the model
 
     Returns
@@ -79,8 +80,7 @@ def load_model(
         If the file is damaged, or was changed while it was read.
     """
     path = folder_of(path)
-    with quiet_transformers(), Reader(path) as reader:
-        _check_size(reader, size)
+    with quiet_transformers(), open_at(path, size) as reader:
         config = plain_config(path, trust_remote_code)
         choice = choice_of(residency, memory, wishes(read_config(path)), device)
         model, report = _load(
@@ -235,15 +235,6 @@ def _wish(choice: Choose) -> dict[str, Any]:
 
 def _dtype_of(state: Mapping[str, LazyTensor]) -> Any:
     return next((t.dtype for t in state.values() if t.is_floating_point()), "float32")
-
-
-def _check_size(reader: Reader, size: str | int | None) -> None:
-    nbytes = parse_size(size) if isinstance(size, str) else size
-    if nbytes is not None and nbytes < reader.nbytes:
-        raise BudgetError(
-            f"none of this artifact's tensors can be read in part, so that it has one size alone: "
-            f"{reader.nbytes:,} bytes, where {nbytes:,} were allowed; compress again to a smaller one"
-        )
 
 
 def torch_device(device: Any) -> torch.device:

@@ -15,7 +15,7 @@ from waterfill.types import Point, SpecError, TensorInfo
 
 STARTS_FROM = "hull"
 OFFSPRING = 8
-STAGES = ((1024, 3), (4096, 1))  # tokens that offspring are tried on, and how many are kept
+STAGES = ((512, 3), (2048, 1))  # tokens that offspring are tried on, and how many are kept
 SWITCHES = 3  # tensors a level up in one offspring, at most
 STEP_BITS = 0.25  # per weight, from level to level of a continuous codec
 PAYMENTS = 8  # more tensors that go down, where real sizes are above the estimates
@@ -29,8 +29,9 @@ def allocate(curves: Curves, budget: float, context: Context) -> dict[str, Point
     Predictions are sums over tensors; at low rates errors meet, and the sum is wrong. So (arXiv
     2410.14649): from a parent come `OFFSPRING` children, each with a few tensors a level up and others
     a level down, at the same bytes. All are tried on a few tokens, the best of them on more, the last
-    one on all: if it does less harm there than its parent, it takes the parent's place. What is drawn
-    hangs on the seed and the number of the generation only, so a search goes on where it stopped.
+    one on all; whoever does no less harm than the parent on the same tokens is out, and who gets
+    through takes its place. What is drawn hangs on the seed and the number of the generation only, so
+    a search goes on where it stopped.
 
     Sizes are those of real encodings, and the budget is the trial's.
 
@@ -46,11 +47,10 @@ def allocate(curves: Curves, budget: float, context: Context) -> dict[str, Point
             "`waterfill compress --allocate evolutionary`, whose artifact is a plan for --plan"
         )
     search = _Search.of(curves, context.infos, trial)
-    everything = np.arange(trial.windows)
     state = trial.kept() or {
         "generation": 0,
         "parent": search.start.tolist(),
-        "harm": trial.harm(trial.start, everything.tolist()),
+        "harms": trial.harms(trial.start, range(trial.windows)),
     }
     while not trial.is_over(state["generation"]):
         following = _generation(search, state)
@@ -65,28 +65,26 @@ def _generation(search: _Search, state: Mapping[str, Any]) -> dict[str, Any] | N
     """The state after one more generation; None if the time was up before its end."""
     trial, number = search.trial, state["generation"]
     parent = np.array(state["parent"], np.intp)
-    drawn = (
-        search.child(parent, np.random.default_rng([trial.seed, number, i]))
-        for i in range(OFFSPRING)
-    )
-    children = [child for child in drawn if child is not None]
-    order = np.random.default_rng([trial.seed, number]).permutation(trial.windows).tolist()
+    children = []
+    for i in range(OFFSPRING):
+        if trial.is_over(number):
+            return None
+        child = search.child(parent, np.random.default_rng([trial.seed, number, i]))
+        children += [] if child is None else [child]
+    order = np.random.default_rng([trial.seed, number]).permutation(trial.windows)
     for tokens, survivors in (*STAGES, (trial.window * trial.windows, 1)):
-        # Of as many as may stay, none has to be left out; but the last one meets its parent.
-        harms = []
-        windows = sorted(order[: -(-tokens // trial.window)])
-        last = len(windows) == trial.windows
-        if len(children) <= survivors and not last:
-            continue
+        windows = np.sort(order[: -(-tokens // trial.window)]).tolist()
+        found = []
         for child in children:
             if trial.is_over(number):
                 return None
-            harms.append(trial.harm(search.choices(child), windows))
-        best = np.argsort(harms, kind="stable")[:survivors]
-        children = [children[i] for i in best]
-        if last:
-            if children and harms[best[0]] < state["harm"]:
-                state = {"parent": children[0].tolist(), "harm": harms[best[0]]}
+            found.append(trial.harms(search.choices(child), windows))
+        bar = np.mean([state["harms"][i] for i in windows])
+        means = np.array([np.mean(harms) for harms in found])
+        fit = [int(i) for i in np.argsort(means, kind="stable")[:survivors] if means[i] < bar]
+        children = [children[i] for i in fit]
+        if fit and len(windows) == trial.windows:
+            state = {"parent": children[0].tolist(), "harms": found[fit[0]]}
             break
     return {**state, "generation": number + 1}
 
