@@ -34,10 +34,10 @@ __all__ = ["Tuning", "tune"]
 
 BATCH_TOKENS = 2048
 BATCH_LOGITS = 1 << 24  # numbers, of one model: 64 MB as float32
-PERIOD = 8  # V-steps to a P-step
-ALONE = 4  # the first of the V-steps have no P-steps between them: one in so many
+PERIOD = 4  # V-steps to a P-step
+ALONE = 8  # the first of the V-steps have no P-steps between them: one in so many
 ATTEMPTS = 4  # at a P-step, each shorter than the one before
-DAMPING = 4.0  # of the first: curvature of many changes at once, in that of one alone
+DAMPING = 8.0  # of the first: curvature of many changes at once, in that of one alone
 THROUGH = 128.0  # the same where all dense updates are added up; half of it diverges
 EASING = 1.5  # of damping, from one attempt to the next
 
