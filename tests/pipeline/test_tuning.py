@@ -140,11 +140,14 @@ def test_methods_differ_in_what_they_do_to_codes(model: tuple[Path, Path], tmp_p
     assert found["v"] == plain != found["pv"]
 
 
-@pytest.mark.parametrize("codec", ["vector:bits=2.0,length=2", "codebook:bits=3,outliers=0.02"])
-def test_entropy_coded_codes_of_a_full_file(
-    model: tuple[Path, Path], tmp_path: Path, codec: str
+@pytest.mark.parametrize(
+    ("codec", "bits"),
+    [("vector:bits=2.0,length=2", 6), ("codebook:bits=3,outliers=0.02,pack=coded", 9)],
+)
+def test_entropy_coded_codes(
+    model: tuple[Path, Path], tmp_path: Path, codec: str, bits: float
 ) -> None:
-    tuned = made(model, tmp_path / "out", codec, bits=6, tune_steps=16)
+    tuned = made(model, tmp_path / "out", codec, bits=bits, tune_steps=16)
     assert tuned.nbytes <= tuned.about["budget_nbytes"]
     assert tuned.predicted[KEY] < tuned.predicted["kl_nats_untuned"]
 

@@ -38,7 +38,8 @@ PERIOD = 4  # V-steps to a P-step
 ALONE = 8  # the first of the V-steps have no P-steps between them: one in so many
 ATTEMPTS = 4  # at a P-step, each shorter than the one before
 DAMPING = 8.0  # of the first: curvature of many changes at once, in that of one alone
-EASING = 1.5  # of it, from one attempt to the next
+THROUGH = 128.0  # the same where all dense updates are added up; half of it diverges
+EASING = 1.5  # of damping, from one attempt to the next
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,9 @@ class _Run:
                 self._choose(ids, reference)
             case "ste":
                 for item in self.items:
-                    item.tuned.drag(DAMPING)
+                    item.tuned.drag(THROUGH)
                     for term in range(len(item.tuned.codes)):
-                        item.tuned.apply(item.tuned.moves(term, 1.0, DAMPING))
+                        item.tuned.apply(item.tuned.moves(term, 1.0, THROUGH))
                     item.tuned.forget()
                 self._write()
 
