@@ -306,8 +306,8 @@ def _split(text: str) -> list[str]:
 
 def _read(value: str, default: Any, text: str) -> Any:
     if isinstance(default, Inner):
-        inner = value[1:-1] if value.startswith("(") and value.endswith(")") else value
-        return Inner(parse_spec(inner))
+        # Read when the codec is made, once: each level twice would be twice as long for each level.
+        return Inner(value[1:-1] if value.startswith("(") and value.endswith(")") else value)
     if isinstance(default, bool):
         if value not in ("yes", "no"):
             raise SpecError(f"{text!r}: say yes or no, not {value!r}")
