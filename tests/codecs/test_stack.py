@@ -165,3 +165,10 @@ def test_harm_beyond_float32_is_told_as_a_number() -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         parts, extra = Stack().encode(bits, info, Weighting(np.full(5, 1e30, np.float32)))
     assert np.isfinite(extra["nats"]).all() and Stack().layers(sizes(parts), extra, info)
+
+
+def test_weights_whose_squares_float32_does_not_hold() -> None:
+    info = TensorInfo("w", (12, 9), "F32", "linear")
+    bits = np.random.default_rng(3).normal(0, 1e25, info.shape).astype(np.float32)
+    decoded = Stack().decode(*Stack().encode(bits, info, Weighting()), info)
+    assert np.abs(bits - decoded).max() < 0.5 * np.abs(bits).max()

@@ -97,7 +97,7 @@ class Stack(Codec):
         residual = np.ascontiguousarray(matrix.T) / scale[:, None]
         exponents = planes.row_exponents(residual)
         residual = np.ldexp(residual, -exponents)
-        weights = np.ldexp(np.broadcast_to(np.float32(weighting.row_weights), m), 2 * exponents)
+        weights = np.ldexp(np.float32(weighting.row_weights), 2 * (exponents - exponents.max()))
         rights, parts = [], {"columns": b""}
         for name, rows in zip(self.names[1:], self._rows(m), strict=True):
             right, records, plane = self._block(residual, weights, moment)
