@@ -39,8 +39,8 @@ def mean_squares(matrix: Floats) -> Floats64:
     octave = int(np.frexp(np.abs(matrix).max(initial=0))[1])
     octave = octave if abs(octave) > PLAIN else 0
     squares = np.square(np.ldexp(matrix, -octave) if octave else matrix)
-    means: Floats64 = np.mean(squares, axis=0, dtype=np.float64) * 4.0**octave
-    return means
+    means: Floats64 = np.mean(squares, axis=0, dtype=np.float64)
+    return means * 4.0**octave
 
 
 def scaled_columns(
