@@ -191,6 +191,7 @@ class Codec:
 C = TypeVar("C", bound=Codec)
 _REGISTRY: dict[str, type[Codec]] = {}
 _ID = re.compile(r"^[a-z][a-z0-9_]*$")
+MAX_DEPTH = 6  # codecs one in another: the work of reading and of coding doubles or more with each
 
 
 @dataclass_transform(frozen_default=True)
@@ -240,6 +241,13 @@ def find_codec(id: str) -> type[Codec]:
 
 def make_codec(spec: Spec) -> Codec:
     """A codec from its specification; SpecError names what does not fit."""
+    return _make(spec, 1)
+
+
+def _make(spec: Spec, depth: int) -> Codec:
+    # Before what is inside is looked at: a file may name any number of them.
+    if depth > MAX_DEPTH:
+        raise SpecError(f"more than {MAX_DEPTH} codecs, one in another")
     cls = find_codec(spec.id)
     if spec.version < cls.oldest:
         raise FormatError(
@@ -265,7 +273,8 @@ def make_codec(spec: Spec) -> Codec:
         if type(value) is not want:
             raise SpecError(f"{spec.id}: {key} must be {want.__name__}, not {value!r}")
     inner = {k: v for k, v in spec.config.items() if isinstance(known[k].default, Inner)}
-    return cls(**{**spec.config, **{k: Inner(parse_spec(v)) for k, v in inner.items()}})
+    made = {k: Inner(_make(read_spec(v), depth + 1)) for k, v in inner.items()}
+    return cls(**{**spec.config, **made})
 
 
 def parse_spec(text: str) -> Codec:

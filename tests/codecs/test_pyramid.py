@@ -7,6 +7,7 @@ import pytest
 
 from waterfill.coding.sections import join, split
 from waterfill.registry import parse_spec
+from waterfill.testing import check_round_trip
 from waterfill.types import FormatError, TensorInfo, Weighting
 
 INFO = TensorInfo("w", (96, 120), "F32", "linear")
@@ -91,3 +92,10 @@ def test_levels_and_gains_that_lie_are_refused() -> None:
         # A constant: one gain for all, far above the largest.
         codec.decode({**parts, "gains": join([rows, rates, b"\x01\xa0\x8d\x06"])}, extra, INFO)
     assert len(gains) > 4
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e15, 1e30])
+def test_one_weight_far_from_all_others(size: float) -> None:
+    bits = np.zeros((33, 40), np.float32)
+    bits[0, 1] = size
+    check_round_trip(parse_spec("pyramid"), TensorInfo("w", bits.shape, "F32"), bits, Weighting())

@@ -151,8 +151,24 @@ def test_bytes_that_lie_are_refused() -> None:
     for lie in lies:
         with pytest.raises(FormatError):
             codec.decode(lie, extra, info)
-    for nats in ([], [1.0, 2.0], "none", None, 5, {"4": 1.0}, ["1", "2", "3", "4"]):
+    unlikely = ([float("nan")] * 4, [float("inf")] * 4, [10**400] * 4)
+    for nats in ([], [1.0, 2.0], "none", None, 5, {"4": 1.0}, ["1", "2", "3", "4"], *unlikely):
         with pytest.raises(FormatError):
             codec.layers(sizes(parts), {"nats": nats}, info)
     with pytest.raises(FormatError):
         codec.layers({**sizes(parts), "columns": 3}, extra, info)
+
+
+def test_harm_beyond_float32_is_told_as_a_number() -> None:
+    info = TensorInfo("w", (6, 5), "F32", "linear")
+    bits = np.full(info.shape, 1e38, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        parts, extra = Stack().encode(bits, info, Weighting(np.full(5, 1e30, np.float32)))
+    assert np.isfinite(extra["nats"]).all() and Stack().layers(sizes(parts), extra, info)
+
+
+def test_weights_whose_squares_float32_does_not_hold() -> None:
+    info = TensorInfo("w", (12, 9), "F32", "linear")
+    bits = np.random.default_rng(3).normal(0, 1e25, info.shape).astype(np.float32)
+    decoded = Stack().decode(*Stack().encode(bits, info, Weighting()), info)
+    assert np.abs(bits - decoded).max() < 0.5 * np.abs(bits).max()

@@ -8,6 +8,7 @@ import pytest
 from waterfill.coding.columns import (
     energy_order,
     level_classes,
+    mean_squares,
     row_scales,
     scaled_columns,
     share_bits,
@@ -73,3 +74,10 @@ def test_bits_go_where_the_energy_is_and_no_further() -> None:
     assert np.allclose(full, [1.75, 2.75, 3.0])
     most, _ = share_bits(heights, counts, np.ones(3), 2.5)
     assert np.allclose(most, 1)
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-3, 1.0, 1e30])
+def test_mean_squares_beyond_float32(size: float) -> None:
+    values = np.random.default_rng(1).normal(0, size, (50, 7)).astype(np.float32)
+    expected = np.square(values, dtype=np.float64).mean(axis=0)
+    np.testing.assert_allclose(mean_squares(values), expected, rtol=1e-6)

@@ -13,7 +13,7 @@ from waterfill.coding.nested import decode_inner, encode_inner
 from waterfill.registry import Codec, Inner, codec_ids, find_codec, parse_spec
 from waterfill.runtime.arrays import unpack
 from waterfill.testing import check_round_trip
-from waterfill.types import Array, Encoded, FormatError, Spec, TensorInfo, Weighting
+from waterfill.types import Array, Encoded, FormatError, Spec, SpecError, TensorInfo, Weighting
 
 INFO = TensorInfo("w", (6, 8), "BF16", "linear", transposed=True)
 MATRIX = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
@@ -111,8 +111,12 @@ def test_a_nest_without_end_is_refused() -> None:
     for _ in range(500):
         text = f"rotate:inner=({text})"
     encoded = Encoded(Spec("rotate", {"inner": text}), INFO, {"codes": b""}, {"version": 1})
-    with pytest.raises(FormatError, match="w: the file promises"):
+    with pytest.raises(FormatError, match="w: more than 6 codecs"):
         unpack(encoded)
+    for _ in range(8):  # each of these reads what is inside twice
+        text = f"affine:inner=rotate:inner={text}"
+    with pytest.raises(SpecError, match="more than 6 codecs"):
+        parse_spec(text)
 
 
 @pytest.mark.parametrize("name", codec_ids())

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 import waterfill  # noqa: E402
 from tests.commands import Shell, refused, run_here  # noqa: E402
 from tests.pipeline import small  # noqa: E402
-from waterfill.container import FILE_NAME, Reader  # noqa: E402
+from waterfill.container import FILE_NAME, Reader, describe_entry, write  # noqa: E402
 from waterfill.pipeline import record_of, show  # noqa: E402
 from waterfill.runtime.sizing import open_at  # noqa: E402
 from waterfill.types import BudgetError, FormatError, WaterfillError  # noqa: E402
@@ -153,3 +153,15 @@ def test_verbs(run: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     stored = json.loads((layered() / "waterfill.json").read_text())
     assert not stored["metrics"], "figures of a part are not those of the whole"
     refused(run("load", small.artifact(), "--size", "1KB"), "one size alone")
+
+
+@pytest.mark.parametrize("note", [{"nats": "1"}, {"nats": [1.0]}, {"nats": 10**400}, {"why": {}}])
+def test_a_note_that_is_none_is_refused(note: dict[str, object], tmp_path: Path) -> None:
+    with Reader(layered()) as reader:
+        described = [describe_entry(entry) for entry in reader.entries.values()]
+        payloads = [reader.read(name).parts.values() for name in reader.entries]
+        described[0]["note"] = note
+        write(tmp_path / FILE_NAME, described, payloads, reader.about)
+    for look in (show, functools.partial(waterfill.truncate, out=tmp_path / "out", ratio=1)):
+        with pytest.raises(FormatError, match="its note is not as specified"):
+            look(tmp_path)

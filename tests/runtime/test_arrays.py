@@ -71,3 +71,14 @@ def test_what_is_wrong_with_a_tensor_is_said_with_its_name(stream: bytes) -> Non
     spec, info = Spec("lossless", {}, 2), TensorInfo("layer.t", (3,), "U8")
     with pytest.raises(FormatError, match=r"^layer\.t: "):
         unpack(Encoded(spec, info, {"stream": stream}))
+
+
+@pytest.mark.parametrize("shape", [(2**47, 0), (2**33, 0), (2**40, 1, 0)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_axis_of_an_empty_tensor_may_be_as_long_as_it_likes(
+    shape: tuple[int, ...], transposed: bool
+) -> None:
+    info = TensorInfo("t", shape, "F32", transposed=transposed)
+    parts = {"codes": b"", "scales": b""}
+    for name in ("integer", "float", "affine", "stack", "rotate", "lowrank"):
+        assert unpack(Encoded(Spec(name), info, parts)).shape == shape

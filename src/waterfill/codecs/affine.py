@@ -92,7 +92,8 @@ class Affine(Codec):
             case _:
                 raise FormatError(f"{info.name}: no version of the codec inside")
         plain = _plain(info)
-        values = plain.matrix(inner.decode(parts, inner_extra, plain))
+        inside = {name: data for name, data in parts.items() if name != "transform"}
+        values = plain.matrix(inner.decode(inside, inner_extra, plain))
         if "transform" in parts:
             transform = Transform.from_bytes(parts["transform"], values.shape[1], self.block)
             values = apply(values, transform.blocks())

@@ -185,7 +185,7 @@ class Codebook(Codec):
         """Codes, levels (k,) or (m, k), and scales: a one for each row that has a table."""
         m, n = info.matrix_shape
         count = 1 << self.bits
-        scales = np.ones((m, 1), np.float32)
+        scales: Floats = np.broadcast_to(np.float32(1), (m, 1))
         if self.table == "row":
             table = levels.read_half(parts["tables"], (m, count), info, "tables")
         else:

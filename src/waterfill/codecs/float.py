@@ -227,7 +227,7 @@ class Float(Codec):
         groups = -(-n // self.group)
         if self.scales == "free":
             return levels.read_half(data, (m, groups), info, "scales")
-        caps, lowest, highest = np.ones((m, 1), np.float32), -EXPONENTS, EXPONENTS
+        caps, lowest, highest = np.broadcast_to(np.float32(1), (m, 1)), -EXPONENTS, EXPONENTS
         if self.scales == "ratio":
             halves, data = split(data, 2)
             caps, lowest, highest = levels.read_half(halves, (m, 1), info, "scales"), -RATIOS, 0

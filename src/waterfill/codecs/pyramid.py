@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from waterfill.coding.columns import FAR, GRID, energy_order, scaled_columns
+from waterfill.coding.columns import FAR, GRID, energy_order, mean_squares, scaled_columns
 from waterfill.coding.entropy import decode_ints, encode_ints
 from waterfill.coding.pyramid import (
     counts,
@@ -34,7 +34,7 @@ from waterfill.types import (
     Weighting,
 )
 
-ROW_GRID = 2  # row scales to the octave
+ROW_GRID, RATES = 2, 64  # row scales to the octave; how far a row's pulses are from the usual
 STEPS = 4  # to a pulse: a group's usual number, before the row has its say
 MAX_LEVEL = 1 << 16
 TINY = 1e-30
@@ -163,13 +163,13 @@ class Pyramid(Codec):
 
     def _rows(self, weight: Floats, weighting: Weighting) -> tuple[Array, Array]:
         """Grid exponents of the row scales, and of how many times the usual pulses a row gets."""
-        size = np.sqrt(np.mean(np.square(weight), axis=0, dtype=np.float64))
+        size = np.sqrt(mean_squares(weight))
         worth = np.broadcast_to(np.asarray(weighting.row_weights, np.float64), size.shape)
         if self.even or not worth.any():
             return to_grid(size, ROW_GRID), np.zeros(size.shape, np.int32)
         step = np.maximum(worth / worth.mean(), 1e-6) ** (-self.rows / 2)
         usual = np.exp(np.log(np.maximum(size / step, TINY)).mean())
-        rate_grid = to_grid(size / step / usual, ROW_GRID)
+        rate_grid = np.clip(to_grid(size / step / usual, ROW_GRID), -RATES, RATES)
         return to_grid(size / from_grid(rate_grid, ROW_GRID), ROW_GRID), rate_grid
 
     def _levels(self, weight: Floats, rate_grid: Array) -> Array:

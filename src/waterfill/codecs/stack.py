@@ -27,7 +27,7 @@ from waterfill.types import (
     from_float32,
 )
 
-GRID, MOST = 2, 16  # column scales to the octave; blocks
+GRID, MOST, MUCH = 2, 16, 1e300  # column scales to the octave; blocks; nats beyond counting
 
 
 @codec("stack", version=1)
@@ -97,7 +97,7 @@ class Stack(Codec):
         residual = np.ascontiguousarray(matrix.T) / scale[:, None]
         exponents = planes.row_exponents(residual)
         residual = np.ldexp(residual, -exponents)
-        weights = np.ldexp(np.broadcast_to(np.float32(weighting.row_weights), m), 2 * exponents)
+        weights = np.ldexp(np.float32(weighting.row_weights), 2 * (exponents - exponents.max()))
         rights, parts = [], {"columns": b""}
         for name, rows in zip(self.names[1:], self._rows(m), strict=True):
             right, records, plane = self._block(residual, weights, moment)
@@ -109,6 +109,7 @@ class Stack(Codec):
             left = np.ldexp(residual * scale[:, None], exponents).T
             nats.append(weighting.distortion(left, np.broadcast_to(np.float32(0), left.shape)))
         parts["columns"] = join([encode_grid(grid), b"".join(rights)])
+        nats = np.nan_to_num(nats, nan=MUCH, posinf=MUCH).tolist()
         return parts, {"nats": [float(f"{x:.4g}") for x in nats]}
 
     def _rows(self, m: int) -> list[int]:
@@ -211,8 +212,7 @@ class Stack(Codec):
         """Bytes without any block; of each that is there its name, bytes of a record, and rows."""
         found = []
         for b, name in enumerate(itertools.takewhile(sizes.__contains__, self.names[1:])):
-            record = self._record_nbytes(n, b)
-            found.append((name, record, sizes[name] // record))
+            found.append((name, record := self._record_nbytes(n, b), sizes[name] // record))
         return sizes["columns"] - len(found) * self._right_nbytes(n), found
 
     def layers(
@@ -221,8 +221,8 @@ class Stack(Codec):
         """Bytes and nats without any block, then with each one more."""
         m, n = info.matrix_shape
         nbytes, blocks = self._blocks(sizes, n)
-        told = extra.get("nats")
-        nats = [x for x in told if type(x) in (int, float)] if isinstance(told, list) else []
+        told = extra["nats"] if isinstance(extra.get("nats"), list) else []
+        nats = [x for x in told if type(x) in (int, float) and abs(x) <= MUCH]
         if len(nats) <= len(blocks) or nbytes < 0:
             raise FormatError(f"{info.name}: its blocks are not as its index says")
         found = [(nbytes, float(nats[0]))]
@@ -237,8 +237,8 @@ class Stack(Codec):
     ) -> dict[str, int]:
         """Whole blocks while they fit, then rows of the next."""
         right = self._right_nbytes(info.matrix_shape[1])
-        least, blocks = self._blocks(sizes, info.matrix_shape[1])
-        kept = {"columns": least}
+        columns, blocks = self._blocks(sizes, info.matrix_shape[1])
+        kept = {"columns": columns}
         for name, record, rows in blocks:
             fit_rows = (nbytes - sum(kept.values()) - right) // record
             if fit_rows <= 0:

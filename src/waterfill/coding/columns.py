@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from waterfill.coding.kmeans_vectors import assign, kmeans
 from waterfill.coding.rounding import factor
 from waterfill.coding.scales import from_grid, to_grid
 from waterfill.types import Array, Floats, Weighting
 
+Floats64 = NDArray[np.float64]
+
 __all__ = [
     "GRID",
     "diagonal",
     "energy_order",
     "level_classes",
+    "mean_squares",
     "row_scales",
     "scaled_columns",
     "share_bits",
@@ -21,12 +25,22 @@ __all__ = [
 
 GRID = 4  # column scales to the octave
 TINY = 1e-30
+PLAIN = 50  # octaves either side of one that squares leave float32 room for
 FAR = 24  # beyond these a column is as good as nothing, or alone
 
 
 def diagonal(lower: Floats) -> Floats:
     """Of a factor, which may be stored as nothing else: float32 (n,)."""
     return lower if lower.ndim == 1 else lower.diagonal()
+
+
+def mean_squares(matrix: Floats) -> Floats64:
+    """Mean square of each column, float64 (n,), where float32 cannot hold the squares too."""
+    octave = int(np.frexp(np.abs(matrix).max(initial=0))[1])
+    octave = octave if abs(octave) > PLAIN else 0
+    squares = np.square(np.ldexp(matrix, -octave) if octave else matrix)
+    means: Floats64 = np.mean(squares, axis=0, dtype=np.float64)
+    return means * 4.0**octave
 
 
 def scaled_columns(
@@ -80,7 +94,7 @@ def energy_order(matrix: Floats, weighting: Weighting) -> tuple[Array, Weighting
     cost: Floats | float = 1.0
     if moment is not None:
         cost = moment if moment.ndim == 1 else moment.diagonal()
-    energy = cost * np.mean(np.square(matrix), axis=0, dtype=np.float64)
+    energy = cost * mean_squares(matrix)
     level = np.log2(np.maximum(energy, TINY))
     levels: Array = np.clip(np.rint(level - np.median(level)), -FAR, FAR).astype(np.int32)
     order = np.argsort(levels, kind="stable")
@@ -95,7 +109,7 @@ def row_scales(weight: Floats, weighting: Weighting, trust: float) -> Array:
     At `trust` 0 rows come to the same size, at 1 to the same cost: scales go with the row's weight to
     the power minus one half; in between, geometrically.
     """
-    size = np.maximum(np.sqrt(np.mean(np.square(weight), axis=0, dtype=np.float64)), TINY)
+    size = np.maximum(np.sqrt(mean_squares(weight)), TINY)
     worth = np.broadcast_to(np.asarray(weighting.row_weights, np.float64), size.shape)
     log_size, log_worth = np.log(size), np.log(np.maximum(worth, 1e-6 * worth.mean() + TINY))
     wanted = log_size.mean() - (log_worth - log_worth.mean()) / 2

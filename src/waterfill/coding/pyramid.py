@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding.wide import best_split, pack_digits, unpack_digits
-from waterfill.types import Floats, FormatError
+from waterfill.types import Floats, FormatError, WaterfillError
 
 __all__ = [
     "MAX_PULSES",
@@ -180,6 +180,11 @@ def nearest(target: Floats, pulses: NDArray[np.int64], lower: Floats, step: Floa
     Returns
     -------
     int32 (d, m)
+
+    Raises
+    ------
+    WaterfillError
+        Where float32 cannot hold the pulses, or what pulls at them.
     """
     wanted = target / step
     carry = lower / lower.diagonal()
@@ -187,6 +192,8 @@ def nearest(target: Floats, pulses: NDArray[np.int64], lower: Floats, step: Floa
     for j in reversed(range(len(target))):
         points[j] = np.rint(np.clip(aim[j], -pulses, pulses))
         aim[:j] += carry[j, :j, None] * (wanted[j] - points[j])
+    if not np.isfinite(points).all():
+        raise WaterfillError("weights or inputs so unlike in size that float32 cannot hold both")
     _mend(points, (lower @ lower.T) @ (wanted - points), lower @ lower.T, pulses)
     return points.astype(np.int32)
 

@@ -13,6 +13,7 @@ from waterfill.container import FILE_NAME, Reader, describe, file_nbytes, write
 from waterfill.pipeline.planning import Priced, Progress, quiet, read
 from waterfill.pipeline.remeasuring import Decoded, remeasure
 from waterfill.registry import make_codec
+from waterfill.runtime.arrays import damage_of
 from waterfill.types import Encoded, Tunable, WaterfillError, Weighting
 
 METHODS = ("pv", "v", "ste")
@@ -96,7 +97,8 @@ def _tune(
 def _tunables(reader: Reader) -> Iterator[tuple[str, Tunable]]:
     for name, entry in reader.entries.items():
         if not entry.info.group:
-            found = make_codec(entry.spec).tunable(reader.read(name))
+            with damage_of(name):
+                found = make_codec(entry.spec).tunable(reader.read(name))
             if found is not None:
                 yield name, found
 

@@ -54,6 +54,9 @@ def unpack(encoded: Encoded, out: Array | None = None) -> Array:
     name = encoded.info.name
     with damage_of(name):
         chosen = make_codec(encoded.spec)
+        if not encoded.info.size:
+            # Its other axes may be as long as a file likes: no codec gets to count along them.
+            return empty(name, encoded.info.dtype, encoded.info.shape) if out is None else out
         if out is not None:
             chosen.decode_into(encoded.parts, encoded.extra, encoded.info, out)
             return out

@@ -7,16 +7,17 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from waterfill.container import FILE_NAME, Reader
+from waterfill.container import FILE_NAME, Entry, Reader
 from waterfill.registry import make_codec
 from waterfill.sources import Source
 from waterfill.sources.folder import may_lie_beside
-from waterfill.types import Record, WaterfillError
+from waterfill.types import FormatError, Record, WaterfillError
 
 RECORD_FILE = "waterfill.json"
 METHOD = "waterfill"
@@ -210,8 +211,7 @@ def ledger(reader: Reader) -> list[dict[str, Any]]:
                 "nbytes": entry.nbytes,
                 "original_nbytes": info.nbytes,
                 "bits_per_weight": 8 * entry.nbytes / info.size if info.size else 0.0,
-                "predicted_nats": entry.note.get("nats", 0.0),
-                "why": entry.note.get("why", ""),
+                **_told(entry),
             }
         )
     container = {
@@ -227,6 +227,15 @@ def ledger(reader: Reader) -> list[dict[str, Any]]:
         "why": "header and index",
     }
     return [*rows, container]
+
+
+def _told(entry: Entry) -> dict[str, Any]:
+    """What a tensor's note says, if it is what notes say: sums and tables are made of it."""
+    nats, why = entry.note.get("nats", 0.0), entry.note.get("why", "")
+    number = type(nats) is float or (type(nats) is int and abs(nats) < 1 << 53)
+    if not number or math.isnan(nats) or type(why) is not str:
+        raise FormatError(f"{entry.info.name}: its note is not as specified")
+    return {"predicted_nats": nats, "why": why}
 
 
 def plan_digest(rows: Iterable[Mapping[str, Any]]) -> str:

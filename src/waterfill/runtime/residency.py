@@ -226,7 +226,7 @@ def rows_of(
         wide = dtype is not None and info.dtype in FLOAT_DTYPES
         itemsize = DTYPES[dtype if wide and dtype else info.dtype].itemsize
         dense = copies[name] * info.size * itemsize
-        if name in uses and len(info.shape) == 2 and info.dtype in FLOAT_DTYPES:
+        if name in uses and len(info.shape) == 2 and info.size and info.dtype in FLOAT_DTYPES:
             yield _row(reader, entry, dense, uses[name], itemsize)
         else:
             yield Row(name, info.shape, dense, itemsize=itemsize)
