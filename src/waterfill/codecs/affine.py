@@ -57,7 +57,7 @@ class Affine(Codec):
         if not inner.lossy or "transform" in inner.parts:
             raise SpecError("affine: inner is a codec that rounds, and no affine one")
         # As the codec inside has them: what is never written must not be counted in the header.
-        object.__setattr__(self, "parts", ("transform", *inner.parts))
+        object.__setattr__(self, "parts", ("transform", *inner.names))
         object.__setattr__(self, "shared", ("transform", *inner.shared))
 
     @classmethod

@@ -91,8 +91,6 @@ class Integer(Codec):
             raise SpecError(
                 f"integer: solver is one of {', '.join(SOLVERS)}, pack is packed or coded"
             )
-        if not self.outliers:  # what is never written must not be counted in the header
-            object.__setattr__(self, "parts", ("codes", "scales"))
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
@@ -100,6 +98,11 @@ class Integer(Codec):
         if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
             for bits in (2, 3, 4, 6, 8):
                 yield cls(bits=bits)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Without ``outliers`` where none are asked for."""
+        return self.parts if self.outliers else self.parts[:2]
 
     def encode(
         self, x: Array, info: TensorInfo, weighting: Weighting

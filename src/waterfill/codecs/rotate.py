@@ -58,6 +58,11 @@ class Rotate(Codec):
                 yield cls(inner=Inner(f"integer:bits={bits},pack=coded"))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Without ``shared`` where the codec inside has none."""
+        return self.parts if self.inner.codec.shared else self.parts[:1]
+
+    @property
     def fair_rows(self) -> int:
         """As the codec inside."""
         return self.inner.codec.fair_rows
