@@ -11,7 +11,6 @@ from waterfill.coding.affine import Transform, apply, congruent, learn, undo
 from waterfill.coding.rounding import finite
 from waterfill.registry import Codec, Inner, codec, make_codec
 from waterfill.types import (
-    FLOAT_DTYPES,
     Array,
     Floats,
     FormatError,
@@ -63,7 +62,7 @@ class Affine(Codec):
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """Around integers of two to six bits."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             for bits in (2, 3, 4, 5, 6):
                 yield cls(inner=Inner(f"integer:bits={bits}"))
 

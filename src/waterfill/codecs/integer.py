@@ -19,7 +19,6 @@ from waterfill.coding.uniform import Grid, Rounded, improve, round_successively
 from waterfill.registry import Codec, codec
 from waterfill.types import (
     DTYPES,
-    FLOAT_DTYPES,
     Array,
     Encoded,
     Floats,
@@ -95,7 +94,7 @@ class Integer(Codec):
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """Two to eight bits."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             for bits in (2, 3, 4, 6, 8):
                 yield cls(bits=bits)
 
