@@ -172,7 +172,9 @@ def _scale(low: float, high: float, start: float, stop: float) -> Any:
 
 def _ticks(low: float, high: float) -> list[float]:
     step = next(s for s in (0.25, 0.5, 1.0, 2.0, 4.0) if (high - low) / s <= 9 or s == 4.0)
-    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    near = 0.02 * step  # files end a hair under the size that was asked for
+    first, last = math.ceil((low - near) / step), math.floor((high + near) / step)
+    return [step * i for i in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
