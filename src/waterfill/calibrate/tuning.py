@@ -38,7 +38,7 @@ PERIOD = 4  # V-steps to a P-step
 ALONE = 8  # the first of the V-steps have no P-steps between them: one in so many
 ATTEMPTS = 4  # at a P-step, each shorter than the one before
 DAMPING = 8.0  # of the first: curvature of many changes at once, in that of one alone
-THROUGH = 128.0  # the same where all dense updates are added up; half of it diverges
+THROUGH = 256.0  # the same where all dense updates are added up; a quarter of it diverges
 EASING = 1.5  # of damping, from one attempt to the next
 
 
