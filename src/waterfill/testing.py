@@ -87,7 +87,9 @@ def check_round_trip(codec: Codec, info: TensorInfo, bits: Array, weighting: Wei
     parts, extra = codec.encode(bits, info, weighting)
     again, extra_again = codec.encode(bits, info, weighting)
     assert parts == again and extra == extra_again, "encoding must be deterministic"
-    assert parts.keys() <= set(codec.parts), "the class attribute `parts` names what encode returns"
+    assert parts.keys() <= set(codec.names) <= set(codec.parts), (
+        "the class attribute `parts` names what encode returns, `names` those of these settings"
+    )
     assert before == bits.tobytes(), "encoding must not change its input"
     assert json.loads(json.dumps(extra)) == extra, "extra must be plain JSON"
     encoded = Encoded(codec.spec, info, parts, extra)

@@ -84,6 +84,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 ROWS = 1024  # of a matrix whose error is weighed at a time: a tall one is not copied
 TOGETHER = 1 << 15  # numbers that are rounded at a time
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+FEWEST = 256  # weights: of fewer, what a codec must say beside its codes is most of it
 
 
 def is_shape(shape: Sequence[int]) -> bool:
@@ -184,6 +185,11 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes as stored in the original checkpoint."""
         return self.size * DTYPES[self.dtype].itemsize
+
+    @property
+    def worth_rounding(self) -> bool:
+        """Whether a lossy codec should offer to take it: a matrix of floats, and no small one."""
+        return self.dtype in FLOAT_DTYPES and len(self.shape) >= 2 and self.size >= FEWEST
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -37,13 +37,13 @@ def test_weighted_levels_serve_the_inputs_that_matter(matrix: np.ndarray) -> Non
     assert harm(base, matrix, weighting) < 0.9 * harm(f"{base},weighted=no", matrix, weighting)
 
 
-def test_outliers_are_kept_to_float16_and_spare_the_rest(matrix: np.ndarray) -> None:
+def test_outliers_are_kept_to_eight_bits_and_spare_the_rest(matrix: np.ndarray) -> None:
     matrix[3, 7], matrix[40, 2] = 25.0, -17.0
     text = "codebook:bits=3,table=row,solver=nearest"
     chosen = parse_spec(f"{text},outliers=0.01")
     parts, extra = chosen.encode(matrix, INFO, Weighting())
     kept = chosen.decode(parts, extra, INFO)
-    assert np.sum(np.abs(kept - matrix) <= np.abs(matrix) * 2.0**-11) >= int(0.01 * matrix.size)
+    assert np.sum(np.abs(kept - matrix) <= np.abs(matrix) * 2.0**-8) >= int(0.01 * matrix.size)
     assert harm(f"{text},outliers=0.01", matrix, Weighting()) < 0.8 * harm(
         text, matrix, Weighting()
     )

@@ -57,7 +57,7 @@ def test_kernels_are_not_told_of_integers_where_there_are_outliers() -> None:
     for text, there in (("integer", True), ("integer:outliers=0.01", False)):
         codec = parse_spec(text)
         parts, extra = codec.encode(bits, INFO, weighting)
-        assert set(parts) == set(codec.parts)
+        assert set(parts) == set(codec.names)
         for outline in (False, True):
             assert (codec.integers(parts, extra, INFO, outline) is not None) == there
 

@@ -80,7 +80,7 @@ def test_methods_as_they_are_written() -> None:
     assert method.codec == "integer:bits=3,solver=nearest"
     assert method.options == {"allocate": "uniform", "tune": "pv"}
     assert methods.parse_method("auto").options == {}
-    for wrong in ("", "nothing", "integer:bits=1", "@hull"):
+    for wrong in ("", "nothing", "integer:bits=1", "@hull", "integer@hul", "integer+nothing"):
         with pytest.raises(SpecError):
             methods.parse_method(wrong)
     every = methods.every_method()
@@ -96,6 +96,11 @@ def test_what_cannot_be_is_refused_before_anything_is_made(tmp_path: Path) -> No
     ):
         with pytest.raises(error):
             compared(out, names, sizes)
+    common: dict[str, Any] = {"methods": ["integer"], "calibration": small.statistics()}
+    with pytest.raises(SpecError, match="int8"):
+        compare_methods(small.model(), out, activations="int3", **common)
+    with pytest.raises(FileNotFoundError):
+        compare_methods(small.model(), out, text=[tmp_path / "no.txt"], **common)
     assert not out.exists()
 
 
@@ -103,6 +108,8 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(WaterfillError, match="other things"):
         compared(tmp_path, ["integer"], ["6"])
+    with pytest.raises(WaterfillError, match="is a file"):
+        compared(tmp_path / "notes.txt", ["integer"], ["6"])
     out = tmp_path / "compared"
     compared(out, ["integer"], ["8"])
     table = json.loads((out / "comparison.json").read_text())

@@ -180,8 +180,17 @@ def test_important_blocks_go_up_first(name: str) -> None:
         values[0, :large] = 12
         return values
 
-    influence = {tensor: importance[int(tensor.split(".")[2])] for tensor in sizes}
-    about = context(sizes, matrix=matrix, influence=lambda: influence)
+    asked = []
+
+    def influence() -> dict[str, float]:
+        asked.append(1)
+        return {tensor: importance[int(tensor.split(".")[2])] for tensor in sizes}
+
+    def weights(tensor: str) -> Floats:
+        asked.append(1)
+        return matrix(tensor)
+
+    about = context(sizes, matrix=weights, influence=influence)
     c = curves({tensor: rungs(2000, 1.0) for tensor in sizes})
     seen = []
     for budget in np.linspace(smallest(c), 1.55 * smallest(c), 60):
@@ -192,6 +201,7 @@ def test_important_blocks_go_up_first(name: str) -> None:
         seen.append(per_block)
     for raised in range(5):
         assert [3] * raised + [2] * (4 - raised) in seen
+    assert len(asked) <= 2 * len(sizes), "model and weights are looked at for the first budget only"
 
 
 def test_blocks_are_told_by_name() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from waterfill.report import comparison_rows, mixing, write_comparison
+from waterfill.report import comparison_rows, mixing, remarks, write_comparison
 from waterfill.report.words import DASH
 
 HOSTILE = "<script>alert(1)</script>"
@@ -54,6 +54,18 @@ def test_what_mixing_buys_is_said_with_its_noise() -> None:
     assert "trellis 90.0%, integer 10.0%" in first and "0.800 of the KL of trellis" in first
     assert "noise 0.071" in first and second.startswith("auto at 3")
     assert mixing(result(cells=[cell("auto", "2", 0.1)]))[0].endswith("auto 100.0%")
+
+
+def test_what_went_otherwise_is_said_once_with_its_cells() -> None:
+    cells = [
+        cell("trellis+pv", "2", 0.3, warnings=["not tuned: it has no codes"]),
+        {"method": "raw", "asked": "2", "error": "too small"},
+        {"method": "raw", "asked": "3", "error": "too small"},
+    ]
+    assert remarks(result(cells=cells)) == [
+        "trellis+pv at 2: not tuned: it has no codes",
+        "raw at 2, raw at 3: not made: too small",
+    ]
 
 
 class _Tags(HTMLParser):

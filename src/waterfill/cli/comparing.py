@@ -41,28 +41,20 @@ def compare(args: argparse.Namespace) -> Any:
         _say(result)
         print(f"{page}: the picture; the figures are in {args.out / 'comparison.json'}")
         for best in result["best"][-1:]:
-            words = [
-                "waterfill",
-                "compress",
-                args.model,
-                *best["options"],
-                "--codec",
-                best["codec"],
-            ]
+            words = ["waterfill", "compress", args.model, *best["options"]]
+            words += ["--codec", best["codec"]]
             print(f"next: {shlex.join(words)} -o OUT")
     return result
 
 
 def _say(result: Mapping[str, Any]) -> None:
-    from waterfill.report import comparison_rows, mixing
+    from waterfill.report import comparison_rows, mixing, remarks
 
     head, rows = comparison_rows(result)
     print("KL(original || compressed), nats per token; * is the least at its size")
     table(head, rows)
-    for line in mixing(result):
+    for line in (*mixing(result), *remarks(result)):
         print(line)
-    for error in dict.fromkeys(c["error"] for c in result["cells"] if "error" in c):
-        print(f"not made: {error}")
 
 
 def _compare_options(p: argparse.ArgumentParser) -> None:

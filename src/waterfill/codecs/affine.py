@@ -11,7 +11,6 @@ from waterfill.coding.affine import Transform, apply, congruent, learn, undo
 from waterfill.coding.rounding import finite
 from waterfill.registry import Codec, Inner, codec, make_codec
 from waterfill.types import (
-    FLOAT_DTYPES,
     Array,
     Floats,
     FormatError,
@@ -57,13 +56,13 @@ class Affine(Codec):
         if not inner.lossy or "transform" in inner.parts:
             raise SpecError("affine: inner is a codec that rounds, and no affine one")
         # As the codec inside has them: what is never written must not be counted in the header.
-        object.__setattr__(self, "parts", ("transform", *inner.parts))
+        object.__setattr__(self, "parts", ("transform", *inner.names))
         object.__setattr__(self, "shared", ("transform", *inner.shared))
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """Around integers of two to six bits."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             for bits in (2, 3, 4, 5, 6):
                 yield cls(inner=Inner(f"integer:bits={bits}"))
 

@@ -8,12 +8,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from waterfill.coding import kmeans, levels, sparse
+from waterfill.coding import kmeans, levels
+from waterfill.coding.outliers import decode_outliers, encode_outliers, worst
 from waterfill.coding.rounding import finite
 from waterfill.registry import Codec, codec
 from waterfill.types import (
     DTYPES,
-    FLOAT_DTYPES,
     Array,
     Encoded,
     Floats,
@@ -45,7 +45,7 @@ class Codebook(Codec):
     group : int
         Input columns that share a scale.
     outliers : float
-        Share of the weights that are kept as float16, 0 to 0.1.
+        Share of the weights that are kept to eight significant bits, 0 to 0.1.
     weighted : bool
         Whether k-means knows what errors cost.
     solver : str
@@ -89,9 +89,15 @@ class Codebook(Codec):
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """Two to six bits."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             for bits in (2, 3, 4, 5, 6):
                 yield cls(bits=bits, pack="coded")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tables or levels and scales, and outliers where they are asked for."""
+        own = ("codes", "tables") if self.table == "row" else ("codes", "scales", "levels")
+        return (*own, "outliers") if self.outliers else own
 
     def encode(
         self, x: Array, info: TensorInfo, weighting: Weighting
@@ -125,10 +131,10 @@ class Codebook(Codec):
         parts = {"levels": levels.halves(table), "scales": levels.halves(scales.T)}
         if self.table == "row":
             parts = {"tables": levels.halves(table.T)}
-        if exact is not None:
+        if exact is not None and exact.any():
             # What is kept has no use for its code: the commonest is the cheapest.
-            codes[exact] = np.bincount(codes.ravel(), minlength=1).argmax()
-            parts["outliers"] = sparse.write(exact.T, values.T)
+            codes[exact] = np.bincount(codes.ravel()).argmax()
+            parts["outliers"] = encode_outliers(values.T, exact.T)
         parts["codes"] = levels.write_codes(codes.T, self.bits, self.pack)
         return parts, {"exponent": exponent} if exponent else {}
 
@@ -147,7 +153,9 @@ class Codebook(Codec):
         n = info.matrix_shape[1]
         exponent = levels.read_exponent(extra, info)
         codes, table, scales = self._read(parts, info)
-        places, kept = self._apart(parts, info)
+        places, kept = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        if "outliers" in parts:
+            places, kept = decode_outliers(parts["outliers"], info.size)
 
         def values(rows: slice) -> Floats:
             if self.table == "row":
@@ -164,8 +172,8 @@ class Codebook(Codec):
         """Codes, levels and scales; outliers stay."""
         exponent, fixed = levels.read_exponent(one.extra, one.info), None
         codes, table, scales = self._read(one.parts, one.info)
-        if self.outliers:
-            places, kept = self._apart(one.parts, one.info)
+        if "outliers" in one.parts:
+            places, kept = decode_outliers(one.parts["outliers"], one.info.size)
             fixed = levels.apart(places, kept, codes.shape, exponent)
         group = self.group if self.table == "tensor" else max(codes.shape[1], 1)
         learned = ["tables", "scales"] if self.table == "tensor" else ["tables"]
@@ -195,12 +203,6 @@ class Codebook(Codec):
         codes = levels.read_codes(parts["codes"], info, self.bits, self.pack, count)
         return codes, table, scales
 
-    def _apart(self, parts: Mapping[str, bytes], info: TensorInfo) -> tuple[Array, Floats]:
-        """Places and values of the outliers."""
-        if not self.outliers:
-            return np.zeros(0, np.int64), np.zeros(0, np.float32)
-        return sparse.read(parts["outliers"], info)
-
     def _fit(self, columns: Floats, weights: Any, importance: Floats) -> Floats:
         """Levels (k,) or (k, m) of columns (n, m), given what errors cost (broadcastable to them)."""
         count = 1 << self.bits
@@ -219,4 +221,4 @@ class Codebook(Codec):
             scales = levels.search_scales(columns, importance, self.group, table)[0]
             scales = np.repeat(scales, self.group, axis=0)[: len(columns)]
         error = levels.nearest(levels.scaled(columns, scales), table)[1] * scales - columns
-        return sparse.largest(np.square(error) * weights, self.outliers)
+        return worst(np.square(error) * weights, int(self.outliers * error.size))

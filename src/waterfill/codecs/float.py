@@ -14,7 +14,6 @@ from waterfill.coding.sections import join, split
 from waterfill.registry import Codec, codec
 from waterfill.types import (
     DTYPES,
-    FLOAT_DTYPES,
     Array,
     Encoded,
     Floats,
@@ -99,7 +98,7 @@ class Float(Codec):
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """Two to six bits."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             for ebits, mbits in ((1, 0), (1, 1), (2, 1), (2, 2), (2, 3)):
                 yield cls(ebits=ebits, mbits=mbits, pack="coded")
 

@@ -19,7 +19,6 @@ from waterfill.coding.uniform import Grid, Rounded, improve, round_successively
 from waterfill.registry import Codec, codec
 from waterfill.types import (
     DTYPES,
-    FLOAT_DTYPES,
     Array,
     Encoded,
     Floats,
@@ -91,22 +90,25 @@ class Integer(Codec):
             raise SpecError(
                 f"integer: solver is one of {', '.join(SOLVERS)}, pack is packed or coded"
             )
-        if not self.outliers:  # what is never written must not be counted in the header
-            object.__setattr__(self, "parts", ("codes", "scales"))
 
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """Two to eight bits."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             for bits in (2, 3, 4, 6, 8):
                 yield cls(bits=bits)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Without ``outliers`` where none are asked for."""
+        return self.parts if self.outliers else self.parts[:2]
 
     def encode(
         self, x: Array, info: TensorInfo, weighting: Weighting
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
         """Bits of `info.shape` -> parts ``codes``, ``scales`` and, if there are any, ``outliers``."""
         matrix = finite(info.matrix(x), info.name)
-        exponent = _exponent(matrix)
+        exponent = levels.power_of_two(matrix)
         extra = {"exponent": exponent} if exponent else {}
         rounded = self._round(np.ascontiguousarray(np.ldexp(matrix, exponent).T), weighting)
         parts = {
@@ -176,8 +178,8 @@ class Integer(Codec):
             whole = np.ldexp(scales, -exponent)
             if not np.array_equal(np.ldexp(whole, exponent), scales):
                 return None
-        levels = None if outline else self._levels(parts["codes"], info)
-        return self._integers(levels, whole, info.matrix_shape[1])
+        codes = None if outline else self._levels(parts["codes"], info)
+        return self._integers(codes, whole, info.matrix_shape[1])
 
     def tunable(self, one: Encoded) -> Tunable | None:
         """Integers and scales; outliers stay."""
@@ -198,22 +200,16 @@ class Integer(Codec):
         scales = levels.retuned_scales(tunable, one.extra)
         return {**one.parts, "codes": codes, "scales": scales}
 
-    def _integers(self, levels: Array | None, scales: Floats, n: int) -> Integers:
+    def _integers(self, codes: Array | None, scales: Floats, n: int) -> Integers:
         spread = np.full(n, 2.0**self.bits / 4, np.float32)
-        return Integers(levels, np.ones(n, np.float32), scales, self.group, 1, spread, self.bits)
+        return Integers(codes, np.ones(n, np.float32), scales, self.group, 1, spread, self.bits)
 
     def _scales(
         self, data: bytes, extra: Mapping[str, Any], info: TensorInfo
     ) -> tuple[Floats, int]:
         m, n = info.matrix_shape
-        groups = -(-n // self.group)
-        if len(data) != 2 * m * groups:
-            raise FormatError(f"{info.name}: {len(data)} bytes of scales, not {2 * m * groups}")
-        scales = np.frombuffer(data, "<f2").reshape(m, groups).astype(np.float32)
-        exponent = extra.get("exponent", 0)
-        if type(exponent) is not int or abs(exponent) > 300 or not np.isfinite(scales).all():
-            raise FormatError(f"{info.name}: the scales or their exponent are not finite")
-        return scales, exponent
+        scales = levels.read_half(data, (m, -(-n // self.group)), info, "scales")
+        return scales, levels.read_exponent(extra, info)
 
     def _levels(self, data: bytes, info: TensorInfo) -> Array:
         m, n = info.matrix_shape
@@ -224,9 +220,9 @@ class Integer(Codec):
                 raise FormatError(f"{info.name}: an integer of more than {self.bits} bits")
             return codes.astype(np.int8)
         # Wraps around for 8 bits, which is what a signed byte wants.
-        levels = unpack(data, m * n, self.bits)
-        levels -= np.uint8(top)
-        return levels.view(np.int8).reshape(m, n)
+        fields = unpack(data, m * n, self.bits)
+        fields -= np.uint8(top)
+        return fields.view(np.int8).reshape(m, n)
 
     def _lower(self, n: int, weighting: Weighting) -> Floats:
         moment = weighting.second_moment
@@ -240,9 +236,3 @@ class Integer(Codec):
         if self.pack == "coded":
             return encode_ints(codes.astype(np.int32))
         return pack((codes.astype(np.int16) + (1 << (self.bits - 1))).astype(np.uint8), self.bits)
-
-
-def _exponent(matrix: Floats) -> int:
-    """Power of two that brings the weights to where float16 scales are precise; 0 if they are there."""
-    largest = float(np.max(np.abs(matrix), initial=0.0))
-    return 0 if largest == 0 or 0.125 <= largest <= 4096 else 10 - math.frexp(largest)[1]

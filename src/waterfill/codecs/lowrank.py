@@ -15,7 +15,6 @@ from waterfill.coding.rounding import finite
 from waterfill.coding.sections import join, split
 from waterfill.registry import Codec, Inner, codec
 from waterfill.types import (
-    FLOAT_DTYPES,
     Array,
     Floats,
     FormatError,
@@ -72,7 +71,7 @@ class LowRank(Codec):
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """Integers of two to six bits, eight directions or a tenth of a bit a weight for the factors."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             m, n = info.matrix_shape
             rank = max(1, min(MOST, round(BITS_A_WEIGHT * m * n / (5 * (m + n)))))
             for bits in (2, 3, 4, 5, 6):

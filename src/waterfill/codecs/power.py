@@ -12,7 +12,6 @@ from waterfill.coding.rounding import finite
 from waterfill.registry import Codec, codec
 from waterfill.types import (
     DTYPES,
-    FLOAT_DTYPES,
     Array,
     Encoded,
     Floats,
@@ -76,7 +75,7 @@ class Power(Codec):
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """Two to six bits."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             for bits in (2, 3, 4, 5, 6):
                 yield cls(bits=bits, pack="coded")
 

@@ -25,7 +25,6 @@ from waterfill.coding.scales import LIMIT, decode_grid, encode_grid, from_grid, 
 from waterfill.coding.sections import join, split
 from waterfill.registry import Codec, codec
 from waterfill.types import (
-    FLOAT_DTYPES,
     Array,
     Floats,
     FormatError,
@@ -94,7 +93,7 @@ class Pyramid(Codec):
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """One to six bits: the more of them, the finer the gains, and the shorter a 64-bit number."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             for bits, length, gain in (
                 (1.0, 16, 2),
                 (1.5, 16, 4),

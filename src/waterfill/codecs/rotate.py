@@ -12,7 +12,7 @@ from waterfill.coding.nested import between, decode_inner, encode_inner
 from waterfill.coding.rotation import Rotation
 from waterfill.coding.rounding import finite
 from waterfill.registry import Codec, Inner, codec
-from waterfill.types import FLOAT_DTYPES, Array, SpecError, TensorInfo, Weighting
+from waterfill.types import Array, SpecError, TensorInfo, Weighting
 
 
 @codec("rotate", version=1)
@@ -53,9 +53,14 @@ class Rotate(Codec):
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """Integers of two to six bits."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             for bits in (2, 3, 4, 5, 6):
                 yield cls(inner=Inner(f"integer:bits={bits},pack=coded"))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Without ``shared`` where the codec inside has none."""
+        return self.parts if self.inner.codec.shared else self.parts[:1]
 
     @property
     def fair_rows(self) -> int:

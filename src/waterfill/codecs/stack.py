@@ -17,7 +17,6 @@ from waterfill.coding.sections import join, split
 from waterfill.registry import Codec, codec
 from waterfill.types import (
     DTYPES,
-    FLOAT_DTYPES,
     Array,
     Floats,
     FormatError,
@@ -67,7 +66,7 @@ class Stack(Codec):
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """One block to eight."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             yield from (cls().at(count) for count in (1, 2, 3, 4, 5, 6, 8))
 
     def between(self, other: Self, t: float) -> Self:

@@ -17,7 +17,6 @@ from waterfill.coding.sections import join, split
 from waterfill.registry import Codec, codec
 from waterfill.types import (
     DTYPES,
-    FLOAT_DTYPES,
     Array,
     Floats,
     FormatError,
@@ -83,7 +82,7 @@ class Trellis(Codec):
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """From a fraction of a bit to where exact coding is cheaper (float32: to 16 bits)."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             wide = info.dtype in ("F32", "F64")
             for half_octaves in (
                 5,

@@ -24,7 +24,6 @@ from waterfill.coding.scales import LIMIT, decode_grid, encode_grid, from_grid
 from waterfill.coding.sections import join, split
 from waterfill.registry import Codec, codec
 from waterfill.types import (
-    FLOAT_DTYPES,
     Array,
     Encoded,
     Floats,
@@ -109,7 +108,7 @@ class Vector(Codec):
     @classmethod
     def ladder(cls, info: TensorInfo) -> Iterator[Self]:
         """One to six bits, in vectors as long as their codebooks pay."""
-        if info.dtype in FLOAT_DTYPES and len(info.shape) >= 2 and info.size >= 256:
+        if info.worth_rounding:
             for bits, longest in ((1.0, 4), (1.5, 3), (2.0, 3), (3.0, 2), (4.0, 2), (6.0, 1)):
                 fits = [
                     length

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding.entropy import decode_ints, encode_ints
+from waterfill.coding.outliers import brief
 from waterfill.coding.packing import pack, unpack
 from waterfill.coding.rounding import factor, successive
 from waterfill.types import (
@@ -150,7 +151,7 @@ def round_groups(
     scale_of : called with the group's first column, its target (columns, m) and importances (columns,);
         returns scales (m,)
     exact : bool (n, m), optional
-        Weights that are kept as float16 instead.
+        Weights that are kept beside the levels, as `outliers.brief` has them.
 
     Returns
     -------
@@ -168,7 +169,7 @@ def round_groups(
             codes[first + j], value = nearest(scaled(target[j], scale), levels)
             value *= scale
             if exact is not None:
-                value = np.where(exact[first + j], half(target[j]), value)
+                value = np.where(exact[first + j], brief(target[j]), value)
             values[first + j] = value
             if lower.ndim == 2 and j:
                 target[:j] += carry[j, :j, None] * (block[j] - value)

@@ -64,7 +64,7 @@ def encode_inner(
     """
     codec, plain = inner.codec, _plain(info, matrix.shape)
     parts, extra = codec.encode(matrix.astype("<f4", copy=False), plain, weighting)
-    absent = [name for name in codec.parts if name not in parts]
+    absent = [name for name in codec.names if name not in parts]
     notes: dict[str, Any] = {"version": codec.version}
     if extra:
         notes["extra"] = dict(extra)
@@ -111,5 +111,5 @@ def _plain(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
 
 def _names(codec: Codec, absent: list[str]) -> tuple[list[str], list[str]]:
     """Parts that grow with the rows, and those that do not."""
-    there = [name for name in codec.parts if name not in absent]
+    there = [name for name in codec.names if name not in absent]
     return [k for k in there if k not in codec.shared], [k for k in there if k in codec.shared]

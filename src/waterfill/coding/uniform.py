@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding.coordinate import SWEEPS, Quadratic, descend
+from waterfill.coding.levels import importances
 from waterfill.coding.outliers import brief, worst
 from waterfill.coding.rounding import successive
 from waterfill.types import Floats
@@ -100,7 +101,7 @@ def round_successively(
     n, m = columns.shape
     values = np.empty((n, m), np.float32)
     scales = np.zeros((-(-n // grid.group), m), np.float32)
-    importance = np.square(lower if lower.ndim == 1 else lower.diagonal())
+    importance = importances(lower)
     carried = lower.ndim == 2
 
     def round_block(first: int, last: int, block: Floats, target: Floats, carry: Floats) -> Floats:

@@ -152,8 +152,7 @@ class Yardstick:
         """Load the original and cut the text; parameters as of `compare`."""
         from waterfill import evaluate  # which needs torch; `show` must not
 
-        if activations:
-            evaluate.Activations.parse(activations)  # before anything takes time
+        check_protocol(text, activations)
         if source.path is None:
             raise WaterfillError(
                 "compare with a folder, a hub id or demo; or call waterfill.evaluate.compare"
@@ -193,6 +192,16 @@ class Yardstick:
             activations=self.activations,
             progress=_watcher(progress),
         )
+
+
+def check_protocol(text: Sequence[str | Path] | None, activations: str | None) -> None:
+    """Refuse what `Yardstick.open` could not use, before anything takes time."""
+    from waterfill import evaluate
+
+    if activations:
+        evaluate.Activations.parse(activations)
+    for path in text or ():
+        Path(path).stat()
 
 
 def _check_alike(folder: Path, source: Source) -> None:

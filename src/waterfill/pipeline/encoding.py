@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from waterfill.container import FILE_NAME, describe, file_nbytes, payload_nbytes, write
-from waterfill.pipeline.planning import Priced, Progress, about, overhead_nbytes, plan, quiet, read
+from waterfill.pipeline.planning import (
+    Priced,
+    Progress,
+    about,
+    context_of,
+    overhead_nbytes,
+    plan,
+    quiet,
+    read,
+)
 from waterfill.plan.allocation import DEFAULT
 from waterfill.plan.fill import Coded, fill, follow, keep_to
 from waterfill.registry import make_codec
@@ -146,7 +155,11 @@ def encode(
     if planned is not None:
         coded = keep_to(priced.curves, planned, budget, encoder.one, encoder.nbytes)
     elif allocator != DEFAULT:
-        choose = lambda aim: plan(priced, aim, allocator).choices  # noqa: E731
+        context = context_of(priced)
+
+        def choose(aim: int) -> Mapping[str, Point]:
+            return plan(priced, aim, allocator, context).choices
+
         coded = follow(priced.curves, choose, budget, encoder.one, encoder.nbytes)
     else:  # the hull learns from each tensor what the others should be
         overhead, aim = overhead_nbytes(priced, plan(priced, budget).choices), budget

@@ -19,11 +19,12 @@ from typing import Any
 
 from waterfill import __version__
 from waterfill.calibrate import Statistics
-from waterfill.pipeline.compare import Yardstick
+from waterfill.pipeline.compare import Yardstick, check_protocol
 from waterfill.pipeline.compress import compress
 from waterfill.pipeline.evolving import MINUTES
 from waterfill.pipeline.planning import Progress, quiet
-from waterfill.pipeline.preparing import check_early, statistics_for
+from waterfill.pipeline.preparing import check_early, statistics_for, warnings_of
+from waterfill.pipeline.tuning import METHODS
 from waterfill.plan.allocation import find_allocator
 from waterfill.plan.budget import budget_nbytes, parse_budget
 from waterfill.plan.price import AUTO, Rules
@@ -60,6 +61,8 @@ def parse_method(text: str) -> Method:
         parse_spec(match[1])
     if match[2]:
         find_allocator(match[2])
+    if match[3] and match[3] not in METHODS:
+        raise SpecError(f"{text}: tuning is {', '.join(METHODS)}, not {match[3]}")
     options = {"allocate": match[2], "tune": match[3]}
     return Method(text.strip(), match[1], {k: v for k, v in options.items() if v})
 
@@ -146,6 +149,7 @@ def compare_methods(
     for method in chosen:
         for size in sizes:
             check_early(source, Rules((), (("*", method.codec),)), **parse_budget(str(size)))
+    check_protocol(text, activations)
     _refuse_others(out, source.fingerprint())
     out.mkdir(parents=True, exist_ok=True)
     statistics = statistics_for(source, out, calibration, calibration_tokens, progress)
@@ -199,6 +203,8 @@ def _best(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _refuse_others(out: Path, fingerprint: str) -> None:
     if not out.exists():
         return
+    if not out.is_dir():
+        raise WaterfillError(f"{out} is a file; choose another name")
     known = out / FILE
     if known.exists():
         if json.loads(known.read_text(encoding="utf-8")).get("fingerprint") != fingerprint:
@@ -249,12 +255,14 @@ def _cell(bench: Bench, folder: Path, method: Method, budget: int) -> dict[str, 
         return {"error": str(error)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    of_model = warnings_of(bench.statistics)  # and so of no one method
     return {
         "nbytes": record.nbytes,
         "bits_per_weight": record.bits_per_weight,
         "predicted_kl_nats": record.predicted["kl_nats"],
         **{name: found[name] for name in METRICS if name in found},
         "chosen": shares(record),
+        "warnings": [w for w in record.about["warnings"] if w not in of_model],
         "compress_seconds": round(seconds, 2),
     }
 

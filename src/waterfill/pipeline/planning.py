@@ -180,13 +180,16 @@ def context_of(priced: Priced, trial: Trial | None = None) -> Context:
     return Context(priced.infos, matrix, changes, trial)
 
 
-def plan(priced: Priced, budget: int, allocator: str = DEFAULT) -> Plan:
+def plan(
+    priced: Priced, budget: int, allocator: str = DEFAULT, context: Context | None = None
+) -> Plan:
     """Choose an operating point for every tensor; nothing is encoded.
 
     Parameters
     ----------
     budget : bytes of the file
     allocator : see `waterfill.plan.allocation`
+    context : of `context_of`, the same for all budgets
 
     Raises
     ------
@@ -194,7 +197,7 @@ def plan(priced: Priced, budget: int, allocator: str = DEFAULT) -> Plan:
         If the budget is smaller than the cheapest plan; the message states the smallest possible.
     """
     c = priced.curves
-    allocate, context = find_allocator(allocator).allocate, context_of(priced)
+    allocate, context = find_allocator(allocator).allocate, context or context_of(priced)
     choices = cheapest(c)
     overhead = overhead_nbytes(priced, choices)
     least = smallest(c) + overhead

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from waterfill.plan.hull import Curves
@@ -81,12 +81,15 @@ class Context:
     matrix : tensor name -> its weights, float32 (m, n)
     influence : tensor name -> how much the block it is in changes what passes through, 0 to 2
     trial : None where nothing is to be encoded
+    memory : what an allocator has learned of weights or model, which is the same when it is asked again
+        for another budget
     """
 
     infos: Mapping[str, TensorInfo]
     matrix: Callable[[str], Floats] = _no_weights
     influence: Callable[[], Mapping[str, float]] = _no_model
     trial: Trial | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 Allocate = Callable[[Curves, float, Context], dict[str, Point]]

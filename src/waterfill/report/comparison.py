@@ -14,7 +14,7 @@ from typing import Any
 from waterfill.report.words import DASH, count, flat, nats, size
 from waterfill.types import WaterfillError
 
-__all__ = ["comparison_rows", "mixing", "write_comparison"]
+__all__ = ["comparison_rows", "mixing", "remarks", "write_comparison"]
 
 AUTO = "auto"
 LONGEST = 32  # letters of a name, in the picture
@@ -72,6 +72,16 @@ def mixing(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def remarks(result: Mapping[str, Any]) -> list[str]:
+    """What went otherwise than asked, and in which cells: a line each."""
+    found: dict[str, list[str]] = {}
+    for cell in result["cells"]:
+        failed = [f"not made: {cell['error']}"] if "error" in cell else []
+        for text in (*failed, *cell.get("warnings", ())):
+            found.setdefault(text, []).append(f"{cell['method']} at {cell['asked']}")
+    return [f"{', '.join(cells)}: {text}" for text, cells in found.items()]
+
+
 def write_comparison(result: Mapping[str, Any], path: Path) -> Path:
     """Write the page, whole or not at all; returns its path."""
     try:
@@ -94,7 +104,7 @@ def write_comparison(result: Mapping[str, Any], path: Path) -> Path:
         mixing=mixing(result),
         picture=_picture(result),
         cells=[c for c in result["cells"] if "kl_nats" in c],
-        errors=list(dict.fromkeys(c["error"] for c in result["cells"] if "error" in c)),
+        remarks=remarks(result),
         facts=[*flat(result["protocol"]), *flat(result["calibration"], "calibration")],
         nats=nats,
         count=count,
@@ -162,7 +172,9 @@ def _scale(low: float, high: float, start: float, stop: float) -> Any:
 
 def _ticks(low: float, high: float) -> list[float]:
     step = next(s for s in (0.25, 0.5, 1.0, 2.0, 4.0) if (high - low) / s <= 9 or s == 4.0)
-    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    near = 0.02 * step  # files end a hair under the size that was asked for
+    first, last = math.ceil((low - near) / step), math.floor((high + near) / step)
+    return [step * i for i in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

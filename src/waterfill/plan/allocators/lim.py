@@ -15,7 +15,9 @@ def allocate(curves: Curves, budget: float, context: Context) -> dict[str, Point
     highest get the most bits, up to one per weight more than the lowest. All tensors of a block are
     alike.
     """
-    found = context.influence()
+    if "lim" not in context.memory:
+        context.memory["lim"] = context.influence()
+    found = context.memory["lim"]
     own = {name: context.infos[name].tensor for name in curves.names}
     importance = {name: found[tensor] for name, tensor in own.items() if tensor in found}
     return Rates.of(curves, context.infos).fill(graded(curves.names, importance), budget)

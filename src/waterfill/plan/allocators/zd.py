@@ -19,6 +19,13 @@ def allocate(curves: Curves, budget: float, context: Context) -> dict[str, Point
     the lowest get the most bits, up to one per weight more than the highest. It needs no text, only
     the weights.
     """
+    if "zd" not in context.memory:
+        context.memory["zd"] = _importance(curves, context)
+    offsets = graded(curves.names, context.memory["zd"])
+    return Rates.of(curves, context.infos).fill(offsets, budget)
+
+
+def _importance(curves: Curves, context: Context) -> dict[str, float]:
     blocks: dict[str, list[str]] = {}
     for name in curves.names:
         info = context.infos[name]
@@ -27,7 +34,7 @@ def allocate(curves: Curves, budget: float, context: Context) -> dict[str, Point
     importance = {}
     for names in blocks.values():
         importance.update(dict.fromkeys(names, -large_share(context, names)))
-    return Rates.of(curves, context.infos).fill(graded(curves.names, importance), budget)
+    return importance
 
 
 def large_share(context: Context, names: Sequence[str]) -> float:
