@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,11 @@ def encode_tensor(
     nats = 0.0
     if chosen.lossy:
         nats = (weighting or Weighting()).distortion(info.matrix(bits), info.matrix(decoded))
+        if not math.isfinite(nats):
+            raise WaterfillError(
+                f"{info.name}: its weights are too near the largest that {info.dtype} holds for "
+                f"{point.spec.id}; keep it exact with --keep"
+            )
     elif not _same_bits(decoded, bits):
         raise WaterfillError(
             f"{info.name}: {point.spec} did not give back the same bits; please report this"
