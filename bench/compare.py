@@ -1,7 +1,7 @@
 """Every method on three models, one protocol. ``python -m bench.compare [MODEL ...] [--quick] [--write PAGE]``
 
-Goes on where it was stopped. ``--write docs/gallery.md`` puts the grid, and the claims that the last
-``python -m bench.gallery --json out/bench/gallery.json`` measured, into the page.
+Goes on where it was stopped. ``--write docs/gallery.md`` puts the grid, and the claims that
+``python -m bench.gallery --json out/bench/gallery.json`` measured (in one run or several), into the page.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIZES = ("2", "2.5", "3", "4", "5")
 QUICK_SIZES = ("2.5", "3", "4", "5")
 NEAR = (0.998, 0.999, 1.001, 1.002)
 TOKENS = 8192
-CLAIMS = WORK / "gallery.json"
+CLAIMS = "gallery*.json"
 # Beside every codec as it comes: solvers, and ways to spend a budget, on the field's common ground.
 VARIANTS = (
     "integer:solver=nearest",
@@ -132,7 +132,8 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 def write(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """Replace what was written into a page the last time."""
-    claims = json.loads(CLAIMS.read_text())["rows"] if CLAIMS.exists() else []
+    files = sorted(WORK.glob(CLAIMS))
+    claims = [row for file in files for row in json.loads(file.read_text())["rows"]]
     kept = path.read_text(encoding="utf-8").partition(MARK)[0] if path.exists() else ""
     path.write_text(kept + page(results, claims), encoding="utf-8")
 
