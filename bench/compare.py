@@ -133,7 +133,8 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 def write(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """Replace what was written into a page the last time."""
     files = sorted(WORK.glob(CLAIMS))
-    claims = [row for file in files for row in json.loads(file.read_text())["rows"]]
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
+    claims = [row for row in rows if row["note"].startswith(("reproduced", "contradicted"))]
     kept = path.read_text(encoding="utf-8").partition(MARK)[0] if path.exists() else ""
     path.write_text(kept + page(results, claims), encoding="utf-8")
 

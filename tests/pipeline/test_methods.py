@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import waterfill
 from tests.pipeline import small
 from waterfill import compare_methods
 from waterfill.pipeline import methods
@@ -73,6 +74,14 @@ def test_a_size_that_a_method_cannot_reach_is_a_cell_that_says_so(tmp_path: Path
     (cell,) = result["cells"]
     assert "too small" in cell["error"] and "kl_nats" not in cell
     assert result["best"] == []
+
+
+def test_the_same_choices_make_the_same_file_whoever_named_the_codec(tmp_path: Path) -> None:
+    for name, codec in (("free", {}), ("named", {"*": "trellis"})):
+        waterfill.compress(
+            small.model(), tmp_path / name, bits=6, codec=codec, calibration=small.statistics(), propagate=False,
+        )  # fmt: skip
+    small.same_files(tmp_path / "free", tmp_path / "named")
 
 
 def test_methods_as_they_are_written() -> None:

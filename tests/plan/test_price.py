@@ -21,13 +21,13 @@ def candidates(text: str, info: TensorInfo = MATRIX) -> tuple[list[Codec], str]:
 def test_an_id_alone_is_its_whole_ladder() -> None:
     assert candidates("trellis") == (
         list(find_codec("trellis").ladder(MATRIX)),
-        "codec set by --codec",
+        "",
     )
 
 
 def test_options_hold_for_every_rung() -> None:
     rungs, why = candidates("trellis:states=1")
-    assert why == "codec set by --codec"
+    assert not why
     ladder = find_codec("trellis").ladder(MATRIX)
     assert rungs == [dataclasses.replace(r, states=1) for r in ladder]
     assert [r.spec.config["group"] for r in candidates("integer:group=64")[0]] == [64] * 5

@@ -64,7 +64,7 @@ class Rules:
                 )
 
     def candidates(self, info: TensorInfo, weighted: bool) -> tuple[list[Codec], str]:
-        """Codecs to price for a tensor, and why it is not the planner's free choice ("" if it is).
+        """Codecs to price for a tensor, and why the planner has no choice among them ("" if it has).
 
         A broad pattern may cover vectors that a codec for matrices cannot take: they stay free.
         """
@@ -75,7 +75,9 @@ class Rules:
             if forced[-1] == AUTO:
                 return _all(info, lossy=weighted, usual=False), ""
             rungs = ladder(forced[-1], info)
-            return rungs, "set by --codec" if len(rungs) == 1 else "codec set by --codec"
+            # With rungs to choose among the water level decides, as it does where nobody named a
+            # codec: the same choices make the same file.
+            return rungs, "set by --codec" if len(rungs) == 1 else ""
         return _all(info, lossy=weighted), ""
 
 
