@@ -140,13 +140,12 @@ def write(path: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def run(names: Sequence[str], path: Path | None, quick: bool) -> Iterator[Row]:
-    """All models, then the page."""
-    results = []
-    for name in names:
-        results.append(compared(name, QUICK_SIZES if quick else SIZES))
-        yield from rows(results[-1])
+    """The grids, the page, then what `auto` is held to."""
+    results = [compared(name, QUICK_SIZES if quick else SIZES) for name in names]
     if path is not None:
         write(path, results)
+    for result in results:
+        yield from rows(result)
 
 
 if __name__ == "__main__":
