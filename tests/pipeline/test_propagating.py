@@ -16,7 +16,7 @@ from tests import tiny
 from tests.pipeline import small
 from waterfill.calibrate import calibrate, missing
 from waterfill.container import FILE_NAME, Reader
-from waterfill.pipeline import propagating
+from waterfill.pipeline import propagating, remeasuring
 from waterfill.sources import open_source
 from waterfill.types import WaterfillError
 
@@ -87,7 +87,7 @@ def test_a_second_file_that_cannot_be_measured_leaves_no_trace(
     def fail(*_: Any) -> dict[str, float]:
         raise WaterfillError("no")
 
-    monkeypatch.setattr(propagating, "remeasure", fail)
+    monkeypatch.setattr(remeasuring, "remeasure", fail)
     record = made(model, tmp_path / "kept", bits=4)
     assert any("not encoded a second time" in warning for warning in record.about["warnings"])
     assert record.predicted["kl_nats_calibration"] > 0

@@ -348,14 +348,14 @@ def test_a_file_cut_while_it_is_read(
     residency: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(artifact("llama"), tmp_path / "out")
-    opened = waterfill.runtime.torch_model.Reader
+    opened = waterfill.runtime.torch_model.open_at
 
-    def cut(path: Path) -> Any:
-        reader = opened(path)
+    def cut(path: Path, size: Any = None) -> Any:
+        reader = opened(path, size)
         os.truncate(reader.path, reader.nbytes // 3)
         return reader
 
-    monkeypatch.setattr("waterfill.runtime.torch_model.Reader", cut)
+    monkeypatch.setattr("waterfill.runtime.torch_model.open_at", cut)
     with pytest.raises(FormatError, match="ends before its header says"):
         waterfill.load_model(folder, residency=residency)
 
