@@ -1,7 +1,8 @@
 # make demo: from nothing to a compressed model and its report.  make test: everything CI runs.
 PYTHON ?= python3
 BIN := .venv/bin
-BENCHES := $(filter-out harness,$(patsubst bench/%.py,%,$(filter-out bench/__init__.py,$(wildcard bench/*.py))))
+BENCHES := $(filter-out harness,$(patsubst bench/%.py,%,$(filter-out bench/__init__.py,$(wildcard bench/*.py)))) \
+  $(patsubst bench/%/__main__.py,%,$(wildcard bench/*/__main__.py))
 
 .PHONY: setup demo test lint bench clean
 
