@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
+import numpy as np
+
 from waterfill.types import (
+    DTYPES,
     Array,
     Encoded,
     FormatError,
@@ -93,8 +96,15 @@ class Codec:
     def decode(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
     ) -> Array:
-        """Inverse of `encode`: bits of shape `info.shape`; FormatError on bytes that lie."""
-        raise NotImplementedError
+        """Inverse of `encode`: bits of shape `info.shape`; FormatError on bytes that lie.
+
+        A codec overrides this, or `decode_into`, or both where each has a way of its own.
+        """
+        if type(self).decode_into is Codec.decode_into:
+            raise NotImplementedError
+        out = np.empty(info.shape, DTYPES[info.dtype])
+        self.decode_into(parts, extra, info, out)
+        return out
 
     def decode_into(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding import kmeans, levels
-from waterfill.coding.outliers import decode_outliers, encode_outliers, worst
+from waterfill.coding.outliers import Outliers, decode_outliers, encode_outliers, worst
 from waterfill.coding.rounding import finite
 from waterfill.registry import Codec, codec
 from waterfill.types import (
-    DTYPES,
     Array,
     Encoded,
     Floats,
@@ -138,14 +137,6 @@ class Codebook(Codec):
         parts["codes"] = levels.write_codes(codes.T, self.bits, self.pack)
         return parts, {"exponent": exponent} if exponent else {}
 
-    def decode(
-        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
-    ) -> Array:
-        """Inverse of `encode`, the same bits on every machine."""
-        out = np.empty(info.shape, DTYPES[info.dtype])
-        self.decode_into(parts, extra, info, out)
-        return out
-
     def decode_into(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array
     ) -> None:
@@ -153,17 +144,14 @@ class Codebook(Codec):
         n = info.matrix_shape[1]
         exponent = levels.read_exponent(extra, info)
         codes, table, scales = self._read(parts, info)
-        places, kept = np.zeros(0, np.int64), np.zeros(0, np.float32)
-        if "outliers" in parts:
-            places, kept = decode_outliers(parts["outliers"], info.size)
+        kept = Outliers.of(parts, info)
 
         def values(rows: slice) -> Floats:
             if self.table == "row":
                 found = np.take_along_axis(table[rows], codes[rows].astype(np.intp), axis=1)
             else:
                 found = table[codes[rows]] * levels.spread(scales[rows], self.group, n)
-            few = slice(*np.searchsorted(places, (rows.start * n, rows.stop * n)))
-            found.reshape(-1)[places[few] - rows.start * n] = kept[few]
+            kept.put(found, rows)
             return found
 
         levels.fill(out, info, values, exponent)

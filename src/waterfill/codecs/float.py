@@ -13,7 +13,6 @@ from waterfill.coding.rounding import finite
 from waterfill.coding.sections import join, split
 from waterfill.registry import Codec, codec
 from waterfill.types import (
-    DTYPES,
     Array,
     Encoded,
     Floats,
@@ -125,14 +124,6 @@ class Float(Codec):
             "codes": levels.write_codes(codes.T, self.bits, self.pack),
             "scales": self._write_scales(scales.T, caps),
         }, extra
-
-    def decode(
-        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
-    ) -> Array:
-        """Inverse of `encode`, the same bits on every machine."""
-        out = np.empty(info.shape, DTYPES[info.dtype])
-        self.decode_into(parts, extra, info, out)
-        return out
 
     def decode_into(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array

@@ -12,13 +12,12 @@ from waterfill.coding import levels
 from waterfill.coding.adaround import adaround
 from waterfill.coding.coordinate import Quadratic
 from waterfill.coding.entropy import decode_ints, encode_ints
-from waterfill.coding.outliers import decode_outliers, encode_outliers, worst
+from waterfill.coding.outliers import Outliers, decode_outliers, encode_outliers, worst
 from waterfill.coding.packing import pack, unpack
 from waterfill.coding.rounding import factor, finite
 from waterfill.coding.uniform import Grid, Rounded, improve, round_successively
 from waterfill.registry import Codec, codec
 from waterfill.types import (
-    DTYPES,
     Array,
     Encoded,
     Floats,
@@ -28,10 +27,8 @@ from waterfill.types import (
     TensorInfo,
     Tunable,
     Weighting,
-    from_float32,
 )
 
-BLOCK_WEIGHTS = 1 << 16  # decoded at a time, in a near cache
 SOLVERS = ("nearest", "successive", "coordinate", "adaround")
 
 
@@ -133,35 +130,21 @@ class Integer(Codec):
             rounded = improve(columns, rounded, grid, quadratic, row_weights)
         return rounded
 
-    def decode(
-        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
-    ) -> Array:
-        """Inverse of `encode`, the same bits on every machine."""
-        out = np.empty(info.shape, DTYPES[info.dtype])
-        self.decode_into(parts, extra, info, out)
-        return out
-
     def decode_into(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array
     ) -> None:
         """As `decode`, some rows at a time: as float32 a large matrix would take twice its room."""
-        m, n = info.matrix_shape
+        n = info.matrix_shape[1]
         scales, exponent = self._scales(parts["scales"], extra, info)
         held = self._integers(self._levels(parts["codes"], info), scales, n)
-        places, kept = np.zeros(0, np.int64), np.zeros(0, np.float32)
-        if "outliers" in parts:
-            places, kept = decode_outliers(parts["outliers"], m * n)
-        matrix = out.reshape(n, m).T if info.transposed else out.reshape(m, n)
-        step = max(1, BLOCK_WEIGHTS // max(n, 1))
-        for first in range(0, m, step):
-            rows = slice(first, min(first + step, m))
-            values = held.values(rows.start, rows.stop)
-            some = slice(*np.searchsorted(places, (first * n, rows.stop * n)))
-            values.reshape(-1)[places[some] - first * n] = kept[some]
-            with np.errstate(over="ignore", under="ignore"):
-                if exponent:
-                    np.ldexp(values, -exponent, out=values)
-                matrix[rows] = from_float32(values, info.dtype)
+        kept = Outliers.of(parts, info)
+
+        def values(rows: slice) -> Floats:
+            found = held.values(rows.start, rows.stop)
+            kept.put(found, rows)
+            return found
+
+        levels.fill(out, info, values, exponent)
 
     def integers(
         self,

@@ -49,9 +49,7 @@ class Lossless(Codec):
         """Inverse of `encode`; version 1 had a part ``planes`` instead."""
         if "planes" in parts:
             return _decode_planes(parts["planes"], info)
-        out = np.empty(info.shape, DTYPES[info.dtype])
-        self.decode_into(parts, extra, info, out)
-        return out
+        return super().decode(parts, extra, info)
 
     def decode_into(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array

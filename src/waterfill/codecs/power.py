@@ -11,7 +11,6 @@ from waterfill.coding import levels
 from waterfill.coding.rounding import finite
 from waterfill.registry import Codec, codec
 from waterfill.types import (
-    DTYPES,
     Array,
     Encoded,
     Floats,
@@ -100,14 +99,6 @@ class Power(Codec):
             "scales": levels.halves(scales.T),
             "levels": levels.halves(-table[: len(table) // 2][::-1]),
         }, {"exponent": exponent} if exponent else {}
-
-    def decode(
-        self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo
-    ) -> Array:
-        """Inverse of `encode`, the same bits on every machine."""
-        out = np.empty(info.shape, DTYPES[info.dtype])
-        self.decode_into(parts, extra, info, out)
-        return out
 
     def decode_into(
         self, parts: Mapping[str, bytes], extra: Mapping[str, Any], info: TensorInfo, out: Array

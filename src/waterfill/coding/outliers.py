@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,7 +13,7 @@ from waterfill.coding import gamma
 from waterfill.coding.entropy import decode_bytes, decode_ints, encode_bytes, encode_ints
 from waterfill.coding.packing import pack, unpack
 from waterfill.coding.sections import join, split
-from waterfill.types import Array, Floats, FormatError
+from waterfill.types import Array, Floats, FormatError, TensorInfo
 
 MODELLED = (
     3  # bits of a distance that have a model, above the mean; those below are as good as noise
@@ -82,6 +86,33 @@ def decode_outliers(data: bytes, size: int) -> tuple[NDArray[np.int64], Floats]:
     if count and (places[-1] >= size or gaps.max() >= size):
         raise FormatError("an outlier lies outside the matrix")
     return places, values
+
+
+@dataclass(frozen=True, eq=False)
+class Outliers:
+    """Weights that replace those of a grid.
+
+    Attributes
+    ----------
+    places : int64 (count,) ascending, in the matrix row by row
+    values : float32 (count,)
+    """
+
+    places: NDArray[np.int64]
+    values: Floats
+
+    @classmethod
+    def of(cls, parts: Mapping[str, bytes], info: TensorInfo) -> Self:
+        """Those of the part ``outliers`` of a tensor; none where there is no such part."""
+        if "outliers" not in parts:
+            return cls(np.zeros(0, np.int64), np.zeros(0, np.float32))
+        return cls(*decode_outliers(parts["outliers"], info.size))
+
+    def put(self, matrix: Floats, rows: slice) -> None:
+        """Replace what they replace in these rows of the matrix, (rows, n)."""
+        first, last = (row * matrix.shape[1] for row in (rows.start, rows.stop))
+        some = slice(*np.searchsorted(self.places, (first, last)))
+        matrix.reshape(-1)[self.places[some] - first] = self.values[some]
 
 
 def _low_bits(size: int, count: int) -> int:
