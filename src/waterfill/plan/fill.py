@@ -84,13 +84,17 @@ def follow(
     choose : bytes of a file -> a point for every tensor
     c, budget, encode, file_nbytes : as of `fill`
     """
-    aim, tried = budget, None
+    aim, tried, slack = budget, None, 0
     best: dict[str, Coded] = {}
     best_slack = 0
     for _ in range(AIMS):
         points = choose(aim)
         if points == tried:
-            break
+            if slack >= 0:
+                break
+            slack *= 2  # rungs do not give way by just as little as was asked
+            aim += slack
+            continue
         tried = points
         coded = {name: Coded(points[name], encode(name, points[name])) for name in c.names}
         slack = budget - file_nbytes(coded)
