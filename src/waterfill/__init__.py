@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from waterfill.registry import codec as codec
     from waterfill.runtime.apply import apply_ as apply_
     from waterfill.runtime.arrays import load as load
+    from waterfill.runtime.cache.cache import KVCache as KVCache
+    from waterfill.runtime.cache.calibrating import calibrate_cache as calibrate_cache
     from waterfill.runtime.plain import decompress as decompress
     from waterfill.runtime.reading import Artifact as Artifact
     from waterfill.runtime.torch_model import load_model as load_model
@@ -44,9 +46,11 @@ _HOMES = {
     "BudgetError": "types",
     "Codec": "registry",
     "FormatError": "types",
+    "KVCache": "runtime.cache.cache",
     "Record": "types",
     "WaterfillError": "types",
     "apply_": "runtime.apply",
+    "calibrate_cache": "runtime.cache.calibrating",
     "codec": "registry",
     "compare": "pipeline",
     "compare_methods": "pipeline",

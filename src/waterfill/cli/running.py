@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from waterfill.cli.grammar import Verb, checked, count, path, trust
+from waterfill.plan.budget import parse_size
 
 if TYPE_CHECKING:
     from waterfill.runtime.conversation import Conversation
@@ -32,9 +33,13 @@ def generate(args: argparse.Namespace) -> Any:
         except KeyboardInterrupt:
             text.finish = "interrupted"
     result = {"text": "".join(pieces), "finish": text.finish, **_speed(text), **_memory(writer)}
+    if text.cache is not None:
+        result["cache"] = _cache(text.cache)
     if not args.json:
         print()
         print(f"{_speed_line(text)}; {_memory_line(writer)}", file=sys.stderr)
+        if text.cache is not None:
+            print(_cache_line(text.cache), file=sys.stderr)
     return result
 
 
@@ -44,6 +49,17 @@ def _generate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tokens", type=count, default=60, metavar="N", help="at most (default 60)")
     _sampling_options(p, "likeliest token")
     residency_options(p)
+    p.add_argument(
+        "--cache-size",
+        type=checked(parse_size),
+        metavar="SIZE",
+        help="keep keys and values of prompt and text within 4MB (docs/cache.md)",
+    )
+    p.add_argument(
+        "--cache",
+        metavar="METHOD",
+        help="how they are held: auto (default), or a method with its options, channel:bits=4",
+    )
 
 
 def chat(args: argparse.Namespace) -> Any:
@@ -112,8 +128,6 @@ def _answer(talk: Conversation, line: str, quiet: bool) -> None:
 
 def residency_options(p: argparse.ArgumentParser) -> None:
     """How the weights are held in memory."""
-    from waterfill.plan.budget import parse_size
-
     one = p.add_mutually_exclusive_group()
     one.add_argument(
         "--residency",
@@ -178,6 +192,8 @@ def open_writer(args: argparse.Namespace) -> Writer:
 
     chosen = {"residency": args.residency, "memory": args.memory, "size": args.size}
     options = {name: value for name, value in chosen.items() if value is not None}
+    if getattr(args, "cache_size", None) is not None or getattr(args, "cache", None) is not None:
+        options["cache"] = {"size": args.cache_size, "method": args.cache or "auto"}
     return open_writer(args.artifact, trust_remote_code=args.trust_remote_code, **options)
 
 
@@ -205,6 +221,27 @@ def _speed_line(text: Continuation) -> str:
     return f"prompt of {took.prompt_tokens} tokens at {took.prefill_tokens_per_second:.1f} tokens/s{rate}"
 
 
+def _cache(cache: Any) -> dict[str, Any]:
+    tokens = cache.get_seq_length()
+    return {
+        "nbytes": cache.nbytes,
+        "budget_nbytes": cache.budget.nbytes,
+        "tokens": tokens,
+        "bytes_per_token": cache.nbytes / max(tokens, 1),
+        "exact_bytes_per_token": sum(one.token_nbytes for one in cache.facts if one is not None),
+        "methods": {str(index): str(one.method) for index, one in cache.choices.items()},
+    }
+
+
+def _cache_line(cache: Any) -> str:
+    about = _cache(cache)
+    return (
+        f"cache {about['nbytes']:,} bytes for {about['tokens']:,} tokens: "
+        f"{about['bytes_per_token']:,.0f} a token, where exact keys and values take "
+        f"{about['exact_bytes_per_token']:,}"
+    )
+
+
 def _memory(writer: Writer) -> dict[str, Any]:
     from waterfill.runtime.footprint import peak_nbytes, weights_nbytes
 
@@ -229,6 +266,7 @@ VERBS = (
             "waterfill generate out/small --prompt 'Once upon a time' --seed 7 --temperature 0.6",
             "waterfill generate out/small --prompt 'Once upon a time' --residency packed",
             "waterfill generate out/small --prompt 'Once upon a time' --memory 1.2GB --json",
+            "waterfill generate out/small --prompt 'Once upon a time' --cache-size 2MB",
         ),
     ),
     Verb(

@@ -10,14 +10,15 @@ the minimum is where its slope meets the level.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.registry import make_codec
-from waterfill.types import Point
+from waterfill.types import Point, Spec
 
 F64 = NDArray[np.float64]
 FLOOR_NATS = 1e-18
@@ -33,6 +34,7 @@ class Curves:
     start : int (tensors,) first segment of each tensor
     b0, d0, b1, d1 : float64 (segments,) ends of each segment, bytes and nats
     ends : the two Points of each segment
+    make : what a Point's specification is of: something with `between` and `spec`
     """
 
     names: tuple[str, ...]
@@ -42,6 +44,7 @@ class Curves:
     b1: F64
     d1: F64
     ends: tuple[tuple[Point, Point], ...]
+    make: Callable[[Spec], Any] = make_codec
 
     @property
     def decay(self) -> F64:
@@ -51,8 +54,10 @@ class Curves:
             return np.where(length > 0, np.log(self.d0 / self.d1) / length, 0.0)
 
 
-def curves(prices: Mapping[str, Sequence[Point]]) -> Curves:
-    """Arrange priced ladders for `at_level`."""
+def curves(
+    prices: Mapping[str, Sequence[Point]], make: Callable[[Spec], Any] = make_codec
+) -> Curves:
+    """Arrange priced ladders for `at_level`; `make` as of `Curves`."""
     start: list[int] = []
     ends: list[tuple[Point, Point]] = []
     for points in prices.values():
@@ -65,7 +70,7 @@ def curves(prices: Mapping[str, Sequence[Point]]) -> Curves:
                 and b.nbytes > a.nbytes
                 and a.distortion_nats > b.distortion_nats > 0
             )
-            if joined and make_codec(a.spec).between(make_codec(b.spec), 0.5) is not None:
+            if joined and make(a.spec).between(make(b.spec), 0.5) is not None:
                 ends.append((a, b))
     nbytes = np.array([(a.nbytes, b.nbytes) for a, b in ends], np.float64).reshape(-1, 2)
     nats = np.array([(a.distortion_nats, b.distortion_nats) for a, b in ends], np.float64).reshape(
@@ -74,7 +79,7 @@ def curves(prices: Mapping[str, Sequence[Point]]) -> Curves:
     nats = np.maximum(nats, FLOOR_NATS)
     first = np.array(start, np.intp)
     return Curves(
-        tuple(prices), first, nbytes[:, 0], nats[:, 0], nbytes[:, 1], nats[:, 1], tuple(ends)
+        tuple(prices), first, nbytes[:, 0], nats[:, 0], nbytes[:, 1], nats[:, 1], tuple(ends), make
     )
 
 
@@ -123,7 +128,7 @@ def point_on(c: Curves, segment: int, nbytes: float) -> Point:
     if nbytes >= b.nbytes:
         return b
     t = (nbytes - a.nbytes) / (b.nbytes - a.nbytes)
-    between = make_codec(a.spec).between(make_codec(b.spec), t)
+    between = c.make(a.spec).between(c.make(b.spec), t)
     assert between is not None
     nats = a.distortion_nats ** (1 - t) * b.distortion_nats**t
     return Point(nbytes, nats, between.spec)
@@ -154,6 +159,7 @@ def tail(c: Curves, first: int) -> Curves:
         c.b1[at:],
         c.d1[at:],
         c.ends[at:],
+        c.make,
     )
 
 

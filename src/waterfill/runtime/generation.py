@@ -84,10 +84,16 @@ class Timings:
 
 @dataclass(frozen=True)
 class Writer:
-    """A model in memory and its tokenizer."""
+    """A model in memory and its tokenizer.
+
+    Attributes
+    ----------
+    cache : arguments of `KVCache` for what is written; None: transformers' own cache
+    """
 
     model: Any
     tokenizer: Any
+    cache: Mapping[str, Any] | None = None
 
     @property
     def context(self) -> int | None:
@@ -164,12 +170,13 @@ class Writer:
         return Continuation(self, inputs, sampling, tokens)
 
 
-def open_writer(path: str | Path, **options: Any) -> Writer:
+def open_writer(path: str | Path, cache: Mapping[str, Any] | None = None, **options: Any) -> Writer:
     """Open an artifact to write with.
 
     Parameters
     ----------
     path : artifact folder
+    cache : arguments of `waterfill.KVCache`, for the cache of each text; None: transformers' own
     **options : of `waterfill.load_model`: residency, memory, size, dtype, trust_remote_code
 
     Raises
@@ -183,7 +190,7 @@ def open_writer(path: str | Path, **options: Any) -> Writer:
     with quiet_transformers():
         trust = options.get("trust_remote_code", False)
         tokenizer = load_tokenizer(folder, trust)
-        return Writer(load_model(folder, **options), tokenizer)
+        return Writer(load_model(folder, **options), tokenizer, cache)
 
 
 @dataclass
@@ -195,6 +202,7 @@ class Continuation:
     Attributes
     ----------
     timings : of what was written so far; whole when the loop is over
+    cache : its keys and values, where the writer names a size for them
     finish : "length" if the number of tokens ended it, else "stop"; "" before the end
     """
 
@@ -203,6 +211,7 @@ class Continuation:
     sampling: Sampling
     tokens: int
     finish: str = ""
+    cache: Any = field(init=False, default=None, repr=False)
     _listener: _Listener = field(init=False, repr=False)
     _start: float = field(init=False, default=0.0, repr=False)
     _ended: bool = field(init=False, default=False, repr=False)  # by the model, not by a stop text
@@ -260,6 +269,10 @@ class Continuation:
         if self.sampling.seed is not None:
             torch.manual_seed(self.sampling.seed)
         try:
+            if self.writer.cache is not None:
+                given = self.inputs["input_ids"].shape[1]
+                self.cache = _open_cache(self.writer, given + self.tokens)
+                options["past_key_values"] = self.cache
             self._start = time.perf_counter()
             inputs = {name: tensor.to(model.device) for name, tensor in self.inputs.items()}
             model.generate(**inputs, **options, streamer=listener)
@@ -269,6 +282,13 @@ class Continuation:
             listener.pieces.put(error)
         finally:
             listener.pieces.put(None)
+
+
+def _open_cache(writer: Writer, tokens: int) -> Any:
+    from waterfill.runtime.cache.cache import KVCache
+
+    assert writer.cache is not None
+    return KVCache(writer.model, **{"tokens": tokens, **writer.cache})
 
 
 def until(pieces: Iterable[str], stops: tuple[str, ...]) -> Generator[str, None, None]:

@@ -20,12 +20,15 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from waterfill.coding import native
 from waterfill.coding.attention import MAX_WIDTH
+from waterfill.runtime.cache.attending import attend
+from waterfill.runtime.cache.states import States
 from waterfill.runtime.norms import quicken_norm
 from waterfill.runtime.weights import KERNEL_DTYPES
 
-__all__ = ["ATTENTION", "MAX_QUERIES", "attention_forward", "quicken"]
+__all__ = ["ATTENTION", "MAX_QUERIES", "attention_forward", "quicken", "swap_attention"]
 
 ATTENTION = "waterfill"  # the name in transformers' registries
+NOT_PLAIN = ("softcap", "position_bias", "s_aux")  # attention that is more than softmax of products
 MAX_QUERIES = 8  # more are a prompt, which torch reads faster
 
 
@@ -44,11 +47,16 @@ def quicken(model: Any) -> Any:
     the model
     """
     if native.core() is not None:
-        for config in _configs(model):
-            config._attn_implementation = {"": ATTENTION}
+        swap_attention(model)
         for module in list(model.modules()):
             quicken_norm(module)
     return model
+
+
+def swap_attention(model: Any) -> None:
+    """Have a model, and all its submodels, look attention up here, where it looks up sdpa now."""
+    for config in _configs(model):
+        config._attn_implementation = {"": ATTENTION}
 
 
 def _configs(model: Any) -> list[Any]:
@@ -93,14 +101,15 @@ def attention_forward(
     -------
     (batch, queries, heads, e), and None where others return attention's weights
     """
+    if isinstance(key, States):
+        return _of_cache(module, query, key, attention_mask, dropout, scaling, **kwargs)
     core = native.core()
     shape = _shape(module, query, key, value) if core is not None else None
     if (
         shape is None
         or not _mask_fits(attention_mask, query, shape)
         or dropout
-        or kwargs.get("softcap") is not None
-        or kwargs.get("position_bias") is not None
+        or any(kwargs.get(name) is not None for name in NOT_PLAIN)
         or kwargs.get("output_attentions")
     ):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -119,6 +128,32 @@ def attention_forward(
         value.data_ptr(), value.stride(), mask, strides, boolean,
         d**-0.5 if scaling is None else scaling, out.data_ptr(), native.threads(),
     )  # fmt: skip
+    return out, None
+
+
+def _of_cache(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: States,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a cache of this package, which then remembers the new tokens."""
+    view = key.source
+    plain = not view.past or dropout or any(kwargs.get(name) is not None for name in NOT_PLAIN)
+    if plain or kwargs.get("output_attentions"):
+        out, _ = attention_forward(
+            module, query, *view.dense(), attention_mask, dropout, scaling, **kwargs
+        )
+    else:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = attend(view, query, attention_mask, scale)
+    positions = kwargs.get("position_ids")
+    if positions is not None and (positions.dim() != 2 or positions.shape[1] != query.shape[2]):
+        positions = None
+    view.commit(query, positions)
     return out, None
 
 

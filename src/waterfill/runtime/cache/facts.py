@@ -1,0 +1,101 @@
+"""What a model's cache is made of, learned by running one token through it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from waterfill.runtime.cache.rotary import POSITIONS, Rotary, find_rotary
+from waterfill.types import WaterfillError
+
+__all__ = ["LayerFacts", "context_of", "facts_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFacts:
+    """One layer's cache.
+
+    Attributes
+    ----------
+    index : of the layer in the model
+    heads : heads of keys and values
+    key_width, value_width : numbers in a head's key and value
+    dtype : of the model's own states
+    window : tokens that the layer attends to, its own included; None: all
+    rotary : how keys turn with their position; None: they do not, or not in a way that is known
+    """
+
+    index: int
+    heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    window: int | None
+    rotary: Rotary | None
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of a token's exact key and value."""
+        return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
+
+
+def facts_of(model: Any) -> tuple[LayerFacts | None, ...]:
+    """Facts of each layer, None for those whose state is no keys and values of this kind.
+
+    Raises
+    ------
+    WaterfillError
+        If the model is no decoder with a cache.
+    """
+    config = model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None) or 1 << 15
+    positions = tuple(p for p in POSITIONS if p < min(longest, 1 << 19))
+    cache = DynamicCache(config=model.config)
+    token = 1 if getattr(config, "pad_token_id", None) == 0 else 0  # padding may embed as zeros
+    ids = torch.full((len(positions), 1), token, dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad(), _quiet(model):
+            model(
+                input_ids=ids,
+                position_ids=torch.tensor(positions, device=model.device)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+    except TypeError as error:
+        raise WaterfillError(f"{type(model).__name__} takes no cache: {error}") from error
+    return tuple(_layer(i, layer, positions, model) for i, layer in enumerate(cache.layers))
+
+
+def context_of(model: Any) -> int | None:
+    """Tokens the model takes at most; None: no limit known."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def _layer(index: int, layer: Any, positions: tuple[int, ...], model: Any) -> LayerFacts | None:
+    # Others (linear attention, indexers, layers that share another's cache) stay transformers' own.
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
+        return None
+    keys, values = layer.keys, layer.values
+    if keys.dim() != 4 or values.dim() != 4 or not keys.numel():
+        return None
+    return LayerFacts(
+        index, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype,
+        getattr(layer, "sliding_window", None), find_rotary(keys[:, :, 0], positions, model),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _quiet(model: Any) -> Iterator[None]:
+    """Without dropout while it runs."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

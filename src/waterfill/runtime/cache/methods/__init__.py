@@ -1,0 +1,1 @@
+"""Ways to hold keys and values, a file each; the file's name is the method's id."""

@@ -1,0 +1,204 @@
+"""Which method and rung each layer gets, so that the whole cache keeps to its size.
+
+A rung is priced by coding the layer's own samples: real bytes of a block, and nats of harm by the matrices
+that calibration left. One water level then splits the budget over layers, as for weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from waterfill.plan.hull import Curves, at_level, cheapest, curves, point_on, solve_level
+from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.method import (
+    BLOCK,
+    Coder,
+    Method,
+    find_method,
+    make_method,
+    method_ids,
+    parse_method,
+)
+from waterfill.runtime.cache.statistics import CacheStatistics, LayerStatistics
+from waterfill.types import BudgetError, Point
+
+__all__ = ["Budget", "Choice", "plan"]
+
+UNKNOWN_DECAY = 4.0  # harm falls by so much for each bit where nothing was measured
+ROUNDS = 24
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of a cache and what they are for.
+
+    Attributes
+    ----------
+    nbytes : of the whole; None: the best rungs there are
+    tokens, batch : that it holds then
+    sinks, recent : tokens that are kept as they were
+    """
+
+    nbytes: int | None
+    tokens: int
+    batch: int
+    sinks: int
+    recent: int
+
+    def coded_tokens(self, facts: LayerFacts) -> int:
+        """Tokens of a layer that are coded when the cache is full, at most."""
+        held = self.tokens if facts.window is None else min(self.tokens, facts.window + BLOCK)
+        return max(0, held - self.sinks - self.recent) // BLOCK * BLOCK
+
+    def exact_nbytes(self, facts: LayerFacts) -> int:
+        """Bytes of a layer's tokens that are kept as they were."""
+        exact = min(self.tokens, self.sinks + self.recent + BLOCK)
+        return exact * self.batch * facts.token_nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a layer gets.
+
+    Attributes
+    ----------
+    method : and its rung
+    coders : newest tier first, with blocks of that age at most
+    nbytes : of the full layer, exact tokens and tables included
+    nats : predicted harm per token of text; None: not measured
+    """
+
+    method: Method
+    coders: list[tuple[Coder, int | None]]
+    nbytes: int
+    nats: float | None
+
+
+def plan(
+    facts: Sequence[LayerFacts], budget: Budget, method: str, statistics: CacheStatistics | None
+) -> dict[int, Choice]:
+    """A choice for each layer.
+
+    Raises
+    ------
+    BudgetError
+        If even the cheapest rungs do not fit.
+    """
+    own = {
+        one.index: None if statistics is None else statistics.layers.get(one.index) for one in facts
+    }
+    prices: dict[str, list[Point]] = {}
+    for one in facts:
+        rungs = _candidates(method, one, own[one.index])
+        prices[str(one.index)] = [_price(rung, one, own[one.index], budget) for rung in rungs]
+    c = curves(prices, make_method)
+
+    def choose(points: Mapping[str, Point]) -> dict[int, Choice]:
+        return {
+            one.index: _open(points[str(one.index)], one, own[one.index], budget) for one in facts
+        }
+
+    if budget.nbytes is None:
+        return choose(
+            {n: min(points, key=lambda p: p.distortion_nats) for n, points in prices.items()}
+        )
+    return _fill(c, budget.nbytes, choose)
+
+
+def _fill(c: Curves, nbytes: int, choose: object) -> dict[int, Choice]:
+    """The lowest water level whose real bytes keep to the budget."""
+    assert callable(choose)
+    least: dict[int, Choice] = choose(cheapest(c))
+    need = sum(one.nbytes for one in least.values())
+    if need > nbytes:
+        raise BudgetError(
+            f"a cache of {nbytes:,} bytes is too small: the cheapest rungs take {need:,}; "
+            "name a larger size or fewer tokens"
+        )
+    best, best_total, room = least, need, float(nbytes)
+    for _ in range(ROUNDS):
+        at, _, pick = at_level(c, solve_level(c, room))
+        points = {n: point_on(c, int(s), b) for n, s, b in zip(c.names, pick, at, strict=True)}
+        found: dict[int, Choice] = choose(points)
+        total = sum(one.nbytes for one in found.values())
+        if best_total < total <= nbytes:
+            best, best_total = found, total
+        if 0 <= nbytes - total <= nbytes // 2000:
+            break
+        room += (nbytes - total) if total <= nbytes else -max(total - nbytes, 1) * 1.02
+    return best
+
+
+def _candidates(method: str, facts: LayerFacts, statistics: LayerStatistics | None) -> list[Method]:
+    name, _, options = method.partition(":")
+    if options:
+        return [parse_method(method)]
+    if name != "auto":
+        return list(find_method(name).ladder(facts, statistics))
+    found: list[Method] = []
+    for id in method_ids():
+        cls = find_method(id)
+        if cls.usual and (statistics is not None or not cls.calibrated):
+            found += cls.ladder(facts, statistics)
+    return found
+
+
+def _open(
+    point: Point, facts: LayerFacts, statistics: LayerStatistics | None, budget: Budget
+) -> Choice:
+    chosen = make_method(point.spec)
+    coders: list[tuple[Coder, int | None]] = []
+    nbytes, left = float(budget.exact_nbytes(facts)), budget.coded_tokens(facts)
+    for tier in chosen.tiers():
+        coder = tier.method.open(facts, statistics)
+        most = None if tier.tokens is None else tier.tokens // BLOCK
+        tokens = left if most is None else min(left, most * BLOCK)
+        nbytes += block_nbytes(coder, facts) / BLOCK * tokens * budget.batch
+        nbytes += sum(t.numel() * t.element_size() for t in coder.tables.values())
+        left -= tokens
+        coders.append((coder, most))
+    return Choice(chosen, coders, int(np.ceil(nbytes)), point.distortion_nats)
+
+
+def _price(
+    rung: Method, facts: LayerFacts, statistics: LayerStatistics | None, budget: Budget
+) -> Point:
+    """Bytes of the full layer and nats of harm per token of text."""
+    choice = _open(Point(0, 0, rung.spec), facts, statistics, budget)
+    coders = [coder for coder, _ in choice.coders]
+    if statistics is not None:
+        nats = float(np.mean([harm(coder, facts, statistics) for coder in coders]))
+    else:
+        numbers = facts.heads * (facts.key_width + facts.value_width)
+        bits = np.mean([8 * block_nbytes(coder, facts) / BLOCK / numbers for coder in coders])
+        nats = float(UNKNOWN_DECAY**-bits)
+    return Point(choice.nbytes, nats, rung.spec)
+
+
+def block_nbytes(coder: Coder, facts: LayerFacts) -> int:
+    """Bytes of a coded block of one row."""
+    keys = torch.zeros((1, facts.heads, BLOCK, facts.key_width), dtype=facts.dtype)
+    values = torch.zeros((1, facts.heads, BLOCK, facts.value_width), dtype=facts.dtype)
+    coded = coder.encode(keys, values, torch.arange(BLOCK)[None])
+    return sum(t.numel() * t.element_size() for t in coded.values())
+
+
+def harm(coder: Coder, facts: LayerFacts, statistics: LayerStatistics) -> float:
+    """Nats per token of text that coding the layer's samples costs."""
+    streams = (statistics.keys, statistics.values)
+    turned, values = (torch.from_numpy(s.samples)[None] for s in streams)
+    positions = torch.arange(turned.shape[2])[None]
+    keys = turned if facts.rotary is None else facts.rotary.turn(turned, positions)
+    coded = coder.encode(keys.to(facts.dtype), values.to(facts.dtype), positions)
+    keys, decoded = (x.float() for x in coder.decode(coded, positions))
+    if facts.rotary is not None:
+        keys = facts.rotary.turn(keys, positions, backwards=True)
+    errors = (keys - turned, decoded - values)
+    return sum(
+        float(torch.einsum("bhni,hij,bhnj->", e, torch.from_numpy(s.harm), e)) / e.shape[2]
+        for e, s in zip(errors, streams, strict=True)
+    )
