@@ -82,8 +82,9 @@ class KVCache(Cache):  # type: ignore[misc]
         self.track = Track()
         layers = list(DynamicCache(config=model.config).layers)
         for one in known:
-            tiers = self.choices[one.index].coders
-            layers[one.index] = coded_layer(Store(one, tiers, self.track, sinks, recent))
+            choice = self.choices[one.index]
+            store = Store(one, choice.coders, self.track, sinks, recent)
+            layers[one.index] = coded_layer(store)
         super().__init__(layers=layers)
         swap_attention(model)
 

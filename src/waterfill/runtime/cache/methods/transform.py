@@ -1,9 +1,8 @@
 """Transform coding: the harm of an error decides what is coded, and how finely.
 
-Keys before their rotation, and values, are Gaussian to a good approximation, with covariance C; an error e
-costs ``e' W e`` nats. In the basis that makes W the identity and C diagonal, a component of variance v
-deserves ``log2(v / level) / 2`` bits, or none at all: reverse water-filling (Shannon 1959; Berger 1971),
-with one level for all components of all heads, keys and values alike, since all are in nats.
+Keys before their rotation, and values, in the basis where each component's variance is what leaving it out
+would cost in nats (`waterfill.coding.components`). A component gets bits for as long as the next one saves
+more than the level, the same for all components of all heads and layers, keys and values alike.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from waterfill.coding.components import Basis, basis_of, components_kept
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, in_blocks, in_order, method
@@ -30,7 +30,6 @@ __all__ = ["Transform"]
 STEPS = (0.0, 1.596, 0.9957, 0.586, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 ERRORS = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 0.000304, 0.0000877)
 NEEDS = "transform needs statistics of the cache: waterfill calibrate --cache makes them"
-RIDGE = 1e-4  # of the mean harm: no direction is free
 F64 = NDArray[np.float64]
 
 
@@ -56,7 +55,7 @@ class Transform(Method):
         if statistics is None:
             raise WaterfillError(NEEDS)
         streams = (statistics.keys, statistics.values)
-        top = max(float(_basis(s)[2].max(initial=0)) for s in streams) or 1.0
+        top = max(float(_basis(s).variances.max(initial=0)) for s in streams) or 1.0
         yield from (cls(top * 2.0**-k) for k in range(25))
 
     def between(self, other: Self, t: float) -> Self | None:
@@ -73,17 +72,8 @@ class Transform(Method):
 
 
 @functools.lru_cache(maxsize=1024)
-def _basis(stream: StreamStatistics) -> tuple[F64, F64, F64]:
-    """Analysis (heads, width, width), synthesis (heads, width, width), variances in nats (heads, width)."""
-    harm = stream.harm.astype(np.float64)
-    eye = np.eye(harm.shape[1])
-    mean = np.trace(harm, axis1=1, axis2=2)[:, None, None] / len(eye)
-    lower = np.linalg.cholesky(harm + (RIDGE * mean + 1e-30) * eye)
-    covariance = stream.covariance.astype(np.float64)
-    variances, turn = np.linalg.eigh(lower.swapaxes(1, 2) @ covariance @ lower)
-    variances, turn = np.maximum(variances[:, ::-1], 0.0), turn[:, :, ::-1]
-    analysis = lower @ turn
-    return analysis, np.linalg.inv(analysis), variances
+def _basis(stream: StreamStatistics) -> Basis:
+    return basis_of(stream.covariance, stream.harm)
 
 
 def _bits(variances: F64, level: float) -> NDArray[np.int64]:
@@ -108,11 +98,11 @@ class _Stream:
 
     @classmethod
     def of(cls, stream: StreamStatistics, level: float) -> _Stream:
-        analysis, synthesis, variances = _basis(stream)
-        bits = _bits(variances, level)
-        kept = max(1, int((bits > 0).sum(1).max()))
+        basis = _basis(stream)
+        bits = _bits(basis.variances, level)
+        kept = components_kept(bits > 0)
         bits = bits[:, :kept]
-        step = np.take(np.array(STEPS), bits) * np.sqrt(variances[:, :kept])
+        step = np.take(np.array(STEPS), bits) * np.sqrt(basis.variances[:, :kept])
         safe = np.where(step > 0, step, 1.0)
         flat = bits.reshape(-1)
         groups = tuple(
@@ -122,8 +112,8 @@ class _Stream:
         )
         return cls(
             torch.from_numpy(stream.mean),
-            torch.from_numpy((analysis[:, :, :kept] / safe[:, None]).astype(np.float16)),
-            torch.from_numpy((synthesis[:, :kept] * step[:, :, None]).astype(np.float16)),
+            torch.from_numpy((basis.analysis[:, :, :kept] / safe[:, None]).astype(np.float16)),
+            torch.from_numpy((basis.synthesis[:, :kept] * step[:, :, None]).astype(np.float16)),
             groups,
         )
 

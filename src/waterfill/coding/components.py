@@ -1,0 +1,60 @@
+"""The basis in which a stream of vectors is coded, and how finely each component.
+
+Vectors have covariance C, and an error e costs ``e' W e`` nats. With ``W = L L'`` and ``L' C L = U D U'``
+the components ``U' L' x`` are uncorrelated, their variances D are in nats, and errors in them cost what
+their squares add up to. One water level then serves all components of all streams (reverse
+water-filling: Shannon 1959; Berger 1971).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waterfill.types import Floats
+
+__all__ = ["Basis", "basis_of", "components_kept"]
+
+F64 = NDArray[np.float64]
+RIDGE = 1e-4  # of the mean harm: no direction is free
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """Of each head.
+
+    Attributes
+    ----------
+    analysis : float64 (heads, width, width), vectors times it are components, largest variance first
+    synthesis : float64 (heads, width, width), its inverse
+    variances : float64 (heads, width), nats
+    """
+
+    analysis: F64
+    synthesis: F64
+    variances: F64
+
+
+def basis_of(covariance: Floats, harm: Floats) -> Basis:
+    """The basis of vectors with this covariance under this harm.
+
+    Parameters
+    ----------
+    covariance, harm : (heads, width, width), symmetric and not negative
+    """
+    harm = harm.astype(np.float64)
+    eye = np.eye(harm.shape[1])
+    mean = np.trace(harm, axis1=1, axis2=2)[:, None, None] / len(eye)
+    lower = np.linalg.cholesky(harm + (RIDGE * mean + 1e-30) * eye)
+    seen = lower.swapaxes(1, 2) @ covariance.astype(np.float64) @ lower
+    variances, turn = np.linalg.eigh(seen)
+    variances, turn = np.maximum(variances[:, ::-1], 0.0), turn[:, :, ::-1]
+    analysis = lower @ turn
+    return Basis(analysis, np.linalg.inv(analysis), variances)
+
+
+def components_kept(coded: NDArray[np.bool_]) -> int:
+    """How many components to keep of every head, at least one, so that all coded ones (heads, width) are."""
+    return max(1, int(coded.any(0).nonzero()[0].max(initial=0)) + 1)
