@@ -57,4 +57,4 @@ def basis_of(covariance: Floats, harm: Floats) -> Basis:
 
 def components_kept(coded: NDArray[np.bool_]) -> int:
     """How many components to keep of every head, at least one, so that all coded ones (heads, width) are."""
-    return max(1, int(coded.any(0).nonzero()[0].max(initial=0)) + 1)
+    return max(1, int(np.flatnonzero(coded.sum(0)).max(initial=0)) + 1)
