@@ -1,0 +1,282 @@
+"""A cache as a file: what `KVCache.save` does, layer by layer and chunk by chunk.
+
+Nothing of the cache is held twice: a layer is read in pieces, as attention would, and coded as it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from waterfill.coding import lossless
+from waterfill.coding.cachegen import Table, analysis_of, fit_table, pack_table
+from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer
+from waterfill.coding.cachegen_symbols import encode_chunk, fit_columns, pack_columns
+from waterfill.coding.sections import join
+from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fingerprint import model_fingerprint, tokenizer_fingerprint
+from waterfill.runtime.cache.statistics import CacheStatistics, LayerStatistics, StreamStatistics
+from waterfill.runtime.cache.store import Piece, Store
+from waterfill.runtime.cache.stored import DTYPE_NAMES, Pair, rotation_of, words_of
+from waterfill.runtime.cache.track import Track
+from waterfill.types import Floats, WaterfillError
+
+if TYPE_CHECKING:
+    from waterfill.runtime.cache.cache import KVCache
+
+__all__ = ["CHUNK", "LEVEL", "Saving", "level_of", "save", "save_cache"]
+
+CHUNK = 256  # tokens
+LEVEL = 1e-5  # nats per number
+SAMPLE = 2048  # tokens, of all rows, that tables and models are fitted to
+PRIOR = 64  # tokens that a layer's calibration counts for, against those of the cache itself
+TOKEN_NATS = 1.0  # lost if all of keys and values were, where nothing was measured
+
+
+def save_cache(
+    cache: KVCache, model: Any, path: Path, token_ids: Any, level: Any, tokenizer: Any
+) -> int:
+    """As `KVCache.save`."""
+    if model is None:
+        raise WaterfillError("the model of this cache is gone: save the cache while it is there")
+    stores = [layer.store for layer in cache.coded_layers]
+    if len(stores) != len(cache.layers):
+        other = next(i for i, one in enumerate(cache.facts) if one is None)
+        raise WaterfillError(f"layer {other} keeps something else than keys and values; it cannot be stored")
+    for layer in cache.coded_layers:
+        layer.commit()
+    ids = torch.as_tensor(token_ids)
+    ids = ids if ids.dim() == 2 else ids.reshape(1, -1)
+    shape = stores[0].batch, stores[0].tokens
+    if tuple(ids.shape) != shape:
+        raise WaterfillError(f"token ids {tuple(ids.shape)} for a cache of {shape[0]} x {shape[1]} tokens")
+    if not shape[1]:
+        raise WaterfillError("an empty cache: there is nothing to store")
+    named = [level] if isinstance(level, (str, float, int)) else list(level)
+    saving = Saving(
+        stores, cache.track, ids, model_fingerprint(model),
+        None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        tuple(level_of(one) for one in named), cache.statistics,
+    )  # fmt: skip
+    return save(path, saving)
+
+
+def level_of(named: float | str) -> Level:
+    """``"exact"``, or a water level in nats per number: an error of step^2 / 12 costs that."""
+    if named == "exact":
+        return Level("exact", None)
+    try:
+        nats = float(named)
+    except ValueError:
+        nats = 0.0
+    if not 0 < nats < 1e6:
+        raise WaterfillError(f"a level is 'exact', a size, or nats per number above 0, not {named!r}")
+    return Level(f"{nats:g}", float(np.sqrt(12 * nats)))
+
+
+@dataclass(frozen=True, eq=False)
+class Saving:
+    """What is to be written.
+
+    Attributes
+    ----------
+    stores : of the layers
+    track : positions
+    ids : int64 (batch, tokens)
+    model, tokenizer : fingerprints
+    levels : as the file has them
+    statistics : of calibration; None: the cache's own moments alone
+    chunk : tokens
+    """
+
+    stores: Sequence[Store]
+    track: Track
+    ids: torch.Tensor
+    model: str
+    tokenizer: str | None
+    levels: tuple[Level, ...]
+    statistics: CacheStatistics | None
+    chunk: int = CHUNK
+
+    def header(self) -> Header:
+        rotations = _rotations([store.facts for store in self.stores])
+        layers = []
+        for store in self.stores:
+            facts, start = store.facts, _start(store)
+            turned = None if facts.rotary is None else rotations.index(rotation_of(facts.rotary))
+            first = 0 if start else min(store.most_sinks, self.ids.shape[1])
+            layers.append(
+                Layer(facts.index, facts.heads, facts.key_width, facts.value_width, start, first, turned)
+            )
+        runs = tuple((at, tuple(offset.tolist())) for at, offset in self.track.runs)
+        dtype = DTYPE_NAMES[self.stores[0].facts.dtype]
+        batch, tokens = self.ids.shape
+        return Header(
+            self.model, self.tokenizer, dtype, batch, tokens, self.chunk, self.levels,
+            tuple(layers), tuple(rotations), runs,
+        )  # fmt: skip
+
+
+def save(path: Path, saving: Saving) -> int:
+    """Write the file; returns its bytes."""
+    header = saving.header()
+    with Writer(path, header) as writer:
+        writer.add(saving.ids.cpu().numpy().astype("<u4").tobytes())
+        for number, store in enumerate(saving.stores):
+            own = None if saving.statistics is None else saving.statistics.layers.get(store.facts.index)
+            for part in _layer_parts(header, number, _Source(store), own):
+                writer.add(part)
+    return path.stat().st_size
+
+
+def _rotations(facts: Sequence[LayerFacts]) -> list[Rotation]:
+    return list(dict.fromkeys(rotation_of(f.rotary) for f in facts if f.rotary is not None))
+
+
+def _start(store: Store) -> int:
+    """The first token of an unbroken run up to the end."""
+    pieces = store.pieces()
+    start = pieces[-1].stop
+    for piece in reversed(pieces):
+        if piece.stop != start:
+            break
+        start = piece.start
+    return start
+
+
+class _Source:
+    """Keys and values of a store by token, read piece by piece and not kept."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._pieces: tuple[Piece, ...] = store.pieces()
+        self._last: tuple[Piece, Pair] | None = None
+
+    def read(self, first: int, stop: int) -> Pair:
+        parts = []
+        for piece in self._pieces:
+            low, high = max(first, piece.start), min(stop, piece.stop)
+            if low < high:
+                keys, values = self._piece(piece)
+                some = slice(low - piece.start, high - piece.start)
+                parts.append((keys[:, :, some], values[:, :, some]))
+        keys, values = zip(*parts, strict=True)
+        if len(parts) == 1:
+            return keys[0], values[0]
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+    def _piece(self, piece: Piece) -> Pair:
+        if self._last is None or self._last[0] is not piece:
+            self._last = piece, piece.read()
+        return self._last[1]
+
+    def plain(self, first: int, stop: int) -> tuple[Floats, Floats]:
+        """Float32, keys turned back to position 0: (batch, heads, tokens, width)."""
+        keys, values = (x.float() for x in self.read(first, stop))
+        rotary = self.store.facts.rotary
+        if rotary is not None:
+            keys = rotary.turn(keys, self.store.track.positions(first, stop), backwards=True)
+        return keys.cpu().numpy(), values.cpu().numpy()
+
+
+def _exact(pair: Pair, dtype: str) -> bytes:
+    return join([lossless.encode(words_of(x), dtype, threads=1) for x in pair])
+
+
+def _layer_parts(
+    header: Header, number: int, source: _Source, own: LayerStatistics | None
+) -> Iterator[bytes]:
+    """All parts of a layer in order."""
+    layer = header.layers[number]
+    steps = [level.step for level in header.levels if level.step is not None]
+    chunks = header.chunks(layer)
+    coder = _Coder(header, layer, source, own, min(steps)) if steps and len(chunks) else None
+    yield b"" if coder is None else coder.packed
+    first = source.read(layer.start, layer.start + layer.first) if layer.first else None
+    yield b"" if first is None else _exact(first, header.dtype)
+    columns = {}
+    for level in header.levels:
+        if level.step is None or coder is None:
+            yield b""
+        else:
+            columns[level.name] = fit_columns(coder.sample, level.step)
+            yield pack_columns(columns[level.name])
+    for chunk in chunks:
+        span = header.span(layer, chunk)
+        z = None if coder is None else coder.components(*source.plain(*span))
+        for level in header.levels:
+            if level.step is None or z is None:
+                yield _exact(source.read(*span), header.dtype)
+            else:
+                yield encode_chunk(z, level.step, columns[level.name])
+
+
+class _Coder:
+    """A layer's tables, fitted to a sample of its own tokens."""
+
+    def __init__(
+        self, header: Header, layer: Layer, source: _Source, own: LayerStatistics | None, step: float
+    ) -> None:  # fmt: skip
+        chunks = header.chunks(layer)
+        most = max(1, SAMPLE // (header.batch * header.chunk))
+        some = np.unique(np.linspace(0, len(chunks) - 1, most).astype(int))
+        taken = [source.plain(*header.span(layer, chunks[i])) for i in some]
+        streams = len(header.layers) * 2
+        self.tables, self.analyses = [], []
+        for which in (0, 1):
+            x = np.concatenate([_rows(pair[which]) for pair in taken], axis=1)
+            given = None if own is None else (own.keys, own.values)[which]
+            table, analysis = _fit(x, given, step, streams)
+            self.tables.append(table)
+            self.analyses.append(analysis)
+        self.packed = join([pack_table(table) for table in self.tables])
+        self.sample = np.concatenate([self.components(*pair) for pair in taken])
+
+    def components(self, keys: Floats, values: Floats) -> Floats:
+        """Float32 (batch * tokens, components of keys, then of values; head by head)."""
+        batch, _, tokens, _ = keys.shape
+        count = [table.components for table in self.tables]
+        out = np.empty((batch, tokens, sum(count)), np.float32)
+        at = 0
+        for x, table, analysis in zip((keys, values), self.tables, self.analyses, strict=True):
+            heads, kept = table.synthesis.shape[:2]
+            offset = (table.mean[:, None] @ analysis)[:, 0]
+            for head in range(heads):
+                z = x[:, head] @ analysis[head]
+                z -= offset[head]
+                out[:, :, at : at + kept] = z
+                at += kept
+        return out.reshape(batch * tokens, -1)
+
+
+def _rows(x: Floats) -> Floats:
+    """(batch, heads, tokens, width) as (heads, batch * tokens, width)."""
+    return np.ascontiguousarray(x.swapaxes(0, 1)).reshape(x.shape[1], -1, x.shape[3])
+
+
+def _fit(
+    x: Floats, given: StreamStatistics | None, step: float, streams: int
+) -> tuple[Table, Floats]:
+    """Table and analysis for (heads, tokens, width), of the cache's own moments and calibration's."""
+    mean = x.mean(axis=1, dtype=np.float64).astype(np.float32)
+    centred = x - mean[:, None]
+    count, width = x.shape[1], x.shape[2]
+    covariance = centred.swapaxes(1, 2) @ centred / np.float32(count)
+    if given is None:
+        trace = np.trace(covariance, axis1=1, axis2=2)
+        harm = TOKEN_NATS / (streams * len(x) * (trace + 1e-30))
+        spread = (trace / width / (1 + count))[:, None, None] * np.eye(width)
+        covariance = (covariance + spread).astype(np.float32)
+        matrix = (harm[:, None, None] * np.eye(width)).astype(np.float32)
+    else:
+        share = np.float32(PRIOR / (PRIOR + count))
+        covariance = covariance * (1 - share) + given.covariance * share
+        matrix = given.harm
+    table = fit_table(mean, covariance, matrix, step)
+    ridge = 1e-4 * np.trace(matrix, axis1=1, axis2=2)[:, None, None] / width
+    return table, analysis_of(table, matrix + ridge.astype(np.float32) * np.eye(width, dtype=np.float32))

@@ -1,0 +1,48 @@
+"""What saving and loading a cache share: torch's tensors as a file's arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from waterfill.coding.cachegen_file import Rotation
+from waterfill.runtime.cache.rotary import Rotary
+from waterfill.types import DTYPES, Array
+
+__all__ = ["DTYPE_NAMES", "Pair", "from_words", "rotation_of", "same_rotation", "words_of"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+SAME = 1e-9  # radians per token
+
+
+def words_of(tensor: torch.Tensor) -> Array:
+    """A tensor's bits as unsigned words, flat."""
+    signed = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    found: Array = tensor.contiguous().cpu().view(signed).numpy().reshape(-1)
+    return found.view(f"<u{tensor.element_size()}")
+
+
+def from_words(words: Array, dtype: str) -> torch.Tensor:
+    """An array of the storage form of a dtype as a tensor of its shape."""
+    signed = words.view(f"<i{DTYPES[dtype].itemsize}")
+    return torch.from_numpy(signed).view(TORCH_DTYPES[dtype])
+
+
+def rotation_of(rotary: Rotary) -> Rotation:
+    """As a file has it."""
+    return Rotation(
+        tuple(rotary.first.tolist()),
+        tuple(rotary.second.tolist()),
+        tuple(rotary.frequencies.tolist()),
+    )
+
+
+def same_rotation(one: Rotation | None, other: Rotation | None) -> bool:
+    """Whether keys turn alike under both."""
+    if one is None or other is None:
+        return one is other
+    return (one.first, one.second) == (other.first, other.second) and bool(
+        np.allclose(one.frequencies, other.frequencies, rtol=0, atol=SAME)
+    )
