@@ -2,7 +2,7 @@
 
 Vectors are coded in the basis of least harm (`waterfill.coding.components`), where one step serves all
 components of all heads and layers. The table of a stream has its mean and the rows that components stand
-for, as 8-bit integers; components are then those that these very rows need, so that coarse tables cost
+for, as small integers; components are then those that these very rows need, so that coarse tables cost
 rate, never accuracy. Transform coding with one water level: Goyal 2001.
 """
 
@@ -18,11 +18,11 @@ from waterfill.coding.entropy import decode_ints, encode_ints
 from waterfill.coding.sections import join, split
 from waterfill.types import Floats, FormatError
 
-__all__ = ["Table", "analysis_of", "fit_table", "pack_table", "read_table", "turn"]
+__all__ = ["Table", "analysis_of", "fit_table", "pack_table", "read_table"]
 
 F64 = NDArray[np.float64]
-TOP = 127  # of the integers that rows are made of
-LEAST = 1 / 12  # variance of a component that is kept at all, in squared steps: as left out as coded
+TOP = 31  # of the integers that rows are made of
+LEAST = 1 / 4  # variance, in squared steps, of a component that is worth its row and its symbols
 RIDGE = 1e-9
 
 
@@ -38,6 +38,10 @@ class Table:
 
     mean: Floats
     synthesis: Floats
+
+    def vectors(self, z: Floats) -> Floats:
+        """Components (heads, rows, kept) as vectors less the mean, (heads, rows, width)."""
+        return np.matmul(z, self.synthesis)
 
     @property
     def components(self) -> int:
@@ -106,31 +110,5 @@ def read_table(data: bytes, heads: int, width: int) -> Table:
         raise FormatError("the table of a layer is not finite")
     whole = decode_ints(codes, heads * kept, width)
     if np.abs(whole).max() > TOP:
-        raise FormatError("the table of a layer has rows beyond 8 bits")
+        raise FormatError("the table of a layer has rows of larger integers")
     return _table(mean, unit.reshape(heads, kept), whole.reshape(heads, kept, width).astype(np.int8))
-
-
-def turn(
-    x: Floats,
-    positions: NDArray[np.int64],
-    pairs: tuple[NDArray[np.int64], NDArray[np.int64], F64],
-    backwards: bool = False,
-) -> Floats:
-    """Keys rotated to their positions, or back to position 0.
-
-    Parameters
-    ----------
-    x : float32 (batch, heads, tokens, width)
-    positions : int64 (batch or 1, tokens)
-    pairs : dimensions that turn together, the first and the second of each pair, and radians per token
-    """
-    first, second, frequencies = pairs
-    angles = positions[:, None, :, None] * frequencies
-    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    if backwards:
-        sin = -sin
-    out = x.copy()
-    a, b = x[..., first], x[..., second]
-    out[..., first] = a * cos - b * sin
-    out[..., second] = a * sin + b * cos
-    return out

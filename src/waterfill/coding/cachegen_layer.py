@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding import lossless
-from waterfill.coding.cachegen import Table, read_table, turn
+from waterfill.coding.cachegen import Table, read_table
 from waterfill.coding.cachegen_file import Header, Layer, Part, Reader
+from waterfill.coding.cachegen_rows import UNTURNED, Turn, turn_of, write_rows
 from waterfill.coding.cachegen_symbols import Columns, decode_chunk, read_columns
 from waterfill.coding.sections import split
 from waterfill.types import DTYPES, Array, Floats, FormatError, to_float32
@@ -60,6 +61,14 @@ class LayerDecoder:
         self.tables: tuple[Table, Table] | None = None
         self.columns: dict[int, Columns] = {}
 
+    def turn(self, chunk: int) -> Turn:
+        """How keys of a chunk turn."""
+        if self.layer.rotation is None:
+            return UNTURNED
+        one = self.header.rotations[self.layer.rotation]
+        positions = positions_of(self.header, *self.header.span(self.layer, chunk))
+        return turn_of(one.first, one.second, np.array(one.frequencies), positions)
+
     def table(self, data: bytes) -> None:
         """Take the layer's tables, of keys and of values."""
         if data:
@@ -75,8 +84,8 @@ class LayerDecoder:
         if data:
             if self.tables is None:
                 raise FormatError("models without a table")
-            components = sum(table.components for table in self.tables)
-            self.columns[level] = read_columns(data, components)
+            sizes = self.tables[0].components, self.tables[1].components
+            self.columns[level] = read_columns(data, sizes)
 
     def first(self, data: bytes) -> Arrays | None:
         """The tokens that are kept as they were: arrays as stored; None where there are none."""
@@ -91,25 +100,23 @@ class LayerDecoder:
         first, stop = self.header.span(self.layer, chunk)
         return self._exact(data, stop - first)
 
-    def vectors(self, data: bytes, chunk: int, level: int) -> tuple[Floats, Floats]:
-        """A chunk of another level: float32 arrays, keys as they are at position 0."""
+    def coded(self, data: bytes, chunk: int, level: int, turn: Turn) -> Arrays:
+        """A chunk of another level: arrays as stored, keys turned to their positions."""
         first, stop = self.header.span(self.layer, chunk)
         step = self.header.levels[level].step
         if step is None or self.tables is None or level not in self.columns:
             raise FormatError("a chunk without its table or models")
-        batch, tokens = self.header.batch, stop - first
-        z = decode_chunk(data, batch * tokens, step, self.columns[level])
-        out, at = [], 0
-        for table in self.tables:
-            heads, kept, width = table.synthesis.shape
-            x = np.empty((batch, heads, tokens, width), np.float32)
-            some = z[:, at : at + heads * kept].reshape(batch, tokens, heads, kept)
-            for head in range(heads):
-                np.matmul(some[:, :, head], table.synthesis[head], out=x[:, head])
-            x += table.mean[:, None]
-            out.append(x)
-            at += heads * kept
-        return out[0], out[1]
+        one, header = self.layer, self.header
+        tokens = header.batch * (stop - first)
+        found = decode_chunk(data, tokens, step, self.columns[level], one.heads)
+        keys, values = (
+            write_rows(
+                table.vectors(z), table.mean, header.dtype,
+                (header.batch, one.heads, stop - first, table.mean.shape[1]), how,
+            )
+            for z, table, how in zip(found, self.tables, (turn, UNTURNED), strict=True)
+        )  # fmt: skip
+        return keys, values
 
     def _exact(self, data: bytes, tokens: int) -> Arrays:
         one, header = self.layer, self.header
@@ -160,12 +167,7 @@ def _floats(pair: Arrays, dtype: str) -> tuple[Floats, Floats]:
 
 
 def _chunk(decoder: LayerDecoder, data: bytes, chunk: int, level: int) -> tuple[Floats, Floats]:
-    header, layer = decoder.header, decoder.layer
+    header = decoder.header
     if header.levels[level].step is None:
         return _floats(decoder.exact(data, chunk), header.dtype)
-    keys, values = decoder.vectors(data, chunk, level)
-    if layer.rotation is not None:
-        one = header.rotations[layer.rotation]
-        pairs = np.array(one.first), np.array(one.second), np.array(one.frequencies)
-        keys = turn(keys, positions_of(header, *header.span(layer, chunk)), pairs)
-    return keys, values
+    return _floats(decoder.coded(data, chunk, level, decoder.turn(chunk)), header.dtype)

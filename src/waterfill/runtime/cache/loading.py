@@ -12,6 +12,7 @@ import torch
 
 from waterfill.coding.cachegen_file import Header, Part, PartStream, Reader, parts_of
 from waterfill.coding.cachegen_layer import LayerDecoder, positions_of, read_ids, wanted_at
+from waterfill.coding.cachegen_rows import Turn
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.fingerprint import model_fingerprint, tokenizer_fingerprint
 from waterfill.runtime.cache.stored import DTYPE_NAMES, Pair, from_words, rotation_of, same_rotation
@@ -58,6 +59,7 @@ class CacheStream:
         self._header: Header | None = None
         self._decoder: LayerDecoder | None = None
         self._ready = 0
+        self._turns: dict[Any, Turn] = {}  # the same for all layers
 
     @property
     def header(self) -> Header | None:
@@ -131,14 +133,10 @@ class CacheStream:
         header, layer = decoder.header, decoder.layer
         if header.levels[self.level].step is None:
             return _tensors(decoder.exact(data, chunk), header.dtype)
-        keys, values = (
-            torch.from_numpy(x) for x in decoder.vectors(data, chunk, self.level)
-        )
-        facts = self._facts(layer.index)
-        if facts.rotary is not None:
-            positions = torch.from_numpy(positions_of(header, *header.span(layer, chunk)))
-            keys = facts.rotary.turn(keys, positions)
-        return keys.to(facts.dtype), values.to(facts.dtype)
+        key = layer.rotation, header.span(layer, chunk)
+        if key not in self._turns:
+            self._turns[key] = decoder.turn(chunk)
+        return _tensors(decoder.coded(data, chunk, self.level, self._turns[key]), header.dtype)
 
     def _facts(self, index: int) -> LayerFacts:
         facts = self.cache.facts[index]

@@ -16,6 +16,7 @@ import torch
 from waterfill.coding import lossless
 from waterfill.coding.cachegen import Table, analysis_of, fit_table, pack_table
 from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer
+from waterfill.coding.cachegen_rows import UNTURNED, Turn, read_rows, turn_of
 from waterfill.coding.cachegen_symbols import encode_chunk, fit_columns, pack_columns
 from waterfill.coding.sections import join
 from waterfill.runtime.cache.facts import LayerFacts
@@ -29,12 +30,14 @@ from waterfill.types import Floats, WaterfillError
 if TYPE_CHECKING:
     from waterfill.runtime.cache.cache import KVCache
 
-__all__ = ["CHUNK", "LEVEL", "Saving", "level_of", "save", "save_cache"]
+__all__ = ["LEVEL", "Saving", "level_of", "save", "save_cache"]
 
-CHUNK = 256  # tokens
+CHUNK_NUMBERS = 1 << 18  # of a chunk of a layer, about: large enough that what is fixed costs little
+MOST_TOKENS, FEWEST_TOKENS = 1024, 32  # of a chunk
 LEVEL = 1e-5  # nats per number
-SAMPLE = 2048  # tokens, of all rows, that tables and models are fitted to
-PRIOR = 64  # tokens that a layer's calibration counts for, against those of the cache itself
+RUNS = 4  # of tokens, at most, that make up a sample
+SAMPLE = 1024  # tokens, of all rows, that tables and models are fitted to
+PRIOR = 16  # tokens that a layer's calibration counts for, against those of the cache itself
 TOKEN_NATS = 1.0  # lost if all of keys and values were, where nothing was measured
 
 
@@ -91,7 +94,6 @@ class Saving:
     model, tokenizer : fingerprints
     levels : as the file has them
     statistics : of calibration; None: the cache's own moments alone
-    chunk : tokens
     """
 
     stores: Sequence[Store]
@@ -101,7 +103,13 @@ class Saving:
     tokenizer: str | None
     levels: tuple[Level, ...]
     statistics: CacheStatistics | None
-    chunk: int = CHUNK
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        numbers = max(s.facts.heads * (s.facts.key_width + s.facts.value_width) for s in self.stores)
+        most = CHUNK_NUMBERS // (numbers * len(self.ids)) // FEWEST_TOKENS * FEWEST_TOKENS
+        return min(MOST_TOKENS, max(FEWEST_TOKENS, most))
 
     def header(self) -> Header:
         rotations = _rotations([store.facts for store in self.stores])
@@ -127,9 +135,10 @@ def save(path: Path, saving: Saving) -> int:
     header = saving.header()
     with Writer(path, header) as writer:
         writer.add(saving.ids.cpu().numpy().astype("<u4").tobytes())
+        turns: dict[Any, Turn] = {}
         for number, store in enumerate(saving.stores):
             own = None if saving.statistics is None else saving.statistics.layers.get(store.facts.index)
-            for part in _layer_parts(header, number, _Source(store), own):
+            for part in _layer_parts(header, number, _Source(store, turns), own):
                 writer.add(part)
     return path.stat().st_size
 
@@ -152,8 +161,8 @@ def _start(store: Store) -> int:
 class _Source:
     """Keys and values of a store by token, read piece by piece and not kept."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, turns: dict[Any, Turn]) -> None:
+        self.store, self._turns = store, turns  # turns are the same for all layers
         self._pieces: tuple[Piece, ...] = store.pieces()
         self._last: tuple[Piece, Pair] | None = None
 
@@ -176,16 +185,22 @@ class _Source:
         return self._last[1]
 
     def plain(self, first: int, stop: int) -> tuple[Floats, Floats]:
-        """Float32, keys turned back to position 0: (batch, heads, tokens, width)."""
-        keys, values = (x.float() for x in self.read(first, stop))
-        rotary = self.store.facts.rotary
+        """Float32, keys turned back to position 0: (heads, batch * tokens, width)."""
+        keys, values = (words_of(x) for x in self.read(first, stop))
+        rotary, turn = self.store.facts.rotary, UNTURNED
         if rotary is not None:
-            keys = rotary.turn(keys, self.store.track.positions(first, stop), backwards=True)
-        return keys.cpu().numpy(), values.cpu().numpy()
+            key = rotation_of(rotary), first, stop
+            if key not in self._turns:
+                positions = self.store.track.positions(first, stop).numpy()
+                frequencies = rotary.frequencies.numpy()
+                self._turns[key] = turn_of(rotary.first, rotary.second, frequencies, positions).back
+            turn = self._turns[key]
+        dtype = DTYPE_NAMES[self.store.facts.dtype]
+        return read_rows(keys, dtype, turn), read_rows(values, dtype)
 
 
 def _exact(pair: Pair, dtype: str) -> bytes:
-    return join([lossless.encode(words_of(x), dtype, threads=1) for x in pair])
+    return join([lossless.encode(lossless.words_of(words_of(x)), dtype, "rans", 1, tries=False) for x in pair])
 
 
 def _layer_parts(
@@ -210,10 +225,10 @@ def _layer_parts(
         span = header.span(layer, chunk)
         z = None if coder is None else coder.components(*source.plain(*span))
         for level in header.levels:
-            if level.step is None or z is None:
+            if level.step is None or z is None or coder is None:
                 yield _exact(source.read(*span), header.dtype)
             else:
-                yield encode_chunk(z, level.step, columns[level.name])
+                yield encode_chunk(z, coder.offsets, level.step, columns[level.name])
 
 
 class _Coder:
@@ -223,40 +238,32 @@ class _Coder:
         self, header: Header, layer: Layer, source: _Source, own: LayerStatistics | None, step: float
     ) -> None:  # fmt: skip
         chunks = header.chunks(layer)
-        most = max(1, SAMPLE // (header.batch * header.chunk))
-        some = np.unique(np.linspace(0, len(chunks) - 1, most).astype(int))
-        taken = [source.plain(*header.span(layer, chunks[i])) for i in some]
+        taken = [source.plain(*span) for span in _spread(header, layer, chunks)]
         streams = len(header.layers) * 2
-        self.tables, self.analyses = [], []
+        self.tables, self.analyses, self.offsets = [], [], []
         for which in (0, 1):
-            x = np.concatenate([_rows(pair[which]) for pair in taken], axis=1)
+            x = np.concatenate([pair[which] for pair in taken], axis=1)
             given = None if own is None else (own.keys, own.values)[which]
             table, analysis = _fit(x, given, step, streams)
             self.tables.append(table)
             self.analyses.append(analysis)
+            self.offsets.append((table.mean[:, None] @ analysis).reshape(-1))
         self.packed = join([pack_table(table) for table in self.tables])
-        self.sample = np.concatenate([self.components(*pair) for pair in taken])
+        z = [self.components(*pair) for pair in taken]
+        self.sample = [np.concatenate(x, axis=1) - o.reshape(len(x[0]), 1, -1) for x, o in zip(zip(*z, strict=True), self.offsets, strict=True)]
 
-    def components(self, keys: Floats, values: Floats) -> Floats:
-        """Float32 (batch * tokens, components of keys, then of values; head by head)."""
-        batch, _, tokens, _ = keys.shape
-        count = [table.components for table in self.tables]
-        out = np.empty((batch, tokens, sum(count)), np.float32)
-        at = 0
-        for x, table, analysis in zip((keys, values), self.tables, self.analyses, strict=True):
-            heads, kept = table.synthesis.shape[:2]
-            offset = (table.mean[:, None] @ analysis)[:, 0]
-            for head in range(heads):
-                z = x[:, head] @ analysis[head]
-                z -= offset[head]
-                out[:, :, at : at + kept] = z
-                at += kept
-        return out.reshape(batch * tokens, -1)
+    def components(self, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
+        """Of keys, and of values, each float32 (heads, rows, kept), before their offsets."""
+        return keys @ self.analyses[0], values @ self.analyses[1]
 
 
-def _rows(x: Floats) -> Floats:
-    """(batch, heads, tokens, width) as (heads, batch * tokens, width)."""
-    return np.ascontiguousarray(x.swapaxes(0, 1)).reshape(x.shape[1], -1, x.shape[3])
+def _spread(header: Header, layer: Layer, chunks: range) -> Iterator[tuple[int, int]]:
+    """Runs of tokens, evenly spread, that stand for all of a layer."""
+    count = min(len(chunks), RUNS)
+    each = max(1, SAMPLE // (count * header.batch))
+    for i in np.linspace(0, len(chunks) - 1, count).astype(int):
+        first, stop = header.span(layer, chunks[i])
+        yield first, min(stop, first + each)
 
 
 def _fit(

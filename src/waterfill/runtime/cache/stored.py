@@ -18,16 +18,17 @@ SAME = 1e-9  # radians per token
 
 
 def words_of(tensor: torch.Tensor) -> Array:
-    """A tensor's bits as unsigned words, flat."""
-    signed = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
-    found: Array = tensor.contiguous().cpu().view(signed).numpy().reshape(-1)
-    return found.view(f"<u{tensor.element_size()}")
+    """A tensor as an array in the storage form of its dtype, nothing copied that is in memory here."""
+    stored = DTYPES[DTYPE_NAMES[tensor.dtype]]
+    if tensor.dtype != torch.bfloat16:
+        return tensor.cpu().numpy()
+    found: Array = tensor.cpu().view(torch.int16).numpy().view(stored)
+    return found
 
 
 def from_words(words: Array, dtype: str) -> torch.Tensor:
     """An array of the storage form of a dtype as a tensor of its shape."""
-    signed = words.view(f"<i{DTYPES[dtype].itemsize}")
-    return torch.from_numpy(signed).view(TORCH_DTYPES[dtype])
+    return torch.from_numpy(words.view(f"<i{words.itemsize}")).view(TORCH_DTYPES[dtype])
 
 
 def rotation_of(rotary: Rotary) -> Rotation:
