@@ -102,14 +102,16 @@ int quantise(const float* __restrict z, const Head& head, float inverse, int32_t
 }
 
 void widen(const uint8_t* symbols, const Head& head, float* __restrict steps) {
-    for (size_t i = 0; i < head.count; ++i) steps[i] = float(int(symbols[i]) - cachegen::kMiddle) * head.scale[i];
+    const float* __restrict scale = head.scale;
+    for (size_t i = 0; i < head.count; ++i) steps[i] = float(int(symbols[i]) - cachegen::kMiddle) * scale[i];
 }
 
 void finish(const Head& head, float step, float* __restrict steps) {
+    const float* __restrict pulls = head.pull;
     for (size_t i = 0; i < head.count; ++i) {
-        const float k = steps[i];
-        const float pull = k > 0 ? head.pull[i] : k < 0 ? -head.pull[i] : 0.0f;
-        steps[i] = (k - pull) * step;
+        // Read before it is known whether it counts: a jump for each sign would be a coin toss.
+        const float k = steps[i], pull = std::copysign(pulls[i], k);
+        steps[i] = (k - (k == 0.0f ? 0.0f : pull)) * step;
     }
 }
 

@@ -36,6 +36,7 @@ MAX_SHIFT = 5
 RARE = 1e-3  # share of a component's values that may lie beyond its symbols
 PULL = 256  # parts of a step that points are moved towards zero by
 REACH = 1 << 30
+TOGETHER = 32  # tokens of a column that are coded one after another: the coder's lanes
 
 
 @lru_cache(maxsize=1)
@@ -210,21 +211,46 @@ def encode_chunk(
     ValueError
         If a number is not finite, or a thousand million steps from zero.
     """
-    ids, freqs = columns.classes
     tokens = z[0].shape[1]
-    symbols = np.empty((tokens, ids.size), np.uint8)
+    listed, streams = [], []
+    for part, together in _parts(tokens):
+        some = [x[:, part] for x in z]
+        symbols, found = _to_symbols(some, offsets, step, columns, together)
+        listed += [(part.start * sum(columns.sizes) + places, over) for places, over in found]
+        streams.append(_encode(symbols, columns, together))
+    return join([_pack_list(listed), *streams])
+
+
+def _parts(tokens: int) -> tuple[tuple[slice, int], tuple[slice, int]]:
+    """Tokens in whole groups, which a coder reads a column at a time, and what is left; and how many together."""
+    body = tokens // TOGETHER * TOGETHER
+    return (slice(0, body), TOGETHER), (slice(body, tokens), 1)
+
+
+def _encode(symbols: Bytes, columns: Columns, together: int) -> bytes:
+    """Symbols (tokens, columns), so many tokens of a column side by side."""
+    ids, freqs = columns.classes
+    matrix = symbols.reshape(-1, ids.size * together)
+    lanes = min(TOGETHER, rans.choose_lanes(symbols.size))
+    return rans.encode(matrix, np.repeat(ids, together), freqs, lanes, 1)
+
+
+def _to_symbols(
+    z: Sequence[Floats], offsets: Sequence[Floats], step: float, columns: Columns, together: int
+) -> tuple[Bytes, list[tuple[Longs, Ints]]]:
+    """Symbols (tokens, columns), and places (token * components + component) that have none."""
+    symbols = np.empty((z[0].shape[1], columns.classes[0].size), np.uint8)
     listed, start = [], 0
     for one, offset, stream in zip(z, offsets, columns.streams, strict=True):
         count = stream.column.size
-        places, over = _quantise(one, offset, step, stream, symbols)
+        places, over = _quantise(one, offset, step, stream, together, symbols)
         listed.append((places // count * sum(columns.sizes) + start + places % count, over))
         start += count
-    lanes = min(rans.choose_lanes(symbols.size), 1 << (ids.size - 1).bit_length())
-    return join([_pack_list(listed), rans.encode(symbols, ids, freqs, lanes, 1)])
+    return symbols, listed
 
 
 def _quantise(
-    z: Floats, offset: Floats, step: float, stream: Stream, out: Bytes
+    z: Floats, offset: Floats, step: float, stream: Stream, together: int, out: Bytes
 ) -> tuple[Longs, Ints]:
     """Fill the columns of a stream; places (token * components + component) without a symbol, and how far."""
     core = native.core()
@@ -232,8 +258,8 @@ def _quantise(
     if core is not None:
         try:
             found: tuple[Longs, Ints] = core.cachegen_quantise(
-                z, offset, inverse, stream.shift, stream.first, stream.last, stream.column,
-                stream.wide, stream.low_column, out,
+                np.ascontiguousarray(z), offset, inverse, stream.shift, stream.first, stream.last,
+                stream.column, stream.wide, stream.low_column, together, out,
             )  # fmt: skip
         except RuntimeError as error:
             raise ValueError(str(error)) from None
@@ -244,8 +270,10 @@ def _quantise(
     k = steps.astype(np.int32) + _halves(stream.shift)
     high = (k >> stream.shift) + MIDDLE
     near = np.clip(high, stream.first, stream.last)
-    out[:, stream.column] = near
-    out[:, stream.low_column] = (k & ((1 << stream.shift.astype(np.int32)) - 1))[:, stream.wide]
+    grouped = out.reshape(-1, out.shape[1], together).swapaxes(1, 2)
+    lower = (k & ((1 << stream.shift.astype(np.int32)) - 1))[:, stream.wide]
+    for column, x in ((stream.column, near), (stream.low_column, lower)):
+        grouped[:, :, column] = x.reshape(-1, together, x.shape[1])
     places = np.flatnonzero(high != near)
     return places, (high - near).reshape(-1)[places]
 
@@ -286,38 +314,44 @@ def decode_chunk(
     data: bytes, tokens: int, step: float, columns: Columns, heads: int
 ) -> tuple[Floats, Floats]:
     """Inverse of `encode_chunk`, but for the offsets: of keys and of values, float32 (heads, tokens, kept)."""
-    listed, stream = (np.frombuffer(part, np.uint8) for part in split(data, 2))
+    listed, *coded = (np.frombuffer(part, np.uint8) for part in split(data, 3))
     components = sum(columns.sizes)
     places, over = _read_list(listed, tokens * components)
     ids, freqs = columns.classes
-    symbols = rans.decode(stream, tokens, ids.size, ids, freqs, 1)
-    token, place = np.divmod(places, components)
-    out, start = [], 0
-    for one in columns.streams:
-        count = one.column.size
-        mine = (place >= start) & (place < start + count)
-        where = token[mine] * count + place[mine] - start
-        z = np.empty((heads, tokens, count // heads), np.float32)
-        _dequantise(symbols, step, one, where, over[mine], z)
-        out.append(z)
-        start += count
+    out = [np.empty((heads, tokens, size // heads), np.float32) for size in columns.sizes]
+    for (part, together), stream in zip(_parts(tokens), coded, strict=True):
+        rows = (part.stop - part.start) // together
+        classes = np.repeat(ids, together)
+        symbols = rans.decode(stream, rows, classes.size, classes, freqs, 1).reshape(-1, ids.size)
+        token, place = np.divmod(places - part.start * components, components)
+        start = 0
+        for z, one in zip(out, columns.streams, strict=True):
+            count = one.column.size
+            mine = (token >= 0) & (token < len(symbols)) & (place >= start) & (place < start + count)
+            where = token[mine] * count + place[mine] - start
+            z[:, part] = _dequantise(symbols, step, one, where, over[mine], together, heads)
+            start += count
     return out[0], out[1]
 
 
 def _dequantise(
-    symbols: Bytes, step: float, stream: Stream, places: Longs, over: Ints, out: Floats
-) -> None:
+    symbols: Bytes, step: float, stream: Stream, places: Longs, over: Ints, together: int, heads: int
+) -> Floats:
+    """Components, float32 (heads, tokens, kept)."""
+    tokens, kept = len(symbols), stream.column.size // heads
     core = native.core()
     if core is not None:
+        out = np.empty((heads, tokens, kept), np.float32)
         core.cachegen_dequantise(
             symbols, step, stream.scale, stream.pull, stream.column, stream.wide,
-            stream.low_column, places, over, out,
+            stream.low_column, places, over, together, out,
         )  # fmt: skip
-        return
-    k = (symbols[:, stream.column].astype(np.float32) - MIDDLE) * stream.scale
-    k[:, stream.wide] += symbols[:, stream.low_column] - np.float32(0.5) * stream.scale[stream.wide]
+        return out
+    columns = symbols.reshape(-1, symbols.shape[1], together).swapaxes(1, 2)
+    columns = columns.reshape(tokens, -1)
+    k = (columns[:, stream.column].astype(np.float32) - MIDDLE) * stream.scale
+    k[:, stream.wide] += columns[:, stream.low_column] - np.float32(0.5) * stream.scale[stream.wide]
     k.reshape(-1)[places] += over.astype(np.float32) * stream.scale[places % stream.scale.size]
     k -= np.sign(k) * stream.pull
     k *= np.float32(step)
-    heads, tokens, kept = out.shape
-    out[:] = k.reshape(tokens, heads, kept).swapaxes(0, 1)
+    return k.reshape(tokens, heads, kept).swapaxes(0, 1)
