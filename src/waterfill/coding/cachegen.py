@@ -41,12 +41,13 @@ class Table:
 
     def vectors(self, z: Floats) -> Floats:
         """Components (heads, rows, kept) as vectors less the mean, (heads, rows, width)."""
-        return np.matmul(z, self.synthesis)
+        found: Floats = np.matmul(z, self.synthesis)
+        return found
 
     @property
     def components(self) -> int:
         """Components of all heads."""
-        return self.synthesis.shape[0] * self.synthesis.shape[1]
+        return int(self.synthesis.shape[0] * self.synthesis.shape[1])
 
 
 def fit_table(mean: Floats, covariance: Floats, harm: Floats, step: float) -> Table:
@@ -68,7 +69,7 @@ def _rounded(mean: Floats, rows: F64) -> Table:
     return _table(*_integers(mean, rows))
 
 
-def _integers(mean: Floats, rows: F64) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.int8]]:  # fmt: skip
+def _integers(mean: Floats, rows: F64) -> tuple[NDArray[np.float16], Floats, NDArray[np.int8]]:
     unit = (np.abs(rows).max(axis=2) / TOP).astype(np.float32)
     unit[unit == 0] = 1
     whole = np.rint(rows / unit[:, :, None]).astype(np.int8)
@@ -111,4 +112,6 @@ def read_table(data: bytes, heads: int, width: int) -> Table:
     whole = decode_ints(codes, heads * kept, width)
     if np.abs(whole).max() > TOP:
         raise FormatError("the table of a layer has rows of larger integers")
-    return _table(mean, unit.reshape(heads, kept), whole.reshape(heads, kept, width).astype(np.int8))
+    return _table(
+        mean, unit.reshape(heads, kept), whole.reshape(heads, kept, width).astype(np.int8)
+    )

@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ __all__ = [
     "Reader",
     "Rotation",
     "Writer",
+    "front_nbytes",
     "parts_of",
 ]
 
@@ -174,15 +175,14 @@ class Writer:
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header
-        text = json.dumps(asdict(header), separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-        self._text = text.encode()
+        self._text = _description(header)
         self._count = parts_count(header)
         self._front = FRONT.pack(MAGIC, VERSION, len(self._text), self._count)
         self._entries = np.zeros(self._count, ENTRY)
         self._at = 0
         self._temporary = path.with_name(path.name + ".partial")
         self._file = self._temporary.open("wb")
-        self._file.seek(front_nbytes(len(self._text), self._count))
+        self._file.seek(_front_nbytes(len(self._text), self._count))
 
     def add(self, data: bytes) -> None:
         """The next part."""
@@ -218,8 +218,17 @@ def _crc(data: bytes) -> bytes:
     return zlib.crc32(data).to_bytes(4, "little")
 
 
-def front_nbytes(description: int, count: int) -> int:
+def _description(header: Header) -> bytes:
+    text = json.dumps(asdict(header), separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.encode()
+
+
+def front_nbytes(header: Header) -> int:
     """Bytes before the first part."""
+    return _front_nbytes(len(_description(header)), parts_count(header))
+
+
+def _front_nbytes(description: int, count: int) -> int:
     return FRONT.size + 4 + description + ENTRY.itemsize * count + 4
 
 
@@ -297,7 +306,7 @@ class PartStream:
         if len(self._buffer) < FRONT.size + 4:
             return False
         description, count = read_front(bytes(self._buffer[: FRONT.size + 4]), self._name)
-        nbytes = front_nbytes(description, count)
+        nbytes = _front_nbytes(description, count)
         if len(self._buffer) < nbytes:
             return False
         body = bytes(self._buffer[FRONT.size + 4 : nbytes])
@@ -359,7 +368,7 @@ class Reader:
         self.nbytes = self.path.stat().st_size
         name = str(self.path)
         description, count = read_front(self._file.read(FRONT.size + 4), name)
-        front = front_nbytes(description, count)
+        front = _front_nbytes(description, count)
         if front > self.nbytes:
             raise FormatError(f"{name}: a stored cache that is cut short")
         body = self._file.read(front - FRONT.size - 4)
@@ -392,9 +401,12 @@ class Reader:
 
 def _header(found: Mapping[str, Any]) -> Header:
     """A header from its JSON; ValueError says what is wrong."""
-    layers = tuple(Layer(**{**one}) for one in found["layers"])
-    levels = tuple(Level(**{**one}) for one in found["levels"])
-    rotations = tuple(Rotation(*(tuple(one[k]) for k in ("first", "second", "frequencies"))) for one in found["rotations"])  # fmt: skip
+    layers = tuple(Layer(**one) for one in found["layers"])
+    levels = tuple(Level(**one) for one in found["levels"])
+    rotations = tuple(
+        Rotation(tuple(one["first"]), tuple(one["second"]), tuple(one["frequencies"]))
+        for one in found["rotations"]
+    )
     runs = tuple((start, tuple(offsets)) for start, offsets in found["runs"])
     plain = {k: found[k] for k in ("model", "tokenizer", "dtype", "batch", "tokens", "chunk")}
     if set(found) != {*plain, "layers", "levels", "rotations", "runs"}:
@@ -465,8 +477,3 @@ def _check_runs(header: Header) -> None:
         for offset in offsets:
             _count(offset, -MAX_TOKENS, MAX_TOKENS, "runs")
     _need(starts[:1] == [0] and starts == sorted(set(starts)), "runs")
-
-
-def levels_ascending(header: Header) -> Sequence[int]:
-    """Numbers of the levels, coarsest first."""
-    return sorted(range(len(header.levels)), key=lambda i: -(header.levels[i].step or 0.0))

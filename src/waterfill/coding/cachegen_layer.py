@@ -157,7 +157,9 @@ def read_layers(path: Path, level: str | None = None) -> Iterator[tuple[Layer, F
                 pairs.append(_floats(first, header.dtype))
             decoder.models(reader.read(Part("models", i, number)), number)
             for chunk in header.chunks(layer):
-                pairs.append(_chunk(decoder, reader.read(Part("chunk", i, number, chunk)), chunk, number))
+                pairs.append(
+                    _chunk(decoder, reader.read(Part("chunk", i, number, chunk)), chunk, number)
+                )
             keys, values = zip(*pairs, strict=True)
             yield layer, np.concatenate(keys, 2), np.concatenate(values, 2)
 

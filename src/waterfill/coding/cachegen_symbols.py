@@ -122,8 +122,8 @@ class Columns:
         first = has.argmax(axis=1).astype(np.int32)[self.models]
         last = (SYMBOLS - 1 - has[:, ::-1].argmax(axis=1)).astype(np.int32)[self.models]
         used = np.unique(self.models, return_inverse=True)[1]
-        pull = self.pulls[used].astype(np.float32) / PULL
-        scale = np.ldexp(np.float32(1), self.shifts.astype(np.int32))
+        pull = (self.pulls[used] / PULL).astype(np.float32)
+        scale = (1 << self.shifts.astype(np.int32)).astype(np.float32)
 
         def part(some: slice) -> Stream:
             shifts = self.shifts[some]
@@ -286,7 +286,7 @@ def _pack_list(listed: Sequence[tuple[Longs, Ints]]) -> bytes:
     order = np.argsort(places)
     gaps = np.diff(places[order], prepend=-1) - 1
     over = gamma.zigzag(np.concatenate([over for _, over in listed])[order].astype(np.int64))
-    orders = [gamma.best_order(x)[0] for x in (gaps, over)]
+    orders = [min(int(x.mean()).bit_length(), gamma.MAX_ORDER) for x in (gaps, over)]
     packed = [gamma.pack(x, n) for x, n in zip((gaps, over), orders, strict=True)]
     return b"".join([gamma.varint(places.size), bytes(orders), *packed])
 
@@ -327,7 +327,9 @@ def decode_chunk(
         start = 0
         for z, one in zip(out, columns.streams, strict=True):
             count = one.column.size
-            mine = (token >= 0) & (token < len(symbols)) & (place >= start) & (place < start + count)
+            mine = (
+                (token >= 0) & (token < len(symbols)) & (place >= start) & (place < start + count)
+            )
             where = token[mine] * count + place[mine] - start
             z[:, part] = _dequantise(symbols, step, one, where, over[mine], together, heads)
             start += count
@@ -335,7 +337,13 @@ def decode_chunk(
 
 
 def _dequantise(
-    symbols: Bytes, step: float, stream: Stream, places: Longs, over: Ints, together: int, heads: int
+    symbols: Bytes,
+    step: float,
+    stream: Stream,
+    places: Longs,
+    over: Ints,
+    together: int,
+    heads: int,
 ) -> Floats:
     """Components, float32 (heads, tokens, kept)."""
     tokens, kept = len(symbols), stream.column.size // heads
@@ -347,11 +355,12 @@ def _dequantise(
             stream.low_column, places, over, together, out,
         )  # fmt: skip
         return out
-    columns = symbols.reshape(-1, symbols.shape[1], together).swapaxes(1, 2)
-    columns = columns.reshape(tokens, -1)
+    grouped = symbols.reshape(-1, symbols.shape[1], together).swapaxes(1, 2)
+    columns = grouped.reshape(tokens, symbols.shape[1])
     k = (columns[:, stream.column].astype(np.float32) - MIDDLE) * stream.scale
     k[:, stream.wide] += columns[:, stream.low_column] - np.float32(0.5) * stream.scale[stream.wide]
-    k.reshape(-1)[places] += over.astype(np.float32) * stream.scale[places % stream.scale.size]
+    token, component = np.divmod(places, stream.column.size)
+    k[token, component] += over.astype(np.float32) * stream.scale[component]
     k -= np.sign(k) * stream.pull
     k *= np.float32(step)
     return k.reshape(tokens, heads, kept).swapaxes(0, 1)

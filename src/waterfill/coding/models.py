@@ -18,7 +18,16 @@ from waterfill.coding import gamma
 from waterfill.coding.rans import TOTAL
 from waterfill.types import FormatError
 
-__all__ = ["Alphabet", "Models", "exp2_of_minus", "fit", "parametric", "parametric_weights", "quantise", "read_models"]
+__all__ = [
+    "Alphabet",
+    "Models",
+    "exp2_of_minus",
+    "fit",
+    "parametric",
+    "parametric_weights",
+    "quantise",
+    "read_models",
+]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
@@ -18,10 +19,11 @@ from transformers import Cache, DynamicCache
 from waterfill.plan.budget import parse_size
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
+from waterfill.runtime.cache.levels import level_of
 from waterfill.runtime.cache.loading import CacheStream
 from waterfill.runtime.cache.loading import load as load_cache
 from waterfill.runtime.cache.planning import Budget, Choice, plan
-from waterfill.runtime.cache.saving import LEVEL, save_cache
+from waterfill.runtime.cache.saving import LEVEL, save, saving_of
 from waterfill.runtime.cache.statistics import FILE_NAME, CacheStatistics, load_statistics
 from waterfill.runtime.cache.store import Store
 from waterfill.runtime.cache.track import Track
@@ -126,7 +128,7 @@ class KVCache(Cache):  # type: ignore[misc]
         Parameters
         ----------
         token_ids : int (tokens,) or (batch, tokens), what the cache was computed from
-        level : of quality, or several: ``"exact"``; nats per number (0.00001); bytes of the file
+        level : of quality, or several: ``"exact"``; nats per number (0.000001); bytes of the file
             (1000000 or ``"1MB"``); ``"2.5bits"`` for each number, everything counted
         tokenizer : that made the ids; only the same one may load the file then
 
@@ -137,7 +139,10 @@ class KVCache(Cache):  # type: ignore[misc]
         BudgetError
             If a size is too small.
         """
-        return save_cache(self, self._model(), Path(path), token_ids, level, tokenizer)
+        saving = saving_of(self, self._model(), token_ids, tokenizer)
+        named = [level] if isinstance(level, (str, float, int)) else list(level)
+        levels = tuple(level_of(one, saving) for one in named)
+        return save(Path(path), replace(saving, levels=levels))
 
     @classmethod
     def load(
@@ -173,7 +178,7 @@ class KVCache(Cache):  # type: ignore[misc]
             name=str(path), **options,
         )  # fmt: skip
         load_cache(Path(path), stream)
-        return cast(KVCache, stream.cache)
+        return stream.cache
 
     @classmethod
     def stream(

@@ -14,8 +14,8 @@ import torch
 
 __all__ = ["model_fingerprint", "tokenizer_fingerprint"]
 
-WHOLE = 1 << 14  # bytes up to which a tensor is read whole
-RUNS, RUN = 16, 256  # of a larger one: so many runs of so many bytes
+WHOLE = 1 << 20  # bytes up to which a tensor is read whole
+RUNS, RUN = 256, 256  # of a larger one: so many runs of so many bytes
 # Says how a configuration is run or where it came from, not what the model computes.
 INCIDENTAL = ("_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation",
     "architectures", "use_cache", "torch_dtype", "dtype", "quantization_config")  # fmt: skip

@@ -80,9 +80,7 @@ def _add(nbytes: list[list[int]], part: Part, size: int, header: Header) -> None
             nbytes[chunk][level] += size
 
 
-def choose(
-    left: Sequence[Offer], order: Sequence[int], bandwidth: float, seconds: float
-) -> int:
+def choose(left: Sequence[Offer], order: Sequence[int], bandwidth: float, seconds: float) -> int:
     """A level for the first of the chunks that are left, or `RECOMPUTE`.
 
     The best that, taken for all that are left, is there in time; where none is, the one that is there

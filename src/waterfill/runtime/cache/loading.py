@@ -126,7 +126,9 @@ class CacheStream:
             assert part.chunk is not None
             self._append(part.layer, self._chunk(decoder, data, part.chunk))
         last = header.chunks(layer)
-        if part.kind == "chunk" and part.chunk == last[-1] or part.kind == "models" and not last:
+        if (part.kind == "chunk" and part.chunk == last[-1]) or (
+            part.kind == "models" and not last
+        ):
             self._end(part.layer)
 
     def _chunk(self, decoder: LayerDecoder, data: bytes, chunk: int) -> Pair:
@@ -186,7 +188,9 @@ def _check(header: Header, own: CacheStream) -> None:
     """WaterfillError says what a file was not made for."""
     name = own.name
     if header.model != own.model:
-        raise WaterfillError(f"{name} was stored by another model, which this one cannot go on from")
+        raise WaterfillError(
+            f"{name} was stored by another model, which this one cannot go on from"
+        )
     known = own.tokenizer is not None and header.tokenizer is not None
     if known and header.tokenizer != own.tokenizer:
         raise WaterfillError(f"{name} was stored with another tokenizer than this one")
@@ -197,11 +201,15 @@ def _check(header: Header, own: CacheStream) -> None:
         one = facts[layer.index]
         shape = one.heads, one.key_width, one.value_width, DTYPE_NAMES.get(one.dtype)
         if (layer.heads, layer.key_width, layer.value_width, header.dtype) != shape:
-            raise WaterfillError(f"{name}: layer {layer.index} has another shape or dtype than here")
+            raise WaterfillError(
+                f"{name}: layer {layer.index} has another shape or dtype than here"
+            )
         turned = None if one.rotary is None else rotation_of(one.rotary)
         stored = None if layer.rotation is None else header.rotations[layer.rotation]
         if not same_rotation(turned, stored):
-            raise WaterfillError(f"{name}: keys of layer {layer.index} turn otherwise in this model")
+            raise WaterfillError(
+                f"{name}: keys of layer {layer.index} turn otherwise in this model"
+            )
     if own._positions is not None:
         stored_positions = torch.from_numpy(positions_of(header, 0, header.tokens))
         given = own._positions
@@ -220,5 +228,7 @@ def _check_ids(ids: torch.Tensor, own: CacheStream) -> torch.Tensor:
     away = (given[:, : ids.shape[1]] != ids).any(0)
     if bool(away.any()):
         at = int(away.int().argmax())
-        raise WaterfillError(f"{own.name} was stored for another text: token ids differ from token {at} on")
+        raise WaterfillError(
+            f"{own.name} was stored for another text: token ids differ from token {at} on"
+        )
     return ids

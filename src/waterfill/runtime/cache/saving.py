@@ -15,7 +15,7 @@ import torch
 
 from waterfill.coding import lossless
 from waterfill.coding.cachegen import Table, analysis_of, fit_table, pack_table
-from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer
+from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer, front_nbytes
 from waterfill.coding.cachegen_rows import UNTURNED, Turn, read_rows, turn_of
 from waterfill.coding.cachegen_symbols import encode_chunk, fit_columns, pack_columns
 from waterfill.coding.sections import join
@@ -30,56 +30,45 @@ from waterfill.types import Floats, WaterfillError
 if TYPE_CHECKING:
     from waterfill.runtime.cache.cache import KVCache
 
-__all__ = ["LEVEL", "Saving", "level_of", "save", "save_cache"]
+__all__ = ["LEVEL", "Saving", "counted", "save", "saving_of"]
 
-CHUNK_NUMBERS = 1 << 18  # of a chunk of a layer, about: large enough that what is fixed costs little
+CHUNK_NUMBERS = (
+    1 << 18
+)  # of a chunk of a layer, about: large enough that what is fixed costs little
 MOST_TOKENS, FEWEST_TOKENS = 1024, 32  # of a chunk
-LEVEL = 1e-5  # nats per number
+LEVEL = 1e-6  # nats per number, unless another is asked for
 RUNS = 4  # of tokens, at most, that make up a sample
 SAMPLE = 1024  # tokens, of all rows, that tables and models are fitted to
 PRIOR = 16  # tokens that a layer's calibration counts for, against those of the cache itself
 TOKEN_NATS = 1.0  # lost if all of keys and values were, where nothing was measured
 
 
-def save_cache(
-    cache: KVCache, model: Any, path: Path, token_ids: Any, level: Any, tokenizer: Any
-) -> int:
-    """As `KVCache.save`."""
+def saving_of(cache: KVCache, model: Any, token_ids: Any, tokenizer: Any) -> Saving:
+    """What there is to write of a cache, at no level yet."""
     if model is None:
         raise WaterfillError("the model of this cache is gone: save the cache while it is there")
     stores = [layer.store for layer in cache.coded_layers]
     if len(stores) != len(cache.layers):
         other = next(i for i, one in enumerate(cache.facts) if one is None)
-        raise WaterfillError(f"layer {other} keeps something else than keys and values; it cannot be stored")
+        raise WaterfillError(
+            f"layer {other} keeps something else than keys and values; it cannot be stored"
+        )
     for layer in cache.coded_layers:
         layer.commit()
     ids = torch.as_tensor(token_ids)
     ids = ids if ids.dim() == 2 else ids.reshape(1, -1)
     shape = stores[0].batch, stores[0].tokens
-    if tuple(ids.shape) != shape:
-        raise WaterfillError(f"token ids {tuple(ids.shape)} for a cache of {shape[0]} x {shape[1]} tokens")
     if not shape[1]:
         raise WaterfillError("an empty cache: there is nothing to store")
-    named = [level] if isinstance(level, (str, float, int)) else list(level)
-    saving = Saving(
+    if tuple(ids.shape) != shape:
+        raise WaterfillError(
+            f"token ids {tuple(ids.shape)} for a cache of {shape[0]} x {shape[1]} tokens"
+        )
+    return Saving(
         stores, cache.track, ids, model_fingerprint(model),
         None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        tuple(level_of(one) for one in named), cache.statistics,
+        (), cache.statistics,
     )  # fmt: skip
-    return save(path, saving)
-
-
-def level_of(named: float | str) -> Level:
-    """``"exact"``, or a water level in nats per number: an error of step^2 / 12 costs that."""
-    if named == "exact":
-        return Level("exact", None)
-    try:
-        nats = float(named)
-    except ValueError:
-        nats = 0.0
-    if not 0 < nats < 1e6:
-        raise WaterfillError(f"a level is 'exact', a size, or nats per number above 0, not {named!r}")
-    return Level(f"{nats:g}", float(np.sqrt(12 * nats)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +94,18 @@ class Saving:
     statistics: CacheStatistics | None
 
     @property
+    def numbers(self) -> int:
+        """Numbers of all keys and values."""
+        return self.ids.numel() * sum(
+            s.facts.heads * (s.facts.key_width + s.facts.value_width) for s in self.stores
+        )
+
+    @property
     def chunk(self) -> int:
         """Tokens of a chunk."""
-        numbers = max(s.facts.heads * (s.facts.key_width + s.facts.value_width) for s in self.stores)
+        numbers = max(
+            s.facts.heads * (s.facts.key_width + s.facts.value_width) for s in self.stores
+        )
         most = CHUNK_NUMBERS // (numbers * len(self.ids)) // FEWEST_TOKENS * FEWEST_TOKENS
         return min(MOST_TOKENS, max(FEWEST_TOKENS, most))
 
@@ -119,7 +117,15 @@ class Saving:
             turned = None if facts.rotary is None else rotations.index(rotation_of(facts.rotary))
             first = 0 if start else min(store.most_sinks, self.ids.shape[1])
             layers.append(
-                Layer(facts.index, facts.heads, facts.key_width, facts.value_width, start, first, turned)
+                Layer(
+                    facts.index,
+                    facts.heads,
+                    facts.key_width,
+                    facts.value_width,
+                    start,
+                    first,
+                    turned,
+                )
             )
         runs = tuple((at, tuple(offset.tolist())) for at, offset in self.track.runs)
         dtype = DTYPE_NAMES[self.stores[0].facts.dtype]
@@ -136,11 +142,55 @@ def save(path: Path, saving: Saving) -> int:
     with Writer(path, header) as writer:
         writer.add(saving.ids.cpu().numpy().astype("<u4").tobytes())
         turns: dict[Any, Turn] = {}
-        for number, store in enumerate(saving.stores):
-            own = None if saving.statistics is None else saving.statistics.layers.get(store.facts.index)
-            for part in _layer_parts(header, number, _Source(store, turns), own):
+        for number in range(len(saving.stores)):
+            for part in _parts(saving, header, number, turns, header.chunks(header.layers[number])):
                 writer.add(part)
     return path.stat().st_size
+
+
+def counted(saving: Saving, some: int | None = None) -> int:
+    """Bytes of the file, without writing it.
+
+    Parameters
+    ----------
+    some : at most so many layers, and chunks of each, are looked at and stand for all; None: all
+    """
+    header = saving.header()
+    turns: dict[Any, Turn] = {}
+    total, layers = 0.0, _spread_over(range(len(saving.stores)), some)
+    for number in layers:
+        layer = header.layers[number]
+        every = header.chunks(layer)
+        taken = _spread_over(every, some)
+        sizes = [len(part) for part in _parts(saving, header, number, turns, taken)]
+        fixed = 2 + len(header.levels)
+        share = _tokens(header, layer, every) / max(1, _tokens(header, layer, taken))
+        total += sum(sizes[:fixed]) + share * sum(sizes[fixed:])
+    return (
+        front_nbytes(header)
+        + 4 * saving.ids.numel()
+        + int(total * len(saving.stores) / len(layers))
+    )
+
+
+def _spread_over(every: range, some: int | None) -> Sequence[int]:
+    """So many of a range, evenly spread."""
+    if some is None or len(every) <= some:
+        return every
+    return [every[i] for i in np.linspace(0, len(every) - 1, some).astype(int)]
+
+
+def _tokens(header: Header, layer: Layer, chunks: Sequence[int]) -> int:
+    spans = (header.span(layer, chunk) for chunk in chunks)
+    return sum(stop - first for first, stop in spans)
+
+
+def _parts(
+    saving: Saving, header: Header, number: int, turns: dict[Any, Turn], chunks: Sequence[int]
+) -> Iterator[bytes]:
+    store = saving.stores[number]
+    own = None if saving.statistics is None else saving.statistics.layers.get(store.facts.index)
+    return _layer_parts(header, number, _Source(store, turns), own, chunks)
 
 
 def _rotations(facts: Sequence[LayerFacts]) -> list[Rotation]:
@@ -174,10 +224,10 @@ class _Source:
                 keys, values = self._piece(piece)
                 some = slice(low - piece.start, high - piece.start)
                 parts.append((keys[:, :, some], values[:, :, some]))
-        keys, values = zip(*parts, strict=True)
         if len(parts) == 1:
-            return keys[0], values[0]
-        return torch.cat(keys, 2), torch.cat(values, 2)
+            return parts[0]
+        every_key, every_value = zip(*parts, strict=True)
+        return torch.cat(every_key, 2), torch.cat(every_value, 2)
 
     def _piece(self, piece: Piece) -> Pair:
         if self._last is None or self._last[0] is not piece:
@@ -200,16 +250,20 @@ class _Source:
 
 
 def _exact(pair: Pair, dtype: str) -> bytes:
-    return join([lossless.encode(lossless.words_of(words_of(x)), dtype, "rans", 1, tries=False) for x in pair])
+    return join(
+        [
+            lossless.encode(lossless.words_of(words_of(x)), dtype, "rans", 1, tries=False)
+            for x in pair
+        ]
+    )
 
 
 def _layer_parts(
-    header: Header, number: int, source: _Source, own: LayerStatistics | None
+    header: Header, number: int, source: _Source, own: LayerStatistics | None, chunks: Sequence[int]
 ) -> Iterator[bytes]:
-    """All parts of a layer in order."""
+    """All parts of a layer in order, those of chunks of some only."""
     layer = header.layers[number]
     steps = [level.step for level in header.levels if level.step is not None]
-    chunks = header.chunks(layer)
     coder = _Coder(header, layer, source, own, min(steps)) if steps and len(chunks) else None
     yield b"" if coder is None else coder.packed
     first = source.read(layer.start, layer.start + layer.first) if layer.first else None
@@ -249,8 +303,12 @@ class _Coder:
             self.analyses.append(analysis)
             self.offsets.append((table.mean[:, None] @ analysis).reshape(-1))
         self.packed = join([pack_table(table) for table in self.tables])
-        z = [self.components(*pair) for pair in taken]
-        self.sample = [np.concatenate(x, axis=1) - o.reshape(len(x[0]), 1, -1) for x, o in zip(zip(*z, strict=True), self.offsets, strict=True)]
+        self.sample = [
+            np.concatenate(x, axis=1)
+            for x in zip(*(self.components(*pair) for pair in taken), strict=True)
+        ]
+        for x, offset in zip(self.sample, self.offsets, strict=True):
+            x -= offset.reshape(len(x), 1, -1)
 
     def components(self, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
         """Of keys, and of values, each float32 (heads, rows, kept), before their offsets."""
@@ -286,4 +344,6 @@ def _fit(
         matrix = given.harm
     table = fit_table(mean, covariance, matrix, step)
     ridge = 1e-4 * np.trace(matrix, axis1=1, axis2=2)[:, None, None] / width
-    return table, analysis_of(table, matrix + ridge.astype(np.float32) * np.eye(width, dtype=np.float32))
+    return table, analysis_of(
+        table, matrix + ridge.astype(np.float32) * np.eye(width, dtype=np.float32)
+    )
