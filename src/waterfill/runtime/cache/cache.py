@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from waterfill.plan.budget import parse_size
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
 from waterfill.runtime.cache.planning import Budget, Choice, plan
+from waterfill.runtime.cache.splicing import splice
 from waterfill.runtime.cache.statistics import FILE_NAME, CacheStatistics, load_statistics
 from waterfill.runtime.cache.store import Store
 from waterfill.runtime.cache.track import Track
@@ -74,6 +77,7 @@ class KVCache(Cache):  # type: ignore[misc]
                 f"{type(model).__name__} keeps no keys and values that can be coded"
             )
         self.facts = facts
+        self._model = weakref.ref(model)
         self.tokens = tokens or context_of(model) or LONGEST
         self.budget = _budget(known, size, bytes_per_token, bits, self.tokens, batch, sinks, recent)
         self.choices: dict[int, Choice] = plan(
@@ -84,6 +88,7 @@ class KVCache(Cache):  # type: ignore[misc]
         for one in known:
             choice = self.choices[one.index]
             store = Store(one, choice.coders, self.track, sinks, recent)
+            store.most_nbytes = None if self.budget.nbytes is None else choice.nbytes
             layers[one.index] = coded_layer(store)
         super().__init__(layers=layers)
         swap_attention(model)
@@ -119,13 +124,28 @@ class KVCache(Cache):  # type: ignore[misc]
         """As transformers' `Cache.update`; BudgetError where the tokens are more than were planned for."""
         layer = self.layers[layer_idx]
         if isinstance(layer, (CodedLayer, CodedSlidingLayer)):
-            after = layer.get_seq_length() + key_states.shape[2]
-            if self.budget.nbytes is not None and after > self.tokens:
-                raise BudgetError(
-                    f"this cache of {self.budget.nbytes:,} bytes was planned for {self.tokens:,} tokens, "
-                    f"and {after:,} are wanted: make it with tokens={after}, or a larger size"
-                )
+            self.check_room(layer.get_seq_length() + key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def check_room(self, tokens: int) -> None:
+        """BudgetError where so many tokens are more than were planned for."""
+        if self.budget.nbytes is not None and tokens > self.tokens:
+            raise BudgetError(
+                f"this cache of {self.budget.nbytes:,} bytes was planned for {self.tokens:,} tokens, "
+                f"and {tokens:,} are wanted: make it with tokens={tokens}, or a larger size"
+            )
+
+    @property
+    def model(self) -> Any:
+        """The model that this is the cache of; WaterfillError if it is gone."""
+        model = self._model()
+        if model is None:
+            raise WaterfillError("the model of this cache is gone")
+        return model
+
+    def splice(self, start: int, stop: int, new_tokens: Sequence[int] | torch.Tensor = ()) -> None:
+        """Put other tokens in the place of some, without reading what follows again: `splicing.splice`."""
+        splice(self, start, stop, new_tokens)
 
     def reset(self) -> None:
         """Forget everything."""

@@ -147,6 +147,8 @@ class _Stream:
 
 @dataclass(frozen=True, eq=False)
 class _Transform(Coder):
+    position_free = True
+
     facts: LayerFacts
     keys: _Stream
     values: _Stream
