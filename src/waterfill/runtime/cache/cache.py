@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from waterfill.plan.budget import parse_size
+from waterfill.runtime.cache.composing import compose
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
 from waterfill.runtime.cache.planning import Budget, Choice, plan
@@ -146,6 +147,12 @@ class KVCache(Cache):  # type: ignore[misc]
     def splice(self, start: int, stop: int, new_tokens: Sequence[int] | torch.Tensor = ()) -> None:
         """Put other tokens in the place of some, without reading what follows again: `splicing.splice`."""
         splice(self, start, stop, new_tokens)
+
+    def compose(
+        self, segments: Sequence[Sequence[int] | torch.Tensor], graph: Mapping[int, Sequence[int]]
+    ) -> None:
+        """Fill an empty cache with segments that each read their sources only: `composing.compose`."""
+        compose(self, segments, graph)
 
     def reset(self) -> None:
         """Forget everything."""

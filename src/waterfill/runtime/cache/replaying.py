@@ -33,7 +33,6 @@ class Past(Store):
     def __init__(self, facts: LayerFacts, shown: Sequence[Piece] = ()) -> None:
         super().__init__(facts, [], Track(), 0, 0)
         self.shown = list(shown)
-        self.seen = len(self.shown)
 
     @classmethod
     def of(cls, store: Store, stop: int) -> Past:
@@ -58,18 +57,17 @@ class Past(Store):
         queries: torch.Tensor | None = None,
     ) -> None:
         """Keep new tokens as they are."""
-        self.shown.append(exact_piece(self.tokens, (keys, values)))
+        self.show((keys, values))
+
+    def show(self, pair: Pair) -> None:
+        """Have seen these tokens too."""
+        self.shown.append(exact_piece(self.tokens, pair))
 
     def settle(self) -> None:
         """Nothing is coded."""
 
     def drop_before(self, first: int) -> None:
         """Nothing is dropped."""
-
-    @property
-    def new(self) -> list[Piece]:
-        """Pieces that came since this was made."""
-        return self.shown[self.seen :]
 
     def states(self, start: int, stop: int) -> Pair:
         """Keys and values of tokens from index `start` to `stop`."""

@@ -21,7 +21,7 @@ from waterfill.types import WaterfillError
 if TYPE_CHECKING:
     from waterfill.runtime.cache.cache import KVCache
 
-__all__ = ["splice"]
+__all__ = ["editable", "splice"]
 
 
 def splice(cache: KVCache, start: int, stop: int, new_tokens: Sequence[int] | torch.Tensor) -> None:
@@ -43,8 +43,10 @@ def splice(cache: KVCache, start: int, stop: int, new_tokens: Sequence[int] | to
     tokens = cache.get_seq_length()
     if not 0 <= start <= stop <= tokens:
         raise WaterfillError(f"no tokens {start} to {stop} in a cache of {tokens}")
-    stores = _editable(cache)
+    stores = editable(cache)
     batch = max(store.batch for store in stores)
+    if not batch:
+        raise WaterfillError("an empty cache has nothing to edit")
     ids = torch.as_tensor(new_tokens, dtype=torch.long)
     ids = ids.reshape(1, -1) if ids.dim() < 2 else ids
     if len(ids) not in (1, batch):
@@ -79,7 +81,7 @@ def splice(cache: KVCache, start: int, stop: int, new_tokens: Sequence[int] | to
             layer.cumulative_length += moved
 
 
-def _editable(cache: KVCache) -> list[Store]:
+def editable(cache: KVCache) -> list[Store]:
     """Stores of all layers, committed; or a word on what cannot be edited."""
     stores = []
     for index, layer in enumerate(cache.layers):
@@ -88,8 +90,6 @@ def _editable(cache: KVCache) -> list[Store]:
         layer.commit()
         if layer.store.facts.rotary is None:
             raise WaterfillError(f"keys of layer {index} do not turn with positions in a known way")
-        if not layer.store.batch:
-            raise WaterfillError("an empty cache has nothing to edit")
         stores.append(layer.store)
     return stores
 

@@ -379,12 +379,12 @@ class Store:
     def rows(self, index: torch.Tensor) -> None:
         """Take rows of the batch, in this order, any of them more than once."""
 
-        def take(pair: Pair | None) -> Pair | None:
-            if pair is None:
-                return None
-            return tuple(t.index_select(0, index.to(t.device)) for t in pair)  # type: ignore[return-value]
+        def take(pair: Pair) -> Pair:
+            keys, values = (t.index_select(0, index.to(t.device)) for t in pair)
+            return keys, values
 
-        self.sinks, self.recent = take(self.sinks), take(self.recent)
+        self.sinks = None if self.sinks is None else take(self.sinks)
+        self.recent = None if self.recent is None else take(self.recent)
         self.patches = [replace(p, pair=take(p.pair)) for p in self.patches]
         if self.queries is not None:
             self.queries = self.queries.index_select(0, index.to(self.queries.device))
