@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import Cache, DynamicCache
@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache
 from waterfill.plan.budget import parse_size
 from waterfill.runtime.cache.composing import compose
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
+from waterfill.runtime.cache.guard import Guard, Sentry
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
 from waterfill.runtime.cache.planning import Budget, Choice, plan
 from waterfill.runtime.cache.splicing import splice
@@ -48,6 +49,8 @@ class KVCache(Cache):  # type: ignore[misc]
     method : id of a method in `waterfill.runtime.cache.methods`, with options; "auto" chooses
     statistics : what `calibrate_cache` learned, or a file of it; by default the file beside the model
     sinks, recent : tokens kept as they were, at the beginning, and at least at the end
+    guard : measures harm and has layers fall back (`guard`); "auto": with its defaults where the method is
+        "auto" too, since a method that is named is held as it is named; None: no guard
 
     Raises
     ------
@@ -70,6 +73,7 @@ class KVCache(Cache):  # type: ignore[misc]
         statistics: CacheStatistics | str | Path | None = None,
         sinks: int = SINKS,
         recent: int = RECENT,
+        guard: Guard | Literal["auto"] | None = "auto",
     ) -> None:
         facts = facts_of(model)
         known = [one for one in facts if one is not None]
@@ -81,18 +85,42 @@ class KVCache(Cache):  # type: ignore[misc]
         self._model = weakref.ref(model)
         self.tokens = tokens or context_of(model) or LONGEST
         self.budget = _budget(known, size, bytes_per_token, bits, self.tokens, batch, sinks, recent)
-        self.choices: dict[int, Choice] = plan(
-            known, self.budget, method, _statistics(model, statistics)
-        )
+        self.method, self.statistics = method, _statistics(model, statistics)
+        self.choices: dict[int, Choice] = plan(known, self.budget, method, self.statistics)
         self.track = Track()
-        layers = list(DynamicCache(config=model.config).layers)
-        for one in known:
-            choice = self.choices[one.index]
-            store = Store(one, choice.coders, self.track, sinks, recent)
-            store.most_nbytes = None if self.budget.nbytes is None else choice.nbytes
-            layers[one.index] = coded_layer(store)
-        super().__init__(layers=layers)
+        super().__init__(layers=list(DynamicCache(config=model.config).layers))
+        self.open_stores()
         swap_attention(model)
+        if guard == "auto":
+            guard = Guard() if method == "auto" else None
+        self.guard = None if guard is None else Sentry(self, guard)
+        if self.guard is not None:
+            self.guard.try_new()
+
+    def open_stores(self) -> None:
+        """Hold each layer as its choice says, from the first token on."""
+        for one in self.facts:
+            if one is not None:
+                choice = self.choices[one.index]
+                budget = self.budget
+                store = Store(one, choice.coders, self.track, budget.sinks, budget.recent)
+                store.most_nbytes = None if budget.nbytes is None else choice.nbytes
+                self.layers[one.index] = coded_layer(store)
+
+    def check(self, input_ids: torch.Tensor) -> float | None:
+        """Let the guard probe if it is time to, in loops without `generate`; WaterfillError without one.
+
+        Parameters
+        ----------
+        input_ids : int64 (batch, tokens or more), all tokens of the cache first
+
+        Returns
+        -------
+        nats of KL that are left; None if no probe was due
+        """
+        if self.guard is None:
+            raise WaterfillError("this cache has no guard")
+        return self.guard.check(input_ids) if self.guard.due else None
 
     @property
     def coded_layers(self) -> list[CodedLayer | CodedSlidingLayer]:
@@ -158,6 +186,8 @@ class KVCache(Cache):  # type: ignore[misc]
         """Forget everything."""
         super().reset()
         self.track.keep(0)
+        if self.guard is not None:
+            self.guard.next = self.guard.settings.every
 
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens`, or, where negative, forget the last so many."""

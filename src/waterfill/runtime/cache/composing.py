@@ -1,8 +1,9 @@
 """Composes a past from segments that each read only what a graph lets them.
 
-Wang et al. 2025, Graph-KV, arXiv 2506.07334. A segment attends to itself and to the segments that are listed as its sources, which is the block mask of
-the graph. Segments without sources share a range of positions; a target's begin where the longest way to
-it ends. So no source is nearer to its target than another, and long contexts take few positions.
+Wang et al. 2025, Graph-KV, arXiv 2506.07334. A segment attends to itself and to the segments that are
+listed as its sources, which is the block mask of the graph. Segments without sources share a range of
+positions; a target's begin where its longest source ends. So no source is nearer to its target than
+another, and long contexts take few positions.
 """
 
 from __future__ import annotations
