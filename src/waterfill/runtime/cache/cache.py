@@ -30,7 +30,7 @@ from waterfill.types import BudgetError, WaterfillError
 
 __all__ = ["KVCache"]
 
-SINKS, RECENT = 4, 16
+SINKS, RECENT = 4, 8
 LONGEST = 1 << 15  # tokens planned for where neither user nor model says
 
 
