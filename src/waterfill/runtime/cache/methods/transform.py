@@ -186,6 +186,8 @@ class _Stream:
 
 @dataclass(frozen=True, eq=False)
 class _Transform(Coder):
+    position_free = True
+
     facts: LayerFacts
     keys: _Stream
     values: _Stream
