@@ -74,3 +74,26 @@ def write(path: Path, of: Header) -> None:
                         writer.add(
                             encode_chunk(part, (offset, offset), level.step, columns[level.name])
                         )
+
+
+def write_example(path: Path) -> None:
+    """The worked example of the format's page: one layer, one head, three tokens."""
+    of = Header(
+        "ab" * 32, None, "F32", 1, 3, 32, (Level("coarse", 0.5),),
+        (Layer(0, 1, 2, 2, 0, 1, None),), (), ((0, (0,)),),
+    )  # fmt: skip
+    keys = np.array([[[[1, 2], [3, -1.5], [0.5, 20]]]], np.float32)
+    values = np.array([[[[1, 1], [0.5, 0], [-1, 0.5]]]], np.float32)
+    eye = np.eye(2, dtype=np.float32)[None]
+    table = fit_table(
+        np.zeros((1, 2), np.float32), np.diag([4, 1]).astype(np.float32)[None], eye, 0.5
+    )
+    analysis, offset = analysis_of(table, eye), np.zeros(2, np.float32)
+    z = [read_rows(x[:, :, 1:], "F32") @ analysis for x in (keys, values)]
+    columns = fit_columns([x[:, :1] for x in z], 0.5)
+    with Writer(path, of) as writer:
+        writer.add(np.array([7, 8, 9], "<u4").tobytes())
+        writer.add(join([pack_table(table)] * 2))
+        writer.add(exact((keys[:, :, :1], values[:, :, :1])))
+        writer.add(pack_columns(columns))
+        writer.add(encode_chunk(z, (offset, offset), 0.5, columns))
