@@ -14,11 +14,11 @@ import torch
 from transformers import Cache, DynamicCache
 
 from waterfill.plan.budget import parse_size
+from waterfill.runtime.cache.evicting import refuse_other_attention
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
 from waterfill.runtime.cache.planning import Budget, Choice, plan
 from waterfill.runtime.cache.statistics import FILE_NAME, CacheStatistics, load_statistics
-from waterfill.runtime.cache.store import Store
 from waterfill.runtime.cache.track import Track
 from waterfill.runtime.quick import swap_attention
 from waterfill.types import BudgetError, WaterfillError
@@ -83,10 +83,12 @@ class KVCache(Cache):  # type: ignore[misc]
         layers = list(DynamicCache(config=model.config).layers)
         for one in known:
             choice = self.choices[one.index]
-            store = Store(one, choice.coders, self.track, sinks, recent)
+            store = choice.method.store(one, choice.coders, self.track, self.budget)
             layers[one.index] = coded_layer(store)
         super().__init__(layers=layers)
         swap_attention(model)
+        if any(choice.method.evicts for choice in self.choices.values()):
+            refuse_other_attention(model)
 
     @property
     def coded_layers(self) -> list[CodedLayer | CodedSlidingLayer]:

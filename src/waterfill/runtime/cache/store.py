@@ -25,12 +25,23 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """Some consecutive tokens: their index, and how to get at their keys and values."""
+    """Some tokens: their index, and how to get at their keys and values.
+
+    Attributes
+    ----------
+    start, stop : index of the first, and after the last
+    read : gives keys and values
+    coded : blocks first to last of an arena, if they are that
+    index : int32 (batch, heads, n), each head's own tokens, -1: none; None: all from start to stop
+    bias : float32 (batch, heads, n), to be added to the scores of `index`
+    """
 
     start: int
     stop: int
     read: Callable[[], Pair]
-    coded: tuple[Coder, Arena, int, int] | None = None  # blocks first to last of an arena
+    coded: tuple[Coder, Arena, int, int] | None = None
+    index: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 @dataclass

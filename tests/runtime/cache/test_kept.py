@@ -1,0 +1,1 @@
+"""Caches that keep some tokens of each head: which ones, what attention sees of them, what they hold."""
