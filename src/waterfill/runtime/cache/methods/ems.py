@@ -4,8 +4,8 @@ Importance is the attention a token received from all queries that could see it,
 The least important are dropped; those in between are merged into the kept token whose key is most like
 theirs, unless none is like it ("zero class") (Li et al. 2024, EMS, arXiv 2412.08521).
 
-A merged key and value is the mean weighted by importance, and stands for as many tokens as the kept one's
-importance was raised by, so that tokens nobody looks at hardly move one that is looked at.
+A merged key and value is the mean weighted by importance, so that tokens nobody looks at hardly move one
+that is looked at; in the scores it weighs as many as it stands for.
 """
 
 from __future__ import annotations
@@ -94,15 +94,18 @@ def _merged(
     """Kept slots with evicted ones, of so much importance, in those they are merged into."""
     own = own.clamp_min(LITTLE)
     total = own.scatter_add(2, target, shares)
-    grown = total / own
+    taken = shares > 0
+    weight = kept.weight.scatter_add(2, target, evicted.weight * taken)
+    alone = (weight == kept.weight)[..., None]
 
     def moved(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         at = target[..., None].expand(-1, -1, -1, x.shape[3])
         sums = (x.float() * own[..., None]).scatter_add_(2, at, y.float() * shares[..., None])
         # Those that took nothing in stay as they are to the bit.
-        return torch.where((grown == 1)[..., None], x, (sums / total[..., None]).to(x.dtype))
+        return torch.where(alone, x, (sums / total[..., None]).to(x.dtype))
 
+    grown = total / own
     return Held(
         moved(kept.keys, evicted.keys), moved(kept.values, evicted.values),
-        kept.index, kept.weight * grown, kept.mass * grown, kept.late * grown,
+        kept.index, weight, kept.mass * grown, kept.late * grown,
     )  # fmt: skip
