@@ -11,7 +11,7 @@ is not asked for here.
 from __future__ import annotations
 
 import functools
-import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from bench.cache import KEPT
 from bench.harness import Row
 from waterfill.runtime.cache.cache import KVCache
 from waterfill.runtime.cache.calibrating import calibrate_cache
+from waterfill.runtime.cache.facts import facts_of
 from waterfill.runtime.cache.method import find_method, method_ids
 from waterfill.runtime.cache.statistics import CacheStatistics, load_statistics, save_statistics
 from waterfill.types import BudgetError
@@ -29,11 +30,13 @@ from waterfill.types import BudgetError
 SYMBOLS = 32  # keys, values and fillers, each
 START, ASK, KEY = 1, 2, 3
 VALUE, FILLER = KEY + SYMBOLS, KEY + 2 * SYMBOLS
-LENGTHS = (256, 512, 1024)
+LENGTHS = (512, 1024, 2048)
 ASKED, PAIRS = 4, 24
 BANDS = ("early", "middle", "late")
 BAR = 0.95
 GOOD = 0.995  # accuracy at which a stage of training ends
+ROWS, BATCH = 64, 16  # sequences of a length, and how many share a cache
+BYTES, TOKENS = 8, 10  # times fewer, for methods that code, and for those that evict
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,7 @@ def haystack(
 
 
 def asked(rows: int, length: int, seed: int) -> Asked:
-    """Sequences for the evaluation: the pairs asked for, each once, lie anywhere."""
+    """Sequences of `length` tokens when all is said; the pairs asked for lie anywhere."""
     generator = torch.Generator().manual_seed(seed)
     context = length - 4 * ASKED
     ids, keys, values, places = haystack(rows, context, PAIRS, generator)
@@ -121,6 +124,7 @@ STAGES: tuple[tuple[Callable[..., tuple[Any, ...]], int, int, int, int], ...] = 
     (with_questions, 256, PAIRS, 8, 400),
     (with_questions, 512, PAIRS, 6, 300),
     (with_questions, 1024, PAIRS, 4, 300),
+    (with_questions, 2048, PAIRS, 2, 300),
 )
 AT_LEAST = 60  # steps of a stage
 
@@ -137,7 +141,7 @@ def new_model(seed: int = 0) -> Any:
     config = LlamaConfig(
         vocab_size=FILLER + SYMBOLS, hidden_size=128, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=width, attention_bias=True,
-        max_position_embeddings=2 * max(LENGTHS), pad_token_id=0, bos_token_id=START,
+        max_position_embeddings=max(LENGTHS) + 64, pad_token_id=0, bos_token_id=START,
         eos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": base},
     )  # fmt: skip
     model = LlamaForCausalLM(config)
@@ -179,11 +183,92 @@ def train(seed: int = 0, say: Callable[[str], None] = lambda text: None) -> Any:
 
 
 @functools.cache
-def model() -> Any:
-    """The trained decoder, in bfloat16, kept under out/bench/cache."""
+def model(dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The trained decoder, kept under out/bench/cache."""
     from transformers import LlamaForCausalLM
 
     folder = KEPT / "needle"
     if not (folder / "config.json").is_file():
-        train(say=print).save_pretrained(folder)
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        train(say=lambda text: sys.stdout.write(f"  {text}\n")).save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@functools.cache
+def statistics() -> CacheStatistics:
+    """Of the decoder's cache on sequences as in training, kept beside it."""
+    path = KEPT / "needle" / "cache.safetensors"
+    if not path.is_file():
+        generator = torch.Generator().manual_seed(1)
+        windows = with_questions(12, 1024, PAIRS, generator)[0]
+        found = calibrate_cache(model(torch.float32), windows, protocol={"texts": ["needle"]})
+        save_statistics(found, path)
+    return load_statistics(path)
+
+
+# -- evaluation --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def right(sample: Asked, make: Callable[[], Any]) -> torch.Tensor:
+    """bool (rows, ASKED): which second answers are right, over caches made for BATCH rows."""
+    found = []
+    for low in range(0, len(sample.prompt), BATCH):
+        some, cache = slice(low, low + BATCH), make()
+        model()(input_ids=sample.prompt[some], past_key_values=cache, logits_to_keep=1)
+        answers = []
+        for token in _questions(sample.keys[some]).split(1, 1):
+            scores = model()(input_ids=token, past_key_values=cache).logits[:, -1]
+            answers.append(scores.argmax(1))
+        found.append(torch.stack(answers[1::2], 1) == sample.values[some])
+    return torch.cat(found)
+
+
+def compared(name: str, exact: torch.Tensor, found: torch.Tensor, sample: Asked, more: str) -> Row:
+    """A row with the bar: accuracy over that of the exact cache; by depth in the note."""
+    ratio = float(found.sum() / exact.sum())
+    bands = (sample.depth * len(BANDS)).long().clamp_max(len(BANDS) - 1)
+    parts = [
+        f"{band} {float(found[bands == i].float().mean()):.3f}" for i, band in enumerate(BANDS)
+    ]
+    return Row(name, ratio, "ratio", BAR, ">=", f"{', '.join(parts)}; {more}")
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """The exact cache, then every method there is, at each length; a quarter of the sequences if `quick`."""
+    from transformers import DynamicCache
+
+    one = sum(facts.token_nbytes for facts in facts_of(model()) if facts is not None)
+    for length in LENGTHS:
+        sample = asked(ROWS // 4 if quick else ROWS, length, seed=length)
+        exact = right(sample, lambda: DynamicCache(config=model().config))
+        share = float(exact.float().mean())
+        note = f"{PAIRS} pairs, {ASKED} asked for, {len(exact)} sequences"
+        yield Row(f"needle, {length} tokens: exact cache", share, "accuracy", 0.99, ">=", note)
+        for id in method_ids():
+            yield _row(id, sample, exact, length, length * BATCH * one)
+
+
+def _row(id: str, sample: Asked, exact: torch.Tensor, tokens: int, exact_nbytes: int) -> Row:
+    """A method at its share of the exact cache's bytes, or of the tokens."""
+    evicts = find_method(id).evicts
+    held: list[int] = []
+    caches: list[KVCache] = []
+
+    def make() -> KVCache:
+        held.extend(cache.nbytes for cache in caches)
+        caches.clear()
+        size = {} if evicts else {"size": exact_nbytes // BYTES}
+        method = f"{id}:share={1 / TOKENS}" if evicts else id
+        options: dict[str, Any] = {"tokens": tokens, "batch": BATCH, "statistics": statistics()}
+        caches.append(KVCache(model(), method=method, **size, **options))
+        return caches[0]
+
+    what = f"1/{TOKENS} of the tokens" if evicts else f"1/{BYTES} of the bytes"
+    name = f"needle, {tokens} tokens: {id} at {what}, over exact"
+    try:
+        found = right(sample, make)
+    except BudgetError as error:
+        # Too short for what is exact anyway: no figure with a bar.
+        return Row(name, 0.0, "ratio", note=f"does not fit: {error}")
+    most = max([*held, *(cache.nbytes for cache in caches)])
+    return compared(name, exact, found, sample, f"1/{exact_nbytes / most:.1f} of the bytes")

@@ -147,6 +147,8 @@ class KeptStore(Store):
     late : last queries whose attention is told apart
     """
 
+    whole = False
+
     def __init__(
         self,
         facts: LayerFacts,
