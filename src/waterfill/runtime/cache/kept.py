@@ -324,7 +324,7 @@ def attention_received(
     batch, heads, slots = held.index.shape
     m, width = queries.shape[2:]
     grouped = queries.reshape(batch, heads, -1, m, width)
-    keys, bias = held.keys.float().transpose(2, 3), held.weight.log()[:, :, None]
+    keys, bias = held.keys.float().transpose(2, 3), held.weight.log()[:, :, None, None]
     total, last = torch.zeros_like(held.mass), torch.zeros_like(held.mass)
     most = max(1, SCORES // max(1, batch * queries.shape[1] * slots))
     split = max(0, m - late)
@@ -335,12 +335,10 @@ def attention_received(
         hidden = (index > at) | (index < padding[..., None])
         if window is not None:
             hidden |= index <= at - window
-        q = grouped[:, :, :, low:high].float() * width**-0.5
-        scores = (
-            (q @ keys[:, :, None])
-            .add_(bias[:, :, None])
-            .masked_fill_(hidden[:, :, None], -torch.inf)
-        )
+        # Queries of a group lie behind each other, so that keys are not repeated for each.
+        q = grouped[:, :, :, low:high].flatten(2, 3).float() * width**-0.5
+        scores = (q @ keys).view(batch, heads, -1, high - low, slots).add_(bias)
+        scores = scores.masked_fill_(hidden[:, :, None], -torch.inf)
         # A query of padding sees nothing at all.
         received = scores.softmax(-1).nan_to_num_(0.0).mean(2).sum(2)
         total += received
