@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from waterfill.runtime.cache.facts import LayerFacts, facts_of
+from waterfill.runtime.cache.measuring import to_scale
 from waterfill.runtime.cache.method import BLOCK
 from waterfill.runtime.cache.statistics import CacheStatistics, LayerStatistics, StreamStatistics
 from waterfill.runtime.quick import ATTENTION, attention_forward, swap_attention
@@ -28,6 +29,7 @@ __all__ = ["calibrate_cache"]
 
 SAMPLES = 256  # tokens kept of each layer
 PROBE = 256  # tokens kept for the guard to try a cache on
+MEASURED = 2  # windows on which the scale of harm is measured
 READERS = 32  # keys of a window whose readers are looked at in the key's own frame
 
 
@@ -106,6 +108,7 @@ def calibrate_cache(
         for index, pair in sums.items()
         if pair[0].count
     }
+    layers = to_scale(model, facts, layers, ids[:: max(1, len(ids) // MEASURED)][:MEASURED])
     probe = ids[-1, :PROBE].tolist()
     text = {"windows": len(ids), "tokens": ids.shape[1], "seed": seed, "probe": probe}
     text |= protocol or {}

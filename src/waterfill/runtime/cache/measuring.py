@@ -1,0 +1,142 @@
+"""Sets the scale of harm by measurement: what the Fisher information predicts is right in shape only.
+
+Each stream of each layer in turn is replaced by what a coarse coding leaves of it, and the KL divergence
+of the next token is held against what the matrices predict of the very same errors. The ratio, between a
+third and three on real models, scales the stream's matrices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.modeling_utils import AttentionInterface
+
+from waterfill.coding.components import basis_of
+from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.rotary import Rotary
+from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
+from waterfill.runtime.quick import ATTENTION, attention_forward
+
+__all__ = ["to_scale"]
+
+TARGET_NATS = 3e-3  # predicted of a stream as it is coded here: seen well, and still small
+TOKENS = 512  # of a window, at most
+LEAST, MOST = 1 / 8, 8.0  # a ratio beyond is noise
+
+Layer = tuple[int, str]
+
+
+def to_scale(
+    model: Any,
+    facts: Mapping[int, LayerFacts],
+    layers: Mapping[int, LayerStatistics],
+    windows: torch.Tensor,
+) -> dict[int, LayerStatistics]:
+    """The same statistics, each stream's harm multiplied by what was measured of it over what was predicted.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel, whose attention is this package's
+    facts, layers : by index of the layer
+    windows : int64 (count, tokens); takes two forward passes of each window for every layer, and one more
+    """
+    ratios: dict[Layer, list[float]] = {}
+    for window in windows[:, :TOKENS]:
+        exact = _chances(model, window)
+        for index, one in layers.items():
+            for stream in ("keys", "values"):
+                coarse = _Coarse(facts[index], getattr(one, stream), stream)
+                with coarse:
+                    coded = _chances(model, window)
+                measured = float((exact.exp() * (exact - coded)).sum(-1).mean())
+                predicted = coarse.harm_nats / len(window)
+                ratios.setdefault((index, stream), []).append(measured / max(predicted, 1e-30))
+    return {
+        index: LayerStatistics(*(_scaled(one, ratios, index, s) for s in ("keys", "values")))
+        for index, one in layers.items()
+    }
+
+
+def _chances(model: Any, window: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of every next token, (tokens, vocabulary)."""
+    with torch.no_grad():
+        logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0]
+    found: torch.Tensor = logits.float().log_softmax(-1)
+    return found
+
+
+def _scaled(
+    one: LayerStatistics, ratios: Mapping[Layer, list[float]], index: int, stream: str
+) -> StreamStatistics:
+    own: StreamStatistics = getattr(one, stream)
+    ratio = float(np.clip(np.mean(ratios[index, stream]), LEAST, MOST))
+    return dataclasses.replace(own, harm=own.harm * np.float32(ratio))
+
+
+class _Coarse:
+    """Stands in for attention while a stream of a layer is what whole steps leave of it.
+
+    Attributes
+    ----------
+    harm_nats : that the matrices predict of all errors so far
+    """
+
+    def __init__(self, facts: LayerFacts, statistics: StreamStatistics, stream: str) -> None:
+        self.facts, self.stream, self.harm_nats = facts, stream, 0.0
+        basis = basis_of(statistics.covariance, statistics.harm)
+        self.step = _step(basis.variances)
+        self.mean = torch.from_numpy(statistics.mean)[:, None]
+        self.down = torch.from_numpy(basis.analysis.astype(np.float32))
+        self.up = torch.from_numpy(basis.synthesis.astype(np.float32))
+        self.harm = torch.from_numpy(statistics.harm)
+
+    def __enter__(self) -> _Coarse:
+        AttentionInterface.register(ATTENTION, self.attention)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        AttentionInterface.register(ATTENTION, attention_forward)
+
+    def attention(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        if getattr(module, "layer_idx", None) == self.facts.index:
+            if self.stream == "keys":
+                key = self._coded(key, self.facts.rotary)
+            else:
+                value = self._coded(value, None)
+        return attention_forward(module, query, key, value, mask, **kwargs)
+
+    def _coded(self, x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+        positions = torch.arange(x.shape[2])[None]
+        turned = (
+            x.float().cpu() if rotary is None else rotary.turn(x.float().cpu(), positions, True)
+        )
+        z = (turned - self.mean) @ self.down
+        coded = torch.round(z / self.step) * self.step @ self.up + self.mean
+        error = coded - turned
+        self.harm_nats += float(torch.einsum("bhni,hij,bhnj->", error, self.harm, error))
+        return (coded if rotary is None else rotary.turn(coded, positions)).to(x.device, x.dtype)
+
+
+def _step(variances: NDArray[np.float64]) -> float:
+    """The step that brings components of these variances to `TARGET_NATS`, or all of them to nothing."""
+    low, high = -60.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if np.minimum(variances, 4.0**middle / 12).sum() > TARGET_NATS:
+            high = middle
+        else:
+            low = middle
+    return float(2.0**low)

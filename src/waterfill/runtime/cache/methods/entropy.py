@@ -1,0 +1,209 @@
+"""Transform coding with entropy-coded steps: the smallest, not the fastest, way to hold a cache.
+
+Components of `waterfill.coding.components`, one step for all of them, coded by rANS under models fitted to
+the layer's samples (`waterfill.coding.cachegen_symbols`). At a given harm that takes a half to a whole bit
+a number less than codes of whole bits. Every block gets the same number of bytes, and the finest step that
+fits in them: sizes are exact, whatever the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import torch
+
+from waterfill.coding.cachegen import analysis_of, fit_table
+from waterfill.coding.cachegen_symbols import Columns, decode_chunk, encode_chunk, fit_columns
+from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, method
+from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
+from waterfill.runtime.cache.tables import Rows
+from waterfill.types import Floats, SpecError, WaterfillError
+
+__all__ = ["Entropy"]
+
+NEEDS = "entropy needs statistics of the cache: waterfill calibrate-cache makes them"
+OCTAVE, MIDDLE = 64, 128  # a block's step, in a byte: so many to the octave, about the method's own
+FURTHEST = 1 << 14  # steps from zero, at most
+SPARE = 1.01  # of the bytes that the samples take on average
+HEAD = 3  # bytes: the step, and how many are used
+TRIES = 8
+CUT = np.array([-0.25, 0.25], np.float32)
+
+
+@method
+class Entropy(Method):
+    """Components in whole steps under models of their own, a fixed number of bytes a block.
+
+    Parameters
+    ----------
+    step : of every component of an average block, in roots of a nat; each block's own is near it
+    """
+
+    calibrated = True
+    step: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step < math.inf:
+            raise SpecError(f"entropy: step must be positive, not {self.step}")
+
+    @classmethod
+    def ladder(cls, facts: LayerFacts, statistics: LayerStatistics | None) -> Iterator[Self]:
+        if statistics is None:
+            raise WaterfillError(NEEDS)
+        yield from (cls(0.5 * 2.0 ** (-k / 2)) for k in range(24))
+
+    def between(self, other: Self, t: float) -> Self | None:
+        return type(self)(float(self.step ** (1 - t) * other.step**t))
+
+    def open(self, facts: LayerFacts, statistics: LayerStatistics | None) -> Coder:
+        if statistics is None:
+            raise WaterfillError(NEEDS)
+        return _Entropy.of(facts, statistics, self.step)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stream:
+    """Keys or values of a layer: the mean float16 (heads, width), and rows both ways (heads, kept, width)."""
+
+    mean: torch.Tensor
+    down: Rows
+    up: Rows
+
+    @classmethod
+    def of(cls, stream: StreamStatistics, step: float) -> _Stream:
+        table = fit_table(stream.mean, stream.covariance, stream.harm, step)
+        down = analysis_of(table, stream.harm).swapaxes(1, 2)
+        mean = torch.from_numpy(table.mean).half()
+        return cls(mean, Rows.of(down), Rows.of(table.synthesis))
+
+    def components(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., heads, tokens, kept) of float32 (..., heads, tokens, width)."""
+        return (x - self.mean.float()[:, None]) @ self.down.floats().transpose(1, 2)
+
+    def vectors(self, z: torch.Tensor) -> torch.Tensor:
+        """Inverse of `components`, near enough."""
+        return z @ self.up.floats() + self.mean.float()[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Entropy(Coder):
+    facts: LayerFacts
+    step: float
+    streams: tuple[_Stream, _Stream]  # keys and values
+    columns: Columns
+    block_nbytes: int
+
+    @classmethod
+    def of(cls, facts: LayerFacts, statistics: LayerStatistics, step: float) -> _Entropy:
+        both = statistics.keys, statistics.values
+        streams = _Stream.of(both[0], step), _Stream.of(both[1], step)
+        samples = [
+            one.components(torch.from_numpy(s.samples)).numpy()
+            for one, s in zip(streams, both, strict=True)
+        ]
+        made = cls(facts, step, streams, fit_columns(samples, step), 0)
+        blocks = range(0, samples[0].shape[1], BLOCK)
+        nbytes = [
+            len(made._pack([z[:, at : at + BLOCK] for z in samples], MIDDLE)) for at in blocks
+        ]
+        return replace(made, block_nbytes=math.ceil(SPARE * np.mean(nbytes)))
+
+    @property
+    def tables(self) -> Mapping[str, torch.Tensor]:
+        found = {
+            "shifts": torch.from_numpy(self.columns.shifts),
+            "models": torch.from_numpy(self.columns.models),
+        }
+        for name, one in zip(("keys", "values"), self.streams, strict=True):
+            parts = one.mean, *one.down.parts, *one.up.parts
+            found |= {f"{name}.{i}": part for i, part in enumerate(parts)}
+        return found
+
+    def encode(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        saliency: torch.Tensor | None = None,
+    ) -> Coded:
+        keys = keys.float()
+        if self.facts.rotary is not None:
+            keys = self.facts.rotary.turn(keys, positions, backwards=True)
+        z = [
+            one.components(x.float()).cpu().numpy()
+            for one, x in zip(self.streams, (keys, values), strict=True)
+        ]
+        batch, _, tokens, _ = z[0].shape
+        out = np.zeros((batch, tokens // BLOCK, HEAD + self.block_nbytes), np.uint8)
+        guess = MIDDLE
+        for row in range(batch):
+            for block in range(tokens // BLOCK):
+                some = slice(block * BLOCK, (block + 1) * BLOCK)
+                guess, data = self._fit([x[row][:, some] for x in z], guess)
+                out[row, block, :HEAD] = guess, *len(data).to_bytes(2, "little")
+                out[row, block, HEAD : HEAD + len(data)] = np.frombuffer(data, np.uint8)
+        return {"codes": torch.from_numpy(out)}
+
+    def _step(self, index: int) -> float:
+        return self.step * 2.0 ** ((index - MIDDLE) / OCTAVE)
+
+    def _pack(self, z: Sequence[Floats], index: int) -> bytes:
+        # What no step can hold is cut off: an outlier may not cost the block.
+        reach = np.float32(FURTHEST * self._step(index))
+        cut = [np.ascontiguousarray(np.clip(x, -reach, reach)) for x in z]
+        offsets = [np.zeros(x.shape[0] * x.shape[2], np.float32) for x in z]
+        return encode_chunk(cut, offsets, self._step(index), self.columns)
+
+    def _fit(self, z: Sequence[Floats], guess: int) -> tuple[int, bytes]:
+        """The finest step at which a block fits, near enough, and its bytes there."""
+        low, high = 0, 256  # too many bytes at low - 1, few enough at high
+        best: tuple[int, bytes] | None = None
+        index = guess
+        for _ in range(TRIES):
+            data = self._pack(z, index)
+            spare = self.block_nbytes - len(data)
+            if spare >= 0:
+                best, high = (index, data), index
+            else:
+                low = index + 1
+            active = max(1, self.columns.shifts.size) * BLOCK / 8 / OCTAVE
+            index = int(np.clip(index - round(spare / active - 0.5), low, high - 1))
+            if low >= high or (best is not None and 0 <= spare < active):
+                break
+        while best is None:
+            # Beyond the coarsest step, what is largest is cut off: zeros always fit.
+            z = z if low < 255 else [np.clip(x, *(np.abs(x).max() * CUT)) for x in z]
+            low = min(255, low + OCTAVE)
+            data = self._pack(z, low)
+            if len(data) <= self.block_nbytes:
+                best = low, data
+        return best
+
+    def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = coded["codes"].cpu().numpy()
+        batch, blocks = codes.shape[:2]
+        heads = self.facts.heads
+        z = [
+            np.empty((batch, heads, blocks * BLOCK, one.up.codes.shape[1]), np.float32)
+            for one in self.streams
+        ]
+        for row in range(batch):
+            for block in range(blocks):
+                one = codes[row, block]
+                stop = HEAD + int.from_bytes(one[1:HEAD].tobytes(), "little")
+                found = decode_chunk(
+                    one[HEAD:stop].tobytes(), BLOCK, self._step(int(one[0])), self.columns, heads
+                )
+                for x, part in zip(z, found, strict=True):
+                    x[row, :, block * BLOCK : (block + 1) * BLOCK] = part
+        keys, values = (
+            one.vectors(torch.from_numpy(x)) for one, x in zip(self.streams, z, strict=True)
+        )
+        if self.facts.rotary is not None:
+            keys = self.facts.rotary.turn(keys, positions)
+        return keys.to(self.facts.dtype), values.to(self.facts.dtype)
