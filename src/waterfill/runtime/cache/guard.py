@@ -315,6 +315,8 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
         held = {i: c for i, c in choices.items() if i in self.raised}
         rest = [one for one in cache.facts if one is not None and one.index not in held]
         left = dataclasses.replace(cache.budget, nbytes=room - sum(c.nbytes for c in held.values()))
+        if not rest or left.nbytes is None or left.nbytes < 0:
+            return None
         try:
             return held | plan(rest, left, cache.method, cache.statistics)
         except BudgetError:
