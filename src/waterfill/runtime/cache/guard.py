@@ -285,7 +285,8 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
                 self.report.gave_way.add(index)
                 continue
             names = self.report.fallbacks.setdefault(index, [str(cache.choices[index].method)])
-            names.append(str(choices[index].method))
+            if names[-1] != str(choices[index].method):
+                names.append(str(choices[index].method))
         cache.choices = dict(choices)
         return changed
 
