@@ -1,0 +1,45 @@
+"""Random sequences of operations against a plain reference; `bench.cache.safety` plays many more."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from tests.runtime.cache.models import decoder, tokens
+from tests.runtime.cache.operations import play
+from waterfill.runtime.cache.cache import KVCache
+from waterfill.runtime.cache.calibrating import calibrate_cache
+from waterfill.runtime.cache.method import method_ids
+from waterfill.runtime.cache.statistics import CacheStatistics
+
+
+@cache
+def one_layer_statistics() -> CacheStatistics:
+    return calibrate_cache(decoder(layers=1), tokens(8, 128))
+
+
+@pytest.mark.parametrize("method", method_ids())
+def test_every_method_keeps_count(method: str) -> None:
+    model = decoder(layers=1)
+    held = KVCache(model, method=method, statistics=one_layer_statistics(), guard=None)
+    for seed in range(12):
+        play(model, seed, cache=held, lossless=method == "exact")
+
+
+@pytest.mark.parametrize("family", ["GPTNeoXConfig", "Qwen2Config", "MistralConfig"])
+def test_every_kind_of_layer_keeps_its_values(family: str) -> None:
+    model = decoder(family, layers=1)
+    held = KVCache(model, method="exact", guard=None)
+    refused = sum(play(model, seed, cache=held, lossless=True).refused for seed in range(12))
+    assert (refused > 0) == (family == "MistralConfig")
+
+
+def test_a_full_size_is_kept_through_all_of_it() -> None:
+    model = decoder(layers=1)
+    for method in ("channel", "token"):
+        held = KVCache(model, bits=12, tokens=400, batch=4, method=method, guard=None)
+        assert held.budget.nbytes is not None
+        for seed in range(8):
+            play(model, seed, cache=held)
+            assert held.nbytes <= held.budget.nbytes
