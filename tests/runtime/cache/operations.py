@@ -19,7 +19,7 @@ from waterfill.runtime.cache.cache import KVCache
 from waterfill.types import WaterfillError
 
 MOST_TOKENS, MOST_ROWS, MOST_PADDING = 400, 4, 9
-LOSSLESS = {"atol": 2e-3, "rtol": 2e-3}  # keys that were turned several times round each time
+LOSSLESS = 2e-3  # keys that were turned several times round each time
 
 
 @dataclass
@@ -167,8 +167,8 @@ def check(run: Run) -> None:
         assert at in (None, tokens)
 
 
-def check_values(run: Run) -> None:
-    """Keys and values are those that the model makes of the reference."""
+def check_values(run: Run, within: float) -> None:
+    """Keys and values are those that the model makes of the reference, but for so much."""
     if not run.tokens:
         return
     exact = DynamicCache()
@@ -181,25 +181,24 @@ def check_values(run: Run) -> None:
         for mine, theirs in zip(piece.read(), whole, strict=True):
             assert theirs is not None
             difference = (mine - theirs[:, :, some]) * seen[:, :, some]
-            torch.testing.assert_close(difference, torch.zeros_like(mine), **LOSSLESS)
+            assert difference.abs().max() <= within
 
 
-def play(
-    model: Any,
-    seed: int,
-    length: int = 12,
-    lossless: bool = False,
-    cache: KVCache | None = None,
-    **options: Any,
-) -> Run:
-    """One sequence of operations, checked after each."""
+def play(cache: KVCache, seed: int, length: int = 12, within: float | None = None) -> Run:
+    """One sequence of operations, checked after each.
+
+    Parameters
+    ----------
+    cache : of a model with one layer; what it holds is forgotten
+    within : how far keys and values may be from the reference's at the end; None: not looked at
+    """
     random_ = random.Random(seed)
-    run = Run(model, cache or KVCache(model, guard=None, **options))
-    run.cache.reset()
+    run = Run(cache.model, cache)
+    cache.reset()
     for _ in range(length):
-        ((operation),) = random_.choices(list(OPERATIONS), list(OPERATIONS.values()))
+        (operation,) = random_.choices(list(OPERATIONS), list(OPERATIONS.values()))
         operation(run, random_)
         check(run)
-    if lossless:
-        check_values(run)
+    if within is not None:
+        check_values(run, within)
     return run

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from tests.runtime.cache.models import decoder, tokens
-from tests.runtime.cache.operations import play
+from tests.runtime.cache.operations import LOSSLESS, play
 from waterfill.runtime.cache.cache import KVCache
 from waterfill.runtime.cache.calibrating import calibrate_cache
 from waterfill.runtime.cache.method import method_ids
@@ -21,17 +21,24 @@ def one_layer_statistics() -> CacheStatistics:
 
 @pytest.mark.parametrize("method", method_ids())
 def test_every_method_keeps_count(method: str) -> None:
-    model = decoder(layers=1)
-    held = KVCache(model, method=method, statistics=one_layer_statistics(), guard=None)
+    held = KVCache(decoder(layers=1), method=method, statistics=one_layer_statistics(), guard=None)
     for seed in range(12):
-        play(model, seed, cache=held, lossless=method == "exact")
+        play(held, seed)
+
+
+@pytest.mark.parametrize(
+    ("method", "within"), [("exact", LOSSLESS), ("channel:bits=8", 0.05), ("token:bits=8", 0.05)]
+)
+def test_values_are_those_of_the_reference(method: str, within: float) -> None:
+    held = KVCache(decoder(layers=1), method=method, guard=None)
+    for seed in range(16):
+        play(held, seed, within=within)
 
 
 @pytest.mark.parametrize("family", ["GPTNeoXConfig", "Qwen2Config", "MistralConfig"])
 def test_every_kind_of_layer_keeps_its_values(family: str) -> None:
-    model = decoder(family, layers=1)
-    held = KVCache(model, method="exact", guard=None)
-    refused = sum(play(model, seed, cache=held, lossless=True).refused for seed in range(12))
+    held = KVCache(decoder(family, layers=1), method="exact", guard=None)
+    refused = sum(play(held, seed, within=LOSSLESS).refused for seed in range(12))
     assert (refused > 0) == (family == "MistralConfig")
 
 
@@ -41,5 +48,5 @@ def test_a_full_size_is_kept_through_all_of_it() -> None:
         held = KVCache(model, bits=12, tokens=400, batch=4, method=method, guard=None)
         assert held.budget.nbytes is not None
         for seed in range(8):
-            play(model, seed, cache=held)
+            play(held, seed)
             assert held.nbytes <= held.budget.nbytes
