@@ -8,8 +8,10 @@ holds every operation: a function of a `Run` and a random generator that does th
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,13 +140,30 @@ def splice(run: Run, random_: random.Random) -> None:
     run.positions = run.positions[:, :1] + torch.arange(run.tokens)
 
 
+def carry(run: Run, random_: random.Random) -> None:
+    """Through a file, and go on from what was loaded."""
+    if run.tokens:
+        old = run.cache
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "cache"
+            try:
+                old.save(path, run.ids, level="exact")
+            except WaterfillError:
+                run.refused += 1  # what was evicted cannot be stored
+                return
+            run.cache = KVCache.load(
+                path, run.model, size=old.budget.nbytes, tokens=old.tokens, batch=old.budget.batch,
+                method=old.method, statistics=old.statistics, guard=None,
+            )  # fmt: skip
+
+
 def reset(run: Run, random_: random.Random) -> None:
     run.cache.reset()
     run.ids, run.positions = run.ids[:0, :0], run.positions[:0, :0]
 
 
 OPERATIONS: dict[Callable[[Run, random.Random], None], float] = {
-    append: 4, crop: 1, reorder: 0.7, repeat: 0.4, select: 0.4, splice: 2, reset: 0.2,
+    append: 4, crop: 1, reorder: 0.7, repeat: 0.4, select: 0.4, splice: 2, carry: 0.5, reset: 0.2,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def one_layer_statistics() -> CacheStatistics:
 @pytest.mark.parametrize("method", method_ids())
 def test_every_method_keeps_count(method: str) -> None:
     held = KVCache(decoder(layers=1), method=method, statistics=one_layer_statistics(), guard=None)
-    for seed in range(12):
+    for seed in range(6):
         play(held, seed)
 
 
@@ -31,14 +31,14 @@ def test_every_method_keeps_count(method: str) -> None:
 )
 def test_values_are_those_of_the_reference(method: str, within: float) -> None:
     held = KVCache(decoder(layers=1), method=method, guard=None)
-    for seed in range(16):
+    for seed in range(10):
         play(held, seed, within=within)
 
 
 @pytest.mark.parametrize("family", ["GPTNeoXConfig", "Qwen2Config", "MistralConfig"])
 def test_every_kind_of_layer_keeps_its_values(family: str) -> None:
     held = KVCache(decoder(family, layers=1), method="exact", guard=None)
-    refused = sum(play(held, seed, within=LOSSLESS).refused for seed in range(12))
+    refused = sum(play(held, seed, within=LOSSLESS).refused for seed in range(8))
     assert (refused > 0) == (family == "MistralConfig")
 
 
@@ -47,6 +47,6 @@ def test_a_full_size_is_kept_through_all_of_it() -> None:
     for method in ("channel", "token"):
         held = KVCache(model, bits=12, tokens=400, batch=4, method=method, guard=None)
         assert held.budget.nbytes is not None
-        for seed in range(8):
-            play(held, seed)
-            assert held.nbytes <= held.budget.nbytes
+        for seed in range(6):
+            run = play(held, seed)
+            assert run.cache.nbytes <= held.budget.nbytes == run.cache.budget.nbytes
