@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from waterfill.runtime.cache.calibrating import calibrate_cache
+from waterfill.runtime.cache.facts import facts_of
 from waterfill.runtime.cache.statistics import CacheStatistics
 
 COMMON = {
@@ -58,6 +59,25 @@ def tokens(rows: int, count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(
         2, COMMON["vocab_size"], (rows, count), generator=torch.Generator().manual_seed(seed)
     )
+
+
+def plant_outliers(model: Any, factor: float = 30.0) -> Any:
+    """Make two pairs of key channels huge without changing what the model computes.
+
+    Channels that rotate together are multiplied alike, those of the queries divided, so scores stay; biases
+    go along. For models whose queries and keys come straight from `q_proj` and `k_proj`.
+    """
+    facts = next(one for one in facts_of(model) if one is not None)
+    assert facts.rotary is not None
+    ends = [0, len(facts.rotary.frequencies) - 1]
+    channels = torch.cat([facts.rotary.first[ends], facts.rotary.second[ends]])
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            kind = name.rpartition(".")[2]
+            for weight in module.parameters() if kind in ("q_proj", "k_proj") else ():
+                heads = weight.view(-1, facts.key_width, *weight.shape[1:])
+                heads[:, channels] *= factor if kind == "k_proj" else 1 / factor
+    return model
 
 
 @cache

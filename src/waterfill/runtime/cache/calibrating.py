@@ -28,7 +28,7 @@ from waterfill.types import WaterfillError
 __all__ = ["calibrate_cache"]
 
 SAMPLES = 256  # tokens kept of each layer
-PROBE = 256  # tokens kept for the guard to try a cache on
+PROBE = 1024  # tokens kept, at most, for the guard to try a cache on
 MEASURED = 2  # windows on which the scale of harm is measured
 READERS = 32  # keys of a window whose readers are looked at in the key's own frame
 

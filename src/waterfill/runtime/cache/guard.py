@@ -31,7 +31,7 @@ from transformers import LogitsProcessor
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK, Method, find_method
 from waterfill.runtime.cache.planning import Budget, Choice, choice_of, plan
-from waterfill.runtime.cache.probing import READ, Reference, draw_text, read_exactly
+from waterfill.runtime.cache.probing import READ, Nats, Reference, draw_text, read_exactly
 from waterfill.runtime.cache.replaying import Past
 from waterfill.runtime.cache.statistics import LayerStatistics
 from waterfill.runtime.cache.store import Store
@@ -55,7 +55,7 @@ class Guard:
 
     Attributes
     ----------
-    limit_nats : mean KL of the next token, against an exact cache, that is accepted
+    limit_nats : mean KL of the next token against an exact cache, and twice its standard error, accepted at most
     every : tokens between probes in use
     probe : token ids to try a new cache on; None: those with the statistics, or a text by the model
     """
@@ -253,10 +253,10 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
         cache, report = self.cache, self.report
         pasts = shown(cache.choices, set())
         nats = reference.nats(pasts)
-        report.probes.append((reference.ids.shape[1], nats))
-        harms: dict[int, float] = {}
+        report.probes.append((reference.ids.shape[1], nats.mean))
+        harms: dict[int, Nats] = {}
         best = nats, cache.choices
-        while nats > self.settings.limit_nats:
+        while nats.bound > self.settings.limit_nats:
             for index in pasts.keys() - harms.keys():
                 harms[index] = reference.nats({index: pasts[index]})
             worst = _worst(harms, cache.choices)
@@ -273,8 +273,8 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
         if best[0] < nats:
             nats, choices = best
             shown(choices, self._note(choices))
-        report.left_nats = nats
-        return nats
+        report.left_nats = nats.mean
+        return nats.mean
 
     def _note(self, choices: Choices) -> set[int]:
         """Put choices in force; the layers whose method is another now."""
@@ -285,7 +285,8 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
                 self.report.gave_way.add(index)
                 continue
             names = self.report.fallbacks.setdefault(index, [str(cache.choices[index].method)])
-            names.append(str(choices[index].method))
+            if names[-1] != str(choices[index].method):
+                names.append(str(choices[index].method))
         cache.choices = dict(choices)
         return changed
 
@@ -315,6 +316,8 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
         held = {i: c for i, c in choices.items() if i in self.raised}
         rest = [one for one in cache.facts if one is not None and one.index not in held]
         left = dataclasses.replace(cache.budget, nbytes=room - sum(c.nbytes for c in held.values()))
+        if not rest or left.nbytes is None or left.nbytes < 0:
+            return None
         try:
             return held | plan(rest, left, cache.method, cache.statistics)
         except BudgetError:
@@ -327,19 +330,19 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
         statistics = None if cache.statistics is None else cache.statistics.layers.get(index)
         return safer(cache.choices[index].method, facts, statistics, cache.budget)
 
-    def _warn(self, nats: float) -> None:
+    def _warn(self, nats: Nats) -> None:
         limit = self.settings.limit_nats
         warnings.warn(
-            f"the cache costs {nats:.3g} nats a token, above the limit of {limit:g}, and its size leaves no "
-            "room to hold layers better",
+            f"the cache costs {nats.mean:.3g} nats a token, {nats.bound:.3g} with its error, above the "
+            f"limit of {limit:g}, and its size leaves no room to hold layers better",
             stacklevel=5,
         )
 
 
-def _worst(harms: Mapping[int, float], choices: Choices) -> set[int]:
+def _worst(harms: Mapping[int, Nats], choices: Choices) -> set[int]:
     """Layers that harm most and are not exact yet."""
     exact = find_method("exact")()
-    open_ = {index: harm for index, harm in harms.items() if choices[index].method != exact}
+    open_ = {index: harm.mean for index, harm in harms.items() if choices[index].method != exact}
     top = max(open_.values(), default=0.0)
     return {index for index, harm in open_.items() if harm >= WORST * top}
 

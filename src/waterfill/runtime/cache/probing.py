@@ -3,6 +3,9 @@
 The last tokens of a text are read twice, over what was coded of the tokens before them, and over these as
 the model makes them. Costs one exact reading of the text, held until the probe ends, and one reading of
 the last few tokens for each past that is tried.
+
+Few tokens tell the mean KL of a text only roughly, so what is held against a limit is their mean and twice
+its standard error.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
@@ -18,10 +21,23 @@ from transformers import DynamicCache
 from waterfill.runtime.cache.facts import LayerFacts, quiet
 from waterfill.runtime.cache.replaying import Past, read_tokens
 
-__all__ = ["READ", "Reference", "draw_text", "read_exactly"]
+__all__ = ["READ", "Nats", "Reference", "draw_text", "read_exactly"]
 
-READ = 32  # tokens read over the past
+READ = 64  # tokens read over the past
 CHUNK_TOKENS = 512  # read at once
+
+
+class Nats(NamedTuple):
+    """KL of the next token.
+
+    Attributes
+    ----------
+    bound : mean and twice its standard error
+    mean : over the tokens that were read
+    """
+
+    bound: float
+    mean: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +62,19 @@ class Reference:
     exact: Mapping[int, Past]
     others: Sequence[Any]
 
-    def nats(self, coded: Mapping[int, Past]) -> float:
-        """Mean KL of the next token where these layers' pasts are shown, the other layers' being exact."""
+    def nats(self, coded: Mapping[int, Past]) -> Nats:
+        """KL of the next token where these layers' pasts are shown, the other layers' being exact."""
         n = self.past_tokens
-        pasts = {i: coded[i] if i in coded else Past.of(past, n) for i, past in self.exact.items()}
+        # Each reading adds to its own copies.
+        pasts = {i: Past.of(coded.get(i, past), n) for i, past in self.exact.items()}
         logits = read_tokens(
             self.model, pasts, copy.deepcopy(list(self.others)), self.ids[:, n:], self.positions,
             self.log_chances.shape[1],
         )  # fmt: skip
         other = _log_chances(logits, self.log_chances.shape[1])
-        kl = self.log_chances.exp() * (self.log_chances - other)
-        return max(0.0, float(kl.sum(-1).mean()))
+        kl = (self.log_chances.exp() * (self.log_chances - other)).sum(-1).clamp_min(0.0).flatten()
+        error = float(kl.std()) * len(kl) ** -0.5 if len(kl) > 1 else 0.0
+        return Nats(float(kl.mean()) + 2 * error, float(kl.mean()))
 
 
 def read_exactly(
