@@ -15,41 +15,52 @@ import torch
 
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
-from waterfill.runtime.cache.method import Coded, Coder, Method, in_blocks, in_order, method
+from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, in_blocks, in_order, method
+from waterfill.runtime.cache.quantising import fit, reals, turned, unturned
 from waterfill.runtime.cache.statistics import LayerStatistics
 from waterfill.types import SpecError
 
 __all__ = ["Channel"]
 
+GROUP = 64  # numbers of a head's consecutive values that share a grid, at least
+
 
 @method
 class Channel(Method):
-    """Integers of so many bits, a scale and a zero for 32 tokens of a key's channel and for each value.
+    """Integers of so many bits; a grid for 32 tokens of a key's channel, and for a token's value or a few.
 
     Parameters
     ----------
     bits : 1 to 8
+    value_bits : of values, 1 to 8; 0: as many as of keys
     """
 
     usual = True
     bits: int = 4
+    value_bits: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise SpecError(f"channel: bits must be 1 to 8, not {self.bits}")
+        if not 0 <= self.value_bits <= 8:
+            raise SpecError(f"channel: value_bits must be 0 to 8, not {self.value_bits}")
 
     @classmethod
     def ladder(cls, facts: LayerFacts, statistics: LayerStatistics | None) -> Iterator[Self]:
-        yield from (cls(bits) for bits in range(1, 9))
+        for bits in range(1, 9):
+            yield cls(bits)
+            if bits < 8:
+                yield cls(bits, bits + 1)
 
     def open(self, facts: LayerFacts, statistics: LayerStatistics | None) -> Coder:
-        return _Channel(facts, self.bits)
+        return _Channel(facts, self.bits, self.value_bits or self.bits)
 
 
 @dataclass(frozen=True, eq=False)
 class _Channel(Coder):
     facts: LayerFacts
-    bits: int
+    key_bits: int
+    value_bits: int
 
     def encode(
         self,
@@ -58,28 +69,35 @@ class _Channel(Coder):
         positions: torch.Tensor,
         saliency: torch.Tensor | None = None,
     ) -> Coded:
-        keys = keys.float()
-        if self.facts.rotary is not None:
-            keys = self.facts.rotary.turn(keys, positions, backwards=True)
-        coded = {}
-        for name, x, axis in (("keys", keys, 3), ("values", values.float(), 4)):
-            blocks = in_blocks(x)
-            low, high = blocks.amin(axis, True), blocks.amax(axis, True)
-            step = ((high - low) / (2**self.bits - 1)).clamp(1e-20, 6e4).half().float()
-            low = low.clamp(-6e4, 6e4).half().float()
-            codes = ((blocks - low) / step.clamp_min(6e-8)).round_().clamp_(0, 2**self.bits - 1)
-            # Tokens last: a multiple of 8 whatever the width.
-            coded[name] = pack(codes.transpose(3, 4), self.bits)
-            coded[f"{name}_step"], coded[f"{name}_low"] = step.half(), low.half()
-        return coded
+        k = in_blocks(unturned(self.facts, keys, positions)).transpose(3, 4)
+        v = in_blocks(values.float())
+        key_codes, key_step, key_centre = fit(k, self.key_bits)
+        value_codes, value_step, value_centre = fit(_grouped(v), self.value_bits)
+        # Tokens last: a multiple of 8 whatever the width.
+        by_channel = value_codes.reshape(v.shape).transpose(3, 4)
+        return {
+            "keys": pack(key_codes, self.key_bits),
+            "keys_step": key_step,
+            "keys_centre": key_centre,
+            "values": pack(by_channel, self.value_bits),
+            "values_step": value_step,
+            "values_centre": value_centre,
+        }
 
     def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out = []
-        for name in ("keys", "values"):
-            codes = unpack(coded[name], self.bits).transpose(3, 4).float()
-            x = codes * coded[f"{name}_step"].float().clamp_min(6e-8) + coded[f"{name}_low"].float()
-            out.append(in_order(x))
-        keys, values = out
-        if self.facts.rotary is not None:
-            keys = self.facts.rotary.turn(keys, positions)
-        return keys.to(self.facts.dtype), values.to(self.facts.dtype)
+        codes = unpack(coded["keys"], self.key_bits)
+        k = reals(codes, coded["keys_step"], coded["keys_centre"], self.key_bits)
+        codes = unpack(coded["values"], self.value_bits).transpose(3, 4)
+        v = reals(
+            _grouped(codes), coded["values_step"], coded["values_centre"], self.value_bits
+        ).reshape(codes.shape)
+        keys = turned(self.facts, in_order(k.transpose(3, 4)), positions)
+        return keys, in_order(v).to(self.facts.dtype)
+
+
+def _grouped(values: torch.Tensor) -> torch.Tensor:
+    """(..., BLOCK, width) as (..., groups, numbers): whole tokens, few but for narrow values."""
+    tokens = 1
+    while tokens < BLOCK and tokens * values.shape[-1] < GROUP:
+        tokens *= 2
+    return values.reshape(*values.shape[:-2], BLOCK // tokens, tokens * values.shape[-1])
