@@ -81,9 +81,7 @@ def fit(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return codes.to(torch.uint8), step.to(torch.uint8), centre.to(torch.int8)
 
 
-def reals(
-    codes: torch.Tensor, step: torch.Tensor, centre: torch.Tensor, bits: int
-) -> torch.Tensor:
+def reals(codes: torch.Tensor, step: torch.Tensor, centre: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of `fit`: float32 (..., count)."""
     return _reals(codes.float(), steps(step), centre.float(), bits)
 
@@ -100,9 +98,7 @@ def _reals(
     return (codes + zero[..., None]) * size[..., None]
 
 
-def outliers(
-    x: torch.Tensor, score: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def outliers(x: torch.Tensor, score: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The numbers of highest score, of each group as many.
 
     Parameters
@@ -117,9 +113,7 @@ def outliers(
     """
     index = score.topk(count, -1).indices
     places = x.shape[-1]
-    dtype = (
-        torch.uint8 if places <= 1 << 8 else torch.int16 if places <= 1 << 15 else torch.int32
-    )
+    dtype = torch.uint8 if places <= 1 << 8 else torch.int16 if places <= 1 << 15 else torch.int32
     numbers = x.gather(-1, index).clamp_(-HALF_MAX, HALF_MAX).half()
     return index.to(dtype), numbers
 

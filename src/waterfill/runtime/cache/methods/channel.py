@@ -50,7 +50,8 @@ class Channel(Method):
         for bits in range(1, 9):
             yield cls(bits)
             if bits < 8:
-                yield cls(bits, bits + 1)
+                # The next bit is worth more in keys.
+                yield cls(bits + 1, bits)
 
     def open(self, facts: LayerFacts, statistics: LayerStatistics | None) -> Coder:
         return _Channel(facts, self.bits, self.value_bits or self.bits)
