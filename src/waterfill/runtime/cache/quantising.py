@@ -88,14 +88,16 @@ def reals(codes: torch.Tensor, step: torch.Tensor, centre: torch.Tensor, bits: i
 
 def _codes(x: torch.Tensor, size: torch.Tensor, centre: torch.Tensor, bits: int) -> torch.Tensor:
     zero = centre * (2**bits / 16) - (2**bits - 1) / 2
-    return (x / size[..., None] - zero[..., None]).round_().clamp_(0, 2**bits - 1)
+    codes: torch.Tensor = x / size[..., None] - zero[..., None]
+    return codes.round_().clamp_(0, 2**bits - 1)
 
 
 def _reals(
     codes: torch.Tensor, size: torch.Tensor, centre: torch.Tensor, bits: int
 ) -> torch.Tensor:
     zero = centre * (2**bits / 16) - (2**bits - 1) / 2
-    return (codes + zero[..., None]) * size[..., None]
+    found: torch.Tensor = (codes + zero[..., None]) * size[..., None]
+    return found
 
 
 def outliers(x: torch.Tensor, score: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
-from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, in_blocks, in_order, method
+from waterfill.runtime.cache.method import Coded, Coder, Method, in_blocks, in_order, method
 from waterfill.runtime.cache.quantising import fit, outliers, reals, restored, turned, unturned
 from waterfill.runtime.cache.statistics import LayerStatistics
 from waterfill.types import SpecError

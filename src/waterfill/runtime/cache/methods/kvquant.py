@@ -63,12 +63,12 @@ class Kvquant(Method):
     def open(self, facts: LayerFacts, statistics: LayerStatistics | None) -> Coder:
         if statistics is None:
             raise WaterfillError(NEEDS)
-        centre, half, key_levels = _keys(statistics.keys, self.bits, self.outliers)
+        centre, spread, key_levels = _keys(statistics.keys, self.bits, self.outliers)
         return _Kvquant(
             facts,
             self.bits,
             torch.from_numpy(centre).half(),
-            torch.from_numpy(half).half(),
+            torch.from_numpy(spread).half(),
             torch.from_numpy(key_levels),
             torch.from_numpy(_values(statistics.values, self.bits, self.outliers)),
             _count(self.outliers, BLOCK * facts.key_width),
@@ -86,17 +86,21 @@ def _keys(stream: StreamStatistics, bits: int, share: float) -> tuple[F32, F32, 
     """Mean and deviation of channels (heads, width), and the levels that all of them share."""
     centre = stream.mean.astype(np.float16).astype(np.float32)
     variance = np.diagonal(stream.covariance, axis1=1, axis2=2)
-    half = np.sqrt(np.maximum(variance, 0)).astype(np.float16).astype(np.float32)
-    half = np.maximum(half, 1e-6)
+    spread = np.sqrt(np.maximum(variance, 0)).astype(np.float16).astype(np.float32)
+    spread = np.maximum(spread, 1e-6)
     x = (stream.samples - centre[:, None]).swapaxes(0, 1)  # tokens, heads, width
-    distance = np.abs(x) / half
+    distance = np.abs(x) / spread
     inside = distance <= np.quantile(distance, 1 - share)
-    weights = inside * _sensitivity(stream)
+    # Fisher information of each number is not known, its mean over tokens is: a key that stands out where
+    # queries look is one that is read.
+    stands = np.einsum("nhi,hij,nhj->nh", x, stream.harm, x)
+    stands = np.maximum(stands, 0) / np.maximum(stands.mean(0), 1e-30)
+    weights = inside * _sensitivity(stream) * stands[:, :, None]
     tokens = len(x)
     levels = scaled_levels(
-        x.reshape(tokens, -1), weights.reshape(tokens, -1), half.reshape(1, -1), tokens, 2**bits
+        x.reshape(tokens, -1), weights.reshape(tokens, -1), spread.reshape(1, -1), tokens, 2**bits
     )
-    return centre, half, _normed(levels, (x / half)[inside], bits)
+    return centre, spread, _normed(levels, (x / spread)[inside], bits)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -109,10 +113,10 @@ def _values(stream: StreamStatistics, bits: int, share: float) -> F32:
     index, _ = outliers(tensor, _farthest(tensor), count)
     held = torch.ones_like(tensor).scatter_(1, index.long(), 0.0).numpy()
     low, high = _range(tensor, held=torch.from_numpy(held))
-    centre, half = ((high + low) / 2).numpy(), ((high - low) / 2).numpy()
+    centre, spread = ((high + low) / 2).numpy(), ((high - low) / 2).numpy()
     weights = held * _sensitivity(stream).reshape(-1)
-    levels = scaled_levels((x - centre).T, weights.T, half.reshape(1, -1), heads * width, 2**bits)
-    return _normed(levels, ((x - centre) / half)[held > 0], bits)
+    levels = scaled_levels((x - centre).T, weights.T, spread.reshape(1, -1), heads * width, 2**bits)
+    return _normed(levels, ((x - centre) / spread)[held > 0], bits)
 
 
 def _sensitivity(stream: StreamStatistics) -> F32:
@@ -127,8 +131,8 @@ def _normed(levels: F32, x: F32, bits: int) -> F32:
     if bits > NORMED:
         return levels
     read = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, x)]
-    spread = float(read.std())
-    scale = float(x.std()) / spread if spread > 0 else 1.0
+    deviation = float(read.std())
+    scale = float(x.std()) / deviation if deviation > 0 else 1.0
     moved: F32 = ((levels - read.mean()) * scale + x.mean()).astype(np.float32)
     return moved
 
@@ -151,7 +155,7 @@ class _Kvquant(Coder):
     facts: LayerFacts
     bits: int
     centre: torch.Tensor  # float16 (heads, width)
-    half: torch.Tensor
+    spread: torch.Tensor
     key_levels: torch.Tensor  # float32 (2**bits,)
     value_levels: torch.Tensor
     key_outliers: int  # of a head's block
@@ -159,7 +163,7 @@ class _Kvquant(Coder):
 
     @property
     def tables(self) -> Mapping[str, torch.Tensor]:
-        names = ("centre", "half", "key_levels", "value_levels")
+        names = ("centre", "spread", "key_levels", "value_levels")
         return {name: getattr(self, name) for name in names}
 
     def encode(
@@ -170,8 +174,8 @@ class _Kvquant(Coder):
         saliency: torch.Tensor | None = None,
     ) -> Coded:
         k = in_blocks(unturned(self.facts, keys, positions)).transpose(3, 4)
-        centre, half = self._scales()
-        scaled = (k - centre) / half
+        centre, spread = self._scales()
+        scaled = (k - centre) / spread
         key_index, key_numbers = outliers(k.flatten(3), scaled.abs().flatten(3), self.key_outliers)
         v = in_blocks(values.float()).transpose(2, 3).flatten(3)  # tokens, all heads' numbers
         value_index, value_numbers = outliers(v, _farthest(v), self.value_outliers)
@@ -189,8 +193,8 @@ class _Kvquant(Coder):
         }
 
     def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        centre, half = self._scales()
-        k = self.key_levels[unpack(coded["keys"], self.bits).int()] * half + centre
+        centre, spread = self._scales()
+        k = self.key_levels[unpack(coded["keys"], self.bits).int()] * spread + centre
         k = restored(k.flatten(3), coded["keys_index"], coded["keys_outliers"]).reshape(k.shape)
         low, high = coded["values_low"].float(), coded["values_high"].float()
         high = torch.maximum(high, low + 1e-6)
@@ -202,7 +206,7 @@ class _Kvquant(Coder):
         return keys, in_order(v).to(self.facts.dtype)
 
     def _scales(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.centre.float()[:, :, None], self.half.float().clamp_min(1e-6)[:, :, None]
+        return self.centre.float()[:, :, None], self.spread.float().clamp_min(1e-6)[:, :, None]
 
 
 def _nearest(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
