@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from waterfill.runtime.cache.patching import fit
 from waterfill.runtime.cache.states import View
 from waterfill.runtime.cache.store import Store
 
@@ -57,6 +58,7 @@ class _Remembering:
 
     def _make_room(self, coming: int) -> None:
         self.store.settle(coming)
+        fit(self.store, coming)
 
     def _first(self) -> int:
         """Index of the first token that the next query may look at."""

@@ -59,6 +59,8 @@ class Channel(Method):
 
 @dataclass(frozen=True, eq=False)
 class _Channel(Coder):
+    position_free = True
+
     facts: LayerFacts
     key_bits: int
     value_bits: int

@@ -2,7 +2,7 @@
 
 A block is outliers, plus a coarse grid, plus a low-rank approximation of the grid's error, which errors of a
 head share (Kang et al. 2024, GEAR, arXiv 2403.05527). Keys by channel and values by token, as in `channel`;
-the error's leading directions by power iteration, a byte a number. Needs no calibration.
+the error's leading directions by power iteration, half a byte a number. Needs no calibration.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from waterfill.types import SpecError
 
 __all__ = ["Gear"]
 
-FACTOR_BITS = 8
+FACTOR_BITS = 4
 ITERATIONS = 2
 
 
@@ -61,6 +61,8 @@ class Gear(Method):
 
 @dataclass(frozen=True, eq=False)
 class _Gear(Coder):
+    position_free = True
+
     facts: LayerFacts
     bits: int
     rank: int
@@ -86,13 +88,12 @@ class _Gear(Coder):
     def _encode(self, name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """x (batch, blocks, heads, rows, numbers); codes are not packed yet."""
         count = round(self.share * x.shape[3] * x.shape[4])
-        middle = (x.amax(-1, True) + x.amin(-1, True)) / 2
-        spread = (x - x.mean(-1, True)).square().mean(-1, True).sqrt().clamp_min(1e-20)
-        index, numbers = outliers(
-            x.flatten(3), ((x - x.mean(-1, True)) / spread).abs().flatten(3), count
-        )
+        mean = x.mean(-1, True)
+        spread = (x - mean).square().mean(-1, True).sqrt().clamp_min(1e-20)
+        far = ((x - mean) / spread).abs()
+        index, numbers = outliers(x.flatten(3), far.flatten(3), count)
         aside = torch.zeros_like(x).flatten(3).scatter_(3, index.long(), 1.0).reshape(x.shape) > 0
-        kept = torch.where(aside, x.mean(-1, True) if count else middle, x)
+        kept = torch.where(aside, mean, x)
         codes, step, centre = fit(kept, self.bits)
         coded = {
             name: codes,
@@ -105,8 +106,8 @@ class _Gear(Coder):
             missed = torch.where(aside, 0.0, x - reals(codes, step, centre, self.bits))
             for side, factor in zip(("left", "right"), _factors(missed, self.rank), strict=True):
                 fitted = fit(factor.transpose(3, 4), FACTOR_BITS)
-                for part, tensor in zip(("", "_step", "_centre"), fitted, strict=True):
-                    coded[f"{name}_{side}{part}"] = tensor
+                factor, coded[f"{name}_{side}_step"], coded[f"{name}_{side}_centre"] = fitted
+                coded[f"{name}_{side}"] = pack(_padded(factor), FACTOR_BITS)
         return coded
 
     def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,16 +121,21 @@ class _Gear(Coder):
         if self.rank:
             left, right = (
                 reals(
-                    coded[f"{name}_{side}"],
+                    unpack(coded[f"{name}_{side}"], FACTOR_BITS)[..., :length],
                     coded[f"{name}_{side}_step"],
                     coded[f"{name}_{side}_centre"],
                     FACTOR_BITS,
                 )
-                for side in ("left", "right")
+                for side, length in zip(("left", "right"), x.shape[3:], strict=True)
             )
             x = x + left.transpose(3, 4) @ right
         index, numbers = coded[f"{name}_index"], coded[f"{name}_outliers"]
         return restored(x.flatten(3), index, numbers).reshape(x.shape)
+
+
+def _padded(codes: torch.Tensor) -> torch.Tensor:
+    """With zeros at the end, to a multiple of 8."""
+    return torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
 
 
 def _factors(x: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -152,6 +152,8 @@ def _range(x: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 @dataclass(frozen=True, eq=False)
 class _Kvquant(Coder):
+    position_free = True
+
     facts: LayerFacts
     bits: int
     centre: torch.Tensor  # float16 (heads, width)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 
@@ -69,7 +69,9 @@ class Zipcache(Method):
 
 @dataclass(frozen=True, eq=False)
 class _Zipcache(Coder):
-    wants_saliency: ClassVar[bool] = True
+    position_free = True
+    wants_saliency = True
+
     facts: LayerFacts
     high: int
     low: int
