@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.runtime.cache.models import decoder, tokens
+from tests.runtime.cache.models import statistics as statistics_of
 from waterfill.runtime.cache.arena import Arena
+from waterfill.runtime.cache.cache import KVCache
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import (
     BLOCK,
@@ -325,3 +328,19 @@ def test_late_queries_are_remembered_over_passes() -> None:
     assert torch.equal(store.queries, queries[:, :, 48:80])
     store.keep(70)
     assert store.queries is not None and torch.equal(store.queries, queries[:, :, 48:70])
+
+
+@pytest.mark.parametrize("id", ["gear", "kvquant", "staircase", "zipcache"])
+def test_the_size_is_kept_under_transformers(id: str) -> None:
+    model, ids = decoder(dtype=torch.bfloat16), tokens(2, 400)
+    cache = KVCache(
+        model, bits=9, tokens=400, batch=2, method=id, statistics=statistics_of(), guard=None
+    )
+    at, most = 0, 0
+    for step in (200, *[1] * 20, 120, *[6] * 10):
+        with torch.no_grad():
+            logits = model(input_ids=ids[:, at : at + step], past_key_values=cache).logits
+        assert torch.isfinite(logits).all()
+        at, most = at + step, max(most, cache.nbytes)
+    assert cache.budget.nbytes is not None
+    assert at == 400 and 0.7 * cache.budget.nbytes < most <= cache.budget.nbytes

@@ -10,12 +10,24 @@ from __future__ import annotations
 import torch
 
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.method import BLOCK
 
-__all__ = ["fit", "outliers", "reals", "restored", "steps", "turned", "unturned"]
+__all__ = [
+    "bundled",
+    "fit",
+    "grouped",
+    "outliers",
+    "reals",
+    "restored",
+    "steps",
+    "turned",
+    "unturned",
+]
 
 OCTAVE, UNIT = 6, 160  # steps are 2**((byte - UNIT) / OCTAVE): 2e-8 to 6e4
 TRIED = range(1, -7, -1)  # sixths of an octave about the step that spans the range
 HALF_MAX = 65504.0
+GROUP = 64  # numbers of a head's consecutive values that share a grid, at least
 
 
 def unturned(facts: LayerFacts, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -98,6 +110,23 @@ def _reals(
     zero = centre * (2**bits / 16) - (2**bits - 1) / 2
     found: torch.Tensor = (codes + zero[..., None]) * size[..., None]
     return found
+
+
+def bundled(x: torch.Tensor) -> torch.Tensor:
+    """(..., rows, numbers) as (..., bundles, numbers): as many whole rows as have their places in a byte."""
+    *before, rows, numbers = x.shape
+    size = rows & -rows
+    while size > 1 and size * numbers > 1 << 8:
+        size //= 2
+    return x.reshape(*before, rows // size, size * numbers)
+
+
+def grouped(values: torch.Tensor) -> torch.Tensor:
+    """(..., BLOCK, width) as (..., groups, numbers): whole tokens, few but for narrow values."""
+    tokens = 1
+    while tokens < BLOCK and tokens * values.shape[-1] < GROUP:
+        tokens *= 2
+    return values.reshape(*values.shape[:-2], BLOCK // tokens, tokens * values.shape[-1])
 
 
 def outliers(x: torch.Tensor, score: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

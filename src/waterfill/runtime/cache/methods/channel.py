@@ -15,14 +15,12 @@ import torch
 
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
-from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, in_blocks, in_order, method
-from waterfill.runtime.cache.quantising import fit, reals, turned, unturned
+from waterfill.runtime.cache.method import Coded, Coder, Method, in_blocks, in_order, method
+from waterfill.runtime.cache.quantising import fit, grouped, reals, turned, unturned
 from waterfill.runtime.cache.statistics import LayerStatistics
 from waterfill.types import SpecError
 
 __all__ = ["Channel"]
-
-GROUP = 64  # numbers of a head's consecutive values that share a grid, at least
 
 
 @method
@@ -75,7 +73,7 @@ class _Channel(Coder):
         k = in_blocks(unturned(self.facts, keys, positions)).transpose(3, 4)
         v = in_blocks(values.float())
         key_codes, key_step, key_centre = fit(k, self.key_bits)
-        value_codes, value_step, value_centre = fit(_grouped(v), self.value_bits)
+        value_codes, value_step, value_centre = fit(grouped(v), self.value_bits)
         # Tokens last: a multiple of 8 whatever the width.
         by_channel = value_codes.reshape(v.shape).transpose(3, 4)
         return {
@@ -92,15 +90,7 @@ class _Channel(Coder):
         k = reals(codes, coded["keys_step"], coded["keys_centre"], self.key_bits)
         codes = unpack(coded["values"], self.value_bits).transpose(3, 4)
         v = reals(
-            _grouped(codes), coded["values_step"], coded["values_centre"], self.value_bits
+            grouped(codes), coded["values_step"], coded["values_centre"], self.value_bits
         ).reshape(codes.shape)
         keys = turned(self.facts, in_order(k.transpose(3, 4)), positions)
         return keys, in_order(v).to(self.facts.dtype)
-
-
-def _grouped(values: torch.Tensor) -> torch.Tensor:
-    """(..., BLOCK, width) as (..., groups, numbers): whole tokens, few but for narrow values."""
-    tokens = 1
-    while tokens < BLOCK and tokens * values.shape[-1] < GROUP:
-        tokens *= 2
-    return values.reshape(*values.shape[:-2], BLOCK // tokens, tokens * values.shape[-1])

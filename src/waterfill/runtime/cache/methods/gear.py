@@ -7,7 +7,7 @@ the error's leading directions by power iteration, half a byte a number. Needs n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,7 +16,16 @@ import torch
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import Coded, Coder, Method, in_blocks, in_order, method
-from waterfill.runtime.cache.quantising import fit, outliers, reals, restored, turned, unturned
+from waterfill.runtime.cache.quantising import (
+    bundled,
+    fit,
+    grouped,
+    outliers,
+    reals,
+    restored,
+    turned,
+    unturned,
+)
 from waterfill.runtime.cache.statistics import LayerStatistics
 from waterfill.types import SpecError
 
@@ -24,6 +33,11 @@ __all__ = ["Gear"]
 
 FACTOR_BITS = 4
 ITERATIONS = 2
+# What shares a grid: each row of a key's channels, values of a token or a few.
+GRIDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "keys": torch.Tensor.contiguous,
+    "values": grouped,
+}
 
 
 @method
@@ -87,23 +101,24 @@ class _Gear(Coder):
 
     def _encode(self, name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """x (batch, blocks, heads, rows, numbers); codes are not packed yet."""
-        count = round(self.share * x.shape[3] * x.shape[4])
         mean = x.mean(-1, True)
         spread = (x - mean).square().mean(-1, True).sqrt().clamp_min(1e-20)
-        far = ((x - mean) / spread).abs()
-        index, numbers = outliers(x.flatten(3), far.flatten(3), count)
-        aside = torch.zeros_like(x).flatten(3).scatter_(3, index.long(), 1.0).reshape(x.shape) > 0
+        some = bundled(x)
+        count = round(self.share * some.shape[-1])
+        index, numbers = outliers(some, bundled(((x - mean) / spread).abs()), count)
+        aside = torch.zeros_like(some).scatter_(-1, index.long(), 1.0).reshape(x.shape) > 0
         kept = torch.where(aside, mean, x)
-        codes, step, centre = fit(kept, self.bits)
+        codes, step, centre = fit(GRIDS[name](kept), self.bits)
         coded = {
-            name: codes,
+            name: codes.reshape(x.shape),
             f"{name}_step": step,
             f"{name}_centre": centre,
             f"{name}_index": index,
             f"{name}_outliers": numbers,
         }
         if self.rank:
-            missed = torch.where(aside, 0.0, x - reals(codes, step, centre, self.bits))
+            coarse = reals(codes, step, centre, self.bits).reshape(x.shape)
+            missed = torch.where(aside, 0.0, x - coarse)
             for side, factor in zip(("left", "right"), _factors(missed, self.rank), strict=True):
                 fitted = fit(factor.transpose(3, 4), FACTOR_BITS)
                 factor, coded[f"{name}_{side}_step"], coded[f"{name}_{side}_centre"] = fitted
@@ -117,7 +132,8 @@ class _Gear(Coder):
         return keys, in_order(v).to(self.facts.dtype)
 
     def _decode(self, name: str, coded: Coded, codes: torch.Tensor) -> torch.Tensor:
-        x = reals(codes, coded[f"{name}_step"], coded[f"{name}_centre"], self.bits)
+        scale = coded[f"{name}_step"], coded[f"{name}_centre"]
+        x = reals(GRIDS[name](codes), *scale, self.bits).reshape(codes.shape)
         if self.rank:
             left, right = (
                 reals(
@@ -130,7 +146,7 @@ class _Gear(Coder):
             )
             x = x + left.transpose(3, 4) @ right
         index, numbers = coded[f"{name}_index"], coded[f"{name}_outliers"]
-        return restored(x.flatten(3), index, numbers).reshape(x.shape)
+        return restored(bundled(x), index, numbers).reshape(x.shape)
 
 
 def _padded(codes: torch.Tensor) -> torch.Tensor:
