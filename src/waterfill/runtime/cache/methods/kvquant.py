@@ -23,7 +23,7 @@ from waterfill.coding.kmeans import scaled_levels
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, in_blocks, in_order, method
-from waterfill.runtime.cache.quantising import bundled, outliers, restored, turned, unturned
+from waterfill.runtime.cache.quantising import outliers, restored, turned, unturned
 from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
 from waterfill.types import SpecError, WaterfillError
 
@@ -71,7 +71,7 @@ class Kvquant(Method):
             torch.from_numpy(spread).half(),
             torch.from_numpy(key_levels),
             torch.from_numpy(_values(statistics.values, self.bits, self.outliers)),
-            _count(self.outliers, bundled(torch.empty(facts.key_width, BLOCK)).shape[-1]),
+            _count(self.outliers, facts.key_width * BLOCK),
             _count(self.outliers, facts.heads * facts.value_width),
         )
 
@@ -160,7 +160,7 @@ class _Kvquant(Coder):
     spread: torch.Tensor
     key_levels: torch.Tensor  # float32 (2**bits,)
     value_levels: torch.Tensor
-    key_outliers: int  # of a bundle of channels
+    key_outliers: int  # of a head's block
     value_outliers: int  # of a token
 
     @property
@@ -178,7 +178,7 @@ class _Kvquant(Coder):
         k = in_blocks(unturned(self.facts, keys, positions)).transpose(3, 4)
         centre, spread = self._scales()
         scaled = (k - centre) / spread
-        key_index, key_numbers = outliers(bundled(k), bundled(scaled.abs()), self.key_outliers)
+        key_index, key_numbers = outliers(k.flatten(3), scaled.abs().flatten(3), self.key_outliers)
         v = in_blocks(values.float()).transpose(2, 3).flatten(3)  # tokens, all heads' numbers
         value_index, value_numbers = outliers(v, _farthest(v), self.value_outliers)
         low, high = _range(v, torch.ones_like(v).scatter_(3, value_index.long(), 0.0))
@@ -197,7 +197,7 @@ class _Kvquant(Coder):
     def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         centre, spread = self._scales()
         k = self.key_levels[unpack(coded["keys"], self.bits).int()] * spread + centre
-        k = restored(bundled(k), coded["keys_index"], coded["keys_outliers"]).reshape(k.shape)
+        k = restored(k.flatten(3), coded["keys_index"], coded["keys_outliers"]).reshape(k.shape)
         low, high = coded["values_low"].float(), coded["values_high"].float()
         high = torch.maximum(high, low + 1e-6)
         v = self.value_levels[unpack(coded["values"], self.bits).int()].transpose(2, 3)
