@@ -50,13 +50,14 @@ class Staircase(Method):
 
     @classmethod
     def ladder(cls, facts: LayerFacts, statistics: LayerStatistics | None) -> Iterator[Self]:
-        yield cls(eight=0, four=0, three=0)
-        tokens = BLOCK
-        while tokens <= LONGEST:
-            yield cls(eight=0, four=0, three=tokens)
-            yield cls(eight=0, four=tokens, three=tokens)
-            yield cls(eight=tokens, four=tokens, three=2 * tokens)
-            tokens *= 2
+        doubling = [BLOCK << k for k in range((LONGEST // BLOCK).bit_length())]
+        rungs = [(0, 0, 0)]
+        for tokens in doubling:
+            rungs += [(0, 0, tokens), (0, tokens, tokens), (tokens, tokens, 2 * tokens)]
+        # By the bits they spend above the last step's.
+        above = [bits - STEPS[-1] for bits in STEPS[:-1]]
+        rungs.sort(key=lambda rung: sum(a * b for a, b in zip(rung, above, strict=True)))
+        yield from (cls(eight=e, four=f, three=t) for e, f, t in rungs)
 
     def open(self, facts: LayerFacts, statistics: LayerStatistics | None) -> Coder:
         return self.tiers()[0].method.open(facts, statistics)
