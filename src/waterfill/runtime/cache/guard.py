@@ -349,8 +349,8 @@ def _worst(harms: Mapping[int, Nats], choices: Choices) -> set[int]:
 
 def _code_anew(store: Store, choice: Choice, exact: Past, budget: Budget) -> None:
     """Have a store hold exact keys and values in another way."""
-    queries = store.queries
+    queries, asked = store.queries, store.asked
     store.open(choice.coders)
-    store.queries = queries
+    store.queries, store.asked = queries, asked
     store.most_nbytes = None if budget.nbytes is None else choice.nbytes
     store.grow(*exact.states(0, exact.tokens))

@@ -201,7 +201,7 @@ class KeptStore(Store):
 
     # -- growing -------------------------------------------------------------------------------
 
-    def settle(self) -> None:
+    def settle(self, coming: int = 0) -> None:
         """Nothing: room is made as tokens come."""
 
     def append(

@@ -57,7 +57,7 @@ class _Remembering:
         return self.store.tokens
 
     def _make_room(self, coming: int) -> None:
-        self.store.settle()
+        self.store.settle(coming)
         fit(self.store, coming)
 
     def _first(self) -> int:

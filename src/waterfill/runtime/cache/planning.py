@@ -184,14 +184,25 @@ def _price(
 ) -> Point:
     """Bytes of the full layer and nats of harm per token of text."""
     choice = _open(Point(0, 0, rung.spec), facts, statistics, budget)
+    # Newest first: what is in a tier has been through all those before it.
     coders = [coder for coder, _ in choice.coders]
     if statistics is not None:
-        nats = float(np.mean([harm(coder, facts, statistics) for coder in coders]))
+        each = harms(coders, facts, statistics)
     else:
         numbers = facts.heads * (facts.key_width + facts.value_width)
-        bits = np.mean([8 * block_nbytes(coder, facts) / BLOCK / numbers for coder in coders])
-        nats = float(UNKNOWN_DECAY**-bits)
+        bits = [8 * block_nbytes(coder, facts) / BLOCK / numbers for coder in coders]
+        each = [float(UNKNOWN_DECAY**-b) for b in bits]
+    nats = float(np.average(each, weights=_tokens(choice.coders, budget.coded_tokens(facts))))
     return Point(choice.nbytes, nats, rung.spec)
+
+
+def _tokens(coders: Sequence[tuple[Coder, int | None]], tokens: int) -> list[int]:
+    """Tokens of each age when so many are coded; of the first, one at least."""
+    found, left = [], max(tokens, 1)
+    for _, most in coders:
+        found.append(left if most is None else min(left, most * BLOCK))
+        left -= found[-1]
+    return found
 
 
 def block_nbytes(coder: Coder, facts: LayerFacts) -> int:
@@ -204,16 +215,26 @@ def block_nbytes(coder: Coder, facts: LayerFacts) -> int:
 
 def harm(coder: Coder, facts: LayerFacts, statistics: LayerStatistics) -> float:
     """Nats per token of text that coding the layer's samples costs."""
+    return harms([coder], facts, statistics)[0]
+
+
+def harms(coders: Sequence[Coder], facts: LayerFacts, statistics: LayerStatistics) -> list[float]:
+    """As `harm`, after each of several codings, every one of what the last gave back."""
     streams = (statistics.keys, statistics.values)
-    turned, values = (torch.from_numpy(s.samples)[None] for s in streams)
+    turned, exact = (torch.from_numpy(s.samples)[None] for s in streams)
     positions = torch.arange(turned.shape[2])[None]
     keys = turned if facts.rotary is None else facts.rotary.turn(turned, positions)
-    coded = coder.encode(keys.to(facts.dtype), values.to(facts.dtype), positions)
-    keys, decoded = (x.float() for x in coder.decode(coded, positions))
-    if facts.rotary is not None:
-        keys = facts.rotary.turn(keys, positions, backwards=True)
-    errors = (keys - turned, decoded - values)
-    return sum(
-        float(torch.einsum("bhni,hij,bhnj->", e, torch.from_numpy(s.harm), e)) / e.shape[2]
-        for e, s in zip(errors, streams, strict=True)
-    )
+    states = keys.to(facts.dtype), exact.to(facts.dtype)
+    found = []
+    for coder in coders:
+        states = coder.decode(coder.encode(*states, positions), positions)
+        keys, values = (x.float() for x in states)
+        if facts.rotary is not None:
+            keys = facts.rotary.turn(keys, positions, backwards=True)
+        found.append(
+            sum(
+                float(torch.einsum("bhni,hij,bhnj->", e, torch.from_numpy(s.harm), e)) / e.shape[2]
+                for e, s in zip((keys - turned, values - exact), streams, strict=True)
+            )
+        )
+    return found

@@ -63,7 +63,7 @@ class Past(Store):
         """Have seen these tokens too."""
         self.shown.append(exact_piece(self.tokens, pair))
 
-    def settle(self) -> None:
+    def settle(self, coming: int = 0) -> None:
         """Nothing is coded."""
 
     def drop_before(self, first: int) -> None:

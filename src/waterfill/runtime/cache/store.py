@@ -16,6 +16,7 @@ import torch
 from waterfill.runtime.cache.arena import Arena
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK, Coder
+from waterfill.runtime.cache.saliency import Probes
 from waterfill.runtime.cache.track import Track
 
 __all__ = ["CHUNK", "Pair", "Patch", "Piece", "Store", "StoreTier", "between", "exact_piece"]
@@ -113,7 +114,8 @@ class Store:
         self.sinks: Pair | None = None
         self.recent: Pair | None = None  # buffers; `held` of their tokens count
         self.held = self.dropped = 0  # dropped: tokens after the sinks that no window sees any more
-        self.queries: torch.Tensor | None = None
+        self.queries: torch.Tensor | None = None  # of the last tokens, up to index `asked`
+        self.asked = 0
         self.patches: list[Patch] = []  # in order
         self.tiers = [StoreTier(coder, most, Arena()) for coder, most in self.coders]
 
@@ -209,20 +211,29 @@ class Store:
 
     # -- growing -------------------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """Code what is no longer recent, and let old blocks age: before a forward pass, never within."""
-        spare = self.held - self.least_recent
-        if spare >= BLOCK:
+    def settle(self, coming: int = 0) -> None:
+        """Code what is no longer recent, and let old blocks age: before a forward pass, never within.
+
+        Blocks age by what the pass will bring too, so that it may be coded with all tiers within bounds.
+        """
+        n = max(0, self.held - self.least_recent) // BLOCK
+        later = self._blocks_of(coming, self.held - n * BLOCK)
+        self._make_way(n + later)
+        if n:
             recent = self.recent_states()
             assert recent is not None and self.recent is not None
-            n = spare // BLOCK * BLOCK
-            self._code(recent[0][:, :, :n], recent[1][:, :, :n])
+            n *= BLOCK
+            self._code(*recent, n, later)
             for buffer in self.recent:
                 buffer[:, :, : self.held - n] = buffer[:, :, n : self.held].clone()
             self.held -= n
-        for young, old in zip(self.tiers, self.tiers[1:], strict=False):
-            while young.most is not None and young.arena.count > young.most:
-                self._age(young, old)
+
+    def _blocks_of(self, coming: int, held: int) -> int:
+        """Blocks that `append` codes at once of so many new tokens."""
+        if not self.tokens_after_sinks:
+            coming -= min(self.most_sinks - self.sink_tokens, coming)
+        over = held + coming > self.least_recent + BLOCK
+        return (held + coming - self.least_recent) // BLOCK if over else 0
 
     def append(
         self,
@@ -241,8 +252,9 @@ class Store:
         """
         with torch.no_grad():
             self.track.extend(self.tokens, keys.shape[2], positions)
-            if queries is not None and any(t.coder.wants_saliency for t in self.tiers):
-                self.queries = queries[:, :, -BLOCK:].detach().clone()
+            if any(t.coder.wants_saliency for t in self.tiers):
+                self._probe(queries)
+            self.asked = self.tokens + keys.shape[2]
             self.grow(keys, values)
 
     def grow(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -271,7 +283,7 @@ class Store:
             keys, values = torch.cat([whole[0], keys], 2), torch.cat([whole[1], values], 2)
             n = (keys.shape[2] - self.least_recent) // BLOCK * BLOCK
             self.held = 0
-            self._code(keys[:, :, :n], values[:, :, :n])
+            self._code(keys, values, n)
             keys, values = keys[:, :, n:], values[:, :, n:]
             # A view may still show the old buffer.
             self.recent = torch.empty_like(self.recent[0]), torch.empty_like(self.recent[1])
@@ -291,35 +303,73 @@ class Store:
             values.new_empty((*values.shape[:2], room, values.shape[3])),
         )
 
-    def _code(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _code(self, keys: torch.Tensor, values: torch.Tensor, n: int, later: int = 0) -> None:
+        """Code the first n of these tokens, which `later` blocks will follow; the others stay recent."""
         start = self.tokens - self.held
-        newest = self.tiers[0]
-        for low in range(0, keys.shape[2], CHUNK * BLOCK):
-            some = slice(low, min(low + CHUNK * BLOCK, keys.shape[2]))
-            positions = self.track.positions(start + some.start, start + some.stop)
-            k = keys[:, :, some]
-            newest.arena.append(
-                newest.coder.encode(k, values[:, :, some], positions, self._saliency(k))
-            )
+        probes = self._probes(start, keys)
+        places, low = self._by_age(later, n // BLOCK), 0
+        youngest = next((i for i, tier in enumerate(self.tiers) if tier.arena.count), None)
+        if youngest is not None:  # tokens lie in order
+            places[youngest:] = [sum(places[youngest:])]
+        for tier, blocks in reversed(list(zip(self.tiers, places, strict=False))):
+            stop = low + blocks * BLOCK
+            while low < stop:
+                some = slice(low, min(low + CHUNK * BLOCK, stop))
+                positions = self.track.positions(start + some.start, start + some.stop)
+                k = keys[:, :, some]
+                looked = None if probes is None else probes.saliency(start + low, k)
+                tier.arena.append(tier.coder.encode(k, values[:, :, some], positions, looked))
+                low = some.stop
 
-    def _age(self, young: StoreTier, old: StoreTier) -> None:
-        older = self.tiers[self.tiers.index(young) + 1 :]
-        before = sum(tier.arena.count for tier in older)
-        start = self.sink_tokens + self.dropped + before * BLOCK
-        start += sum(patch.tokens for patch in self.patches if patch.after <= before)
-        positions = self.track.positions(start, start + BLOCK)
-        keys, values = young.coder.decode(young.arena.blocks(0, 1), positions)
-        old.arena.append(old.coder.encode(keys, values, positions))
-        young.arena.pop_front(1)
+    def _by_age(self, younger: int, blocks: int) -> list[int]:
+        """Of so many consecutive blocks, with `younger` ones after them, how many belong in each tier."""
+        found: list[int] = []
+        bound = 0
+        for tier in self.tiers:
+            bound += tier.most or 0
+            last = tier is self.tiers[-1] or tier.most is None
+            within = blocks if last else min(blocks, max(0, bound - younger))
+            found.append(within - sum(found))
+        return found
 
-    def _saliency(self, keys: torch.Tensor) -> torch.Tensor | None:
-        """Mean attention that late queries pay to these keys among themselves, for each head."""
+    def _make_way(self, coming: int) -> None:
+        """Move blocks to the tiers they belong in once so many new ones have come."""
+        held = [tier.arena.count for tier in self.tiers]
+        for at in reversed(range(len(self.tiers) - 1)):
+            places = self._by_age(coming + sum(held[:at]), held[at])
+            for to in reversed(range(at + 1, len(self.tiers))):
+                self._age(at, to, places[to])
+
+    def _age(self, at: int, to: int, blocks: int) -> None:
+        """Move the oldest blocks of one tier to the end of an older one."""
+        young, old = self.tiers[at], self.tiers[to]
+        while blocks:
+            before = sum(tier.arena.count for tier in self.tiers[at + 1 :])
+            start = self.sink_tokens + self.dropped + before * BLOCK
+            start += sum(patch.tokens for patch in self.patches if patch.after <= before)
+            patched = [patch.after - before for patch in self.patches if patch.after > before]
+            n = min(blocks, CHUNK, *patched)
+            positions = self.track.positions(start, start + n * BLOCK)
+            keys, values = young.coder.decode(young.arena.blocks(0, n), positions)
+            old.arena.append(old.coder.encode(keys, values, positions))
+            young.arena.pop_front(n)
+            blocks -= n
+
+    def _probe(self, queries: torch.Tensor | None) -> None:
+        """Remember the queries of the last tokens."""
+        if queries is None or self.asked != self.tokens:
+            self.queries = None
+        if queries is not None:
+            kept = [queries] if self.queries is None else [self.queries, queries]
+            self.queries = torch.cat([q[:, :, -BLOCK:] for q in kept], 2)[:, :, -BLOCK:].detach()
+
+    def _probes(self, start: int, keys: torch.Tensor) -> Probes | None:
+        """The remembered queries, with what they may look at: sinks, and keys from index `start` on."""
         if self.queries is None:
             return None
-        q = self.queries.float()
-        scores = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[3]) @ keys.float().transpose(2, 3)
-        mean: torch.Tensor = (scores * q.shape[3] ** -0.5).softmax(-1).mean(2)
-        return mean
+        probes = Probes(self.queries, self.asked, self.facts.window)
+        probes.look(([] if self.sinks is None else [(0, self.sinks[0])]) + [(start, keys)])
+        return probes
 
     # -- editing -------------------------------------------------------------------------------
 
@@ -328,6 +378,10 @@ class Store:
         gone = self.tokens - tokens
         if gone <= 0:
             return
+        if self.queries is not None:
+            asked = self.queries.shape[2] - gone
+            self.queries = self.queries[:, :, :asked] if asked > 0 else None
+        self.asked = tokens
         if self.dropped and self.facts.first_visible(tokens) < self.sink_tokens + self.dropped:
             raise ValueError("tokens that left the window cannot come back")
         if gone > self.held:

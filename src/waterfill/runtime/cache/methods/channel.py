@@ -13,9 +13,10 @@ from typing import Self
 
 import torch
 
+from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
-from waterfill.runtime.cache.integers import from_integers, to_integers
 from waterfill.runtime.cache.method import Coded, Coder, Method, in_blocks, in_order, method
+from waterfill.runtime.cache.quantising import fit, grouped, reals, turned, unturned
 from waterfill.runtime.cache.statistics import LayerStatistics
 from waterfill.types import SpecError
 
@@ -24,26 +25,34 @@ __all__ = ["Channel"]
 
 @method
 class Channel(Method):
-    """Integers of so many bits, a scale and a zero for 32 tokens of a key's channel and for each value.
+    """Integers of so many bits; a grid for 32 tokens of a key's channel, and for a token's value or a few.
 
     Parameters
     ----------
     bits : 1 to 8
+    value_bits : of values, 1 to 8; 0: as many as of keys
     """
 
     usual = True
     bits: int = 4
+    value_bits: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise SpecError(f"channel: bits must be 1 to 8, not {self.bits}")
+        if not 0 <= self.value_bits <= 8:
+            raise SpecError(f"channel: value_bits must be 0 to 8, not {self.value_bits}")
 
     @classmethod
     def ladder(cls, facts: LayerFacts, statistics: LayerStatistics | None) -> Iterator[Self]:
-        yield from (cls(bits) for bits in range(1, 9))
+        for bits in range(1, 9):
+            yield cls(bits)
+            if bits < 8:
+                # The next bit is worth more in keys.
+                yield cls(bits + 1, bits)
 
     def open(self, facts: LayerFacts, statistics: LayerStatistics | None) -> Coder:
-        return _Channel(facts, self.bits)
+        return _Channel(facts, self.bits, self.value_bits or self.bits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +60,8 @@ class _Channel(Coder):
     position_free = True
 
     facts: LayerFacts
-    bits: int
+    key_bits: int
+    value_bits: int
 
     def encode(
         self,
@@ -60,21 +70,27 @@ class _Channel(Coder):
         positions: torch.Tensor,
         saliency: torch.Tensor | None = None,
     ) -> Coded:
-        keys = keys.float()
-        if self.facts.rotary is not None:
-            keys = self.facts.rotary.turn(keys, positions, backwards=True)
-        coded = {}
-        for name, x, axis in (("keys", keys, 3), ("values", values.float(), 4)):
-            parts = to_integers(in_blocks(x), axis, self.bits)
-            coded[name], coded[f"{name}_step"], coded[f"{name}_low"] = parts
-        return coded
+        k = in_blocks(unturned(self.facts, keys, positions)).transpose(3, 4)
+        v = in_blocks(values.float())
+        key_codes, key_step, key_centre = fit(k, self.key_bits)
+        value_codes, value_step, value_centre = fit(grouped(v), self.value_bits)
+        # Tokens last: a multiple of 8 whatever the width.
+        by_channel = value_codes.reshape(v.shape).transpose(3, 4)
+        return {
+            "keys": pack(key_codes, self.key_bits),
+            "keys_step": key_step,
+            "keys_centre": key_centre,
+            "values": pack(by_channel, self.value_bits),
+            "values_step": value_step,
+            "values_centre": value_centre,
+        }
 
     def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out = []
-        for name in ("keys", "values"):
-            scale = coded[f"{name}_step"], coded[f"{name}_low"]
-            out.append(in_order(from_integers(coded[name], *scale, self.bits)))
-        keys, values = out
-        if self.facts.rotary is not None:
-            keys = self.facts.rotary.turn(keys, positions)
-        return keys.to(self.facts.dtype), values.to(self.facts.dtype)
+        codes = unpack(coded["keys"], self.key_bits)
+        k = reals(codes, coded["keys_step"], coded["keys_centre"], self.key_bits)
+        codes = unpack(coded["values"], self.value_bits).transpose(3, 4)
+        v = reals(
+            grouped(codes), coded["values_step"], coded["values_centre"], self.value_bits
+        ).reshape(codes.shape)
+        keys = turned(self.facts, in_order(k.transpose(3, 4)), positions)
+        return keys, in_order(v).to(self.facts.dtype)
