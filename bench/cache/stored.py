@@ -161,7 +161,7 @@ class _Study:
             nbytes / near[1],
             "x",
             1.0,
-            note=f"deltas: {8 * near[1] / self.numbers:.3f} bits a number at {near[0]:.2g} nats, the ideal entropy of each channel of each layer",
+            note=f"deltas: {8 * near[1] / self.numbers:.3f} bits a number at {near[0]:.2g} nats, ideally coded",
         )
 
 
@@ -214,10 +214,7 @@ def speed(tokens: int) -> Iterator[Row]:
         assert facts is not None and facts.rotary is not None
         every = torch.arange(layer.keys.shape[2])[None]
         plain = facts.rotary.turn(layer.keys.float(), every, backwards=True)
-        keys, values = (
-            x[:, :, 4:].transpose(0, 1).flatten(1, 2).repeat(1, -(-tokens // (4 * (x.shape[2] - 4))), 1)[None, :, :tokens]
-            for x in (plain, layer.values.float())
-        )  # fmt: skip
+        keys, values = (_repeated(x, tokens) for x in (plain, layer.values.float()))
         keys = keys + 0.02 * keys.std() * torch.randn(keys.shape, generator=generator)
         keys = facts.rotary.turn(keys, torch.arange(tokens)[None])
         pairs.append((keys.to(torch.bfloat16), values.to(torch.bfloat16)))
@@ -238,3 +235,9 @@ def speed(tokens: int) -> Iterator[Row]:
             took = seconds(lambda path=path: KVCache.load(path, model, tokens=tokens), 5)  # type: ignore[misc]
             yield Row(f"load at {level}", nbytes / took / 1e9, "GB/s", bar, ">=", note)
     torch.set_num_threads(before)
+
+
+def _repeated(x: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Rows but for their first tokens, one after another, over and over: (1, heads, tokens, width)."""
+    once = x[:, :, 4:].transpose(0, 1).flatten(1, 2)
+    return once.repeat(1, -(-tokens // once.shape[1]), 1)[None, :, :tokens]

@@ -254,17 +254,18 @@ def test_parts_that_lie_are_refused_or_decoded(at: int, junk: bytes, level: int)
 
 
 @pytest.mark.parametrize(
-    ("what", "value"),
-    [("batch", 0), ("tokens", -1), ("chunk", 1 << 30), ("dtype", "I8"), ("levels", ()), ("runs", ()),
-     ("batch", True), ("model", 3), ("levels", (Level("a", 1.0), Level("a", 2.0))), ("levels", (Level("a", -1.0),)),
-     ("rotations", ())],
+    ("what", "value", "says"),
+    [("batch", 0, "batch"), ("tokens", -1, "tokens"), ("chunk", 1 << 30, "chunk"),
+     ("dtype", "I8", "dtype"), ("levels", (), "levels"), ("runs", (), "runs"),
+     ("batch", True, "batch"), ("model", 3, "model"), ("rotations", (), "rotation"),
+     ("levels", (Level("a", 1.0), Level("a", 2.0)), "level names"), ("levels", (Level("a", -1.0),), "step")],
 )  # fmt: skip
-def test_headers_that_make_no_sense_are_refused(what: str, value: object) -> None:
+def test_headers_that_make_no_sense_are_refused(what: str, value: object, says: str) -> None:
     from waterfill.coding import cachegen_file
 
     header = dataclasses.replace(cache_arrays.header(), **{what: value})  # type: ignore[arg-type]
     text = cachegen_file._description(header)
-    with pytest.raises(ValueError, match="chunk|step|[a-z]{4}"):
+    with pytest.raises(ValueError, match=says):
         cachegen_file._header(json.loads(text))
 
 
