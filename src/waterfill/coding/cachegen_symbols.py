@@ -317,7 +317,7 @@ def decode_chunk(
     components = sum(columns.sizes)
     places, over = _read_list(listed, tokens * components)
     ids, freqs = columns.classes
-    out = [np.empty((heads, size // heads, tokens), np.float32) for size in columns.sizes]
+    out: tuple[list[Floats], list[Floats]] = ([], [])
     for (part, together), stream in zip(_parts(tokens), coded, strict=True):
         rows = (part.stop - part.start) // together
         classes = np.repeat(ids, together)
@@ -330,9 +330,11 @@ def decode_chunk(
                 (token >= 0) & (token < len(symbols)) & (place >= start) & (place < start + count)
             )
             where = token[mine] * count + place[mine] - start
-            z[:, :, part] = _dequantise(symbols, step, one, where, over[mine], together, heads)
+            if len(symbols) or not tokens:
+                z.append(_dequantise(symbols, step, one, where, over[mine], together, heads))
             start += count
-    return out[0], out[1]
+    keys, values = (z[0] if len(z) == 1 else np.concatenate(z, axis=2) for z in out)
+    return keys, values
 
 
 def _dequantise(
