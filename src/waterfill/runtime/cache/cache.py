@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache
 
 from waterfill.plan.budget import parse_size
 from waterfill.runtime.cache.composing import compose
+from waterfill.runtime.cache.evicting import refuse_other_attention
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
 from waterfill.runtime.cache.guard import Guard, Sentry
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
@@ -28,7 +29,6 @@ from waterfill.runtime.cache.planning import Budget, Choice, plan
 from waterfill.runtime.cache.saving import LEVEL, save, saving_of
 from waterfill.runtime.cache.splicing import splice
 from waterfill.runtime.cache.statistics import FILE_NAME, CacheStatistics, load_statistics
-from waterfill.runtime.cache.store import Store
 from waterfill.runtime.cache.track import Track
 from waterfill.runtime.quick import swap_attention
 from waterfill.types import BudgetError, WaterfillError
@@ -96,6 +96,10 @@ class KVCache(Cache):  # type: ignore[misc]
         super().__init__(layers=list(DynamicCache(config=model.config).layers))
         self.open_stores()
         swap_attention(model)
+        if any(choice.method.evicts for choice in self.choices.values()):
+            refuse_other_attention(model)
+            if isinstance(guard, Guard):
+                raise WaterfillError(f"{method} evicts tokens, which a guard cannot bring back")
         if guard == "auto":
             guard = Guard() if method == "auto" else None
         self.guard = None if guard is None else Sentry(self, guard)
@@ -108,7 +112,7 @@ class KVCache(Cache):  # type: ignore[misc]
             if one is not None:
                 choice = self.choices[one.index]
                 budget = self.budget
-                store = Store(one, choice.coders, self.track, budget.sinks, budget.recent)
+                store = choice.method.store(one, choice.coders, self.track, budget)
                 store.most_nbytes = None if budget.nbytes is None else choice.nbytes
                 self.layers[one.index] = coded_layer(store)
 
