@@ -114,88 +114,77 @@ struct Columns {
     size_t wides, columns, together;
 
     Columns(const Places& c, const Places& w, const Places& l, size_t components, size_t n, size_t side, size_t rows) : column(c.data()), wide(w.data()), low(l.data()), wides(w.shape(0)), columns(n), together(side) {
-        require(side > 0 && rows % side == 0, "cachegen: whole groups of tokens, please");
+        require((side == 1 || side == cachegen::kTogether) && rows % side == 0, "cachegen: groups of 32 tokens, or of one");
         require(c.shape(0) == components && l.shape(0) == wides, "cachegen: a column for each component");
         for (size_t i = 0; i < components; ++i) require(column[i] >= 0 && size_t(column[i]) < columns, "cachegen: a column beyond the others");
         for (size_t i = 0; i < wides; ++i)
             require(low[i] >= 0 && size_t(low[i]) < columns && wide[i] >= 0 && size_t(wide[i]) < components && (!i || wide[i] > wide[i - 1]), "cachegen: a column beyond the others");
     }
 
-    // Where a token's symbol in column 0 is; in others, `together` times the column further.
-    size_t at(size_t row) const { return row / together * together * columns + row % together; }
+    // Where the first token's symbol of a column is.
+    size_t at(int32_t place) const { return size_t(place) * together; }
+    // Low bits' column of each component, or -1.
+    std::vector<int32_t> lows(size_t components) const {
+        std::vector<int32_t> found(components, -1);
+        for (size_t i = 0; i < wides; ++i) found[size_t(wide[i])] = low[i];
+        return found;
+    }
 };
 
 std::pair<Owned<int64_t>, Owned<int32_t>> quantise(
     const Cube<const float>& z, const Vector<const float>& offset, float inverse, const Vector<const uint8_t>& shift, const Places& first, const Places& last,
     const Places& column, const Places& wide, const Places& low_column, size_t together, const Matrix<uint8_t>& out) {
-    const size_t heads = z.shape(0), rows = z.shape(1), kept = z.shape(2), components = heads * kept;
+    const size_t rows = z.shape(2), components = z.shape(0) * z.shape(1);
     require(out.shape(0) == rows && offset.shape(0) == components && shift.shape(0) == components && first.shape(0) == components && last.shape(0) == components, "cachegen: shapes that do not fit each other");
     const Columns c(column, wide, low_column, components, out.shape(1), together, rows);
-    std::vector<int32_t> high(kept);
-    std::vector<uint8_t> symbols(kept), low(kept);
+    const auto lows = c.lows(components);
+    std::vector<int32_t> high(rows);
     std::vector<int64_t> places;
     std::vector<int32_t> over;
     const auto run = kernels().quantise;
     bool far = false;
     {
         nb::gil_scoped_release release;
-        size_t w = 0;
-        for (size_t h = 0; h < heads; ++h) {
-            const size_t at = h * kept;
-            size_t wend = w;
-            while (wend < c.wides && size_t(c.wide[wend]) < at + kept) ++wend;
-            const cachegen::Head head{kept, offset.data() + at, shift.data() + at, first.data() + at, last.data() + at, nullptr, nullptr};
-            for (size_t r = 0; r < rows; ++r) {
-                const int flags = run(z.data() + (h * rows + r) * kept, head, inverse, high.data(), symbols.data(), low.data());
-                uint8_t* to = out.data() + c.at(r);
-                for (size_t i = 0; i < kept; ++i) to[c.column[at + i] * together] = symbols[i];
-                for (size_t i = w; i < wend; ++i) to[c.low[i] * together] = low[c.wide[i] - at];
-                far |= flags >> 1;
-                if (flags & 1)
-                    for (size_t i = 0; i < kept; ++i)
-                        if (high[i] != symbols[i]) places.push_back(int64_t(r * components + at + i)), over.push_back(high[i] - symbols[i]);
-            }
-            w = wend;
+        for (size_t j = 0; j < components; ++j) {
+            require(shift.data()[j] < 8, "cachegen: a shift of too many bits");
+            const cachegen::Component one{offset.data()[j], shift.data()[j], first.data()[j], last.data()[j], 0.0f, together, together * c.columns};
+            uint8_t* low = lows[j] < 0 ? nullptr : out.data() + c.at(lows[j]);
+            const int flags = run(z.data() + j * rows, rows, one, inverse, high.data(), out.data() + c.at(c.column[j]), low);
+            far |= flags >> 1;
+            if (flags & 1)
+                for (size_t r = 0; r < rows; ++r) {
+                    const int32_t near = std::min(std::max(high[r], one.first), one.last);
+                    if (high[r] != near) places.push_back(int64_t(r * components + j)), over.push_back(high[r] - near);
+                }
         }
     }
     if (far) throw std::runtime_error("numbers that are not finite, or too large for this level");
     return {owned(std::move(places)), owned(std::move(over))};
 }
 
-void dequantise(const Matrix<const uint8_t>& symbols, float step, const Vector<const float>& scale, const Vector<const float>& pull, const Places& column, const Places& wide, const Places& low_column, const Vector<const int64_t>& places, const Vector<const int32_t>& over, size_t together, const Cube<float>& out) {
-    const size_t heads = out.shape(0), rows = out.shape(1), kept = out.shape(2), components = heads * kept;
-    require(symbols.shape(0) == rows && scale.shape(0) == components && pull.shape(0) == components && places.shape(0) == over.shape(0), "cachegen: shapes that do not fit each other");
+void dequantise(const Matrix<const uint8_t>& symbols, float step, const Vector<const uint8_t>& shift, const Vector<const float>& pull, const Places& column, const Places& wide, const Places& low_column, const Vector<const int64_t>& places, const Vector<const int32_t>& over, size_t together, const Cube<float>& out) {
+    const size_t rows = out.shape(2), components = out.shape(0) * out.shape(1);
+    require(symbols.shape(0) == rows && shift.shape(0) == components && pull.shape(0) == components && places.shape(0) == over.shape(0), "cachegen: shapes that do not fit each other");
     const Columns c(column, wide, low_column, components, symbols.shape(1), together, rows);
+    const auto lows = c.lows(components);
     for (size_t i = 0; i < places.shape(0); ++i) require(places.data()[i] >= 0 && size_t(places.data()[i]) < rows * components, "cachegen: a place beyond the others");
-    std::vector<uint8_t> row(kept);
-    const auto &run = kernels();
+    for (size_t j = 0; j < components; ++j) require(shift.data()[j] < 8, "cachegen: a shift of too many bits");
+    const auto run = kernels().dequantise;
     nb::gil_scoped_release release;
-    size_t w = 0;
-    for (size_t h = 0; h < heads; ++h) {
-        const size_t at = h * kept;
-        size_t wend = w;
-        while (wend < c.wides && size_t(c.wide[wend]) < at + kept) ++wend;
-        const cachegen::Head head{kept, nullptr, nullptr, nullptr, nullptr, scale.data() + at, pull.data() + at};
-        for (size_t r = 0; r < rows; ++r) {
-            const uint8_t* from = symbols.data() + c.at(r);
-            float* to = out.data() + (h * rows + r) * kept;
-            for (size_t i = 0; i < kept; ++i) row[i] = from[c.column[at + i] * together];
-            run.widen(row.data(), head, to);
-            for (size_t i = w; i < wend; ++i) to[c.wide[i] - at] += float(from[c.low[i] * together]) - 0.5f * scale.data()[c.wide[i]];
-            run.finish(head, step, to);
-        }
-        w = wend;
+    for (size_t j = 0; j < components; ++j) {
+        const cachegen::Component one{0.0f, shift.data()[j], 0, 0, pull.data()[j], together, together * c.columns};
+        const uint8_t* low = lows[j] < 0 ? nullptr : symbols.data() + c.at(lows[j]);
+        run(symbols.data() + c.at(c.column[j]), low, rows, one, step, out.data() + j * rows);
     }
     // What had no symbol of its own, once more from its nearest.
     for (size_t i = 0; i < places.shape(0); ++i) {
         const size_t r = size_t(places.data()[i]) / components, j = size_t(places.data()[i]) % components;
-        const uint8_t* from = symbols.data() + c.at(r);
-        float k = float(int(from[c.column[j] * together]) - cachegen::kMiddle + over.data()[i]) * scale.data()[j];
-        const int32_t* found = std::lower_bound(c.wide, c.wide + c.wides, int32_t(j));
-        if (found != c.wide + c.wides && *found == int32_t(j)) k += float(from[c.low[found - c.wide] * together]) - 0.5f * scale.data()[j];
-        const cachegen::Head one{1, nullptr, nullptr, nullptr, nullptr, scale.data() + j, pull.data() + j};
-        run.finish(one, step, &k);
-        out.data()[(j / kept * rows + r) * kept + j % kept] = k;
+        const size_t group = r / together * together * c.columns + r % together;
+        const float scale = float(1 << shift.data()[j]);
+        float k = float(int64_t(symbols.data()[group + c.at(c.column[j])]) - cachegen::kMiddle + over.data()[i]) * scale;
+        if (lows[j] >= 0) k = k - 0.5f * scale + float(symbols.data()[group + c.at(lows[j])]);
+        const float moved = k > 0 ? k - pull.data()[j] : k < 0 ? k + pull.data()[j] : k;
+        out.data()[j * rows + r] = moved * step;
     }
 }
 
@@ -205,5 +194,5 @@ void bind_cachegen(nb::module_& m) {
     m.def("cachegen_read", &read_rows, "words"_a, "dtype"_a, "first"_a.noconvert(), "second"_a.noconvert(), "cos"_a.none().noconvert(), "sin"_a.none().noconvert(), "out"_a.noconvert(), "Rows of keys or values to floats, turned.");
     m.def("cachegen_write", &write_rows, "x"_a.noconvert(), "mean"_a.noconvert(), "dtype"_a, "first"_a.noconvert(), "second"_a.noconvert(), "cos"_a.none().noconvert(), "sin"_a.none().noconvert(), "out"_a, "Rows of floats and a mean, turned, to a format.");
     m.def("cachegen_quantise", &quantise, "z"_a.noconvert(), "offset"_a.noconvert(), "inverse"_a, "shift"_a.noconvert(), "first"_a.noconvert(), "last"_a.noconvert(), "column"_a.noconvert(), "wide"_a.noconvert(), "low_column"_a.noconvert(), "together"_a, "out"_a.noconvert(), "Components to columns of symbols, and what has no symbol.");
-    m.def("cachegen_dequantise", &dequantise, "symbols"_a.noconvert(), "step"_a, "scale"_a.noconvert(), "pull"_a.noconvert(), "column"_a.noconvert(), "wide"_a.noconvert(), "low_column"_a.noconvert(), "places"_a.noconvert(), "over"_a.noconvert(), "together"_a, "out"_a.noconvert(), "Inverse of cachegen_quantise.");
+    m.def("cachegen_dequantise", &dequantise, "symbols"_a.noconvert(), "step"_a, "shift"_a.noconvert(), "pull"_a.noconvert(), "column"_a.noconvert(), "wide"_a.noconvert(), "low_column"_a.noconvert(), "places"_a.noconvert(), "over"_a.noconvert(), "together"_a, "out"_a.noconvert(), "Inverse of cachegen_quantise.");
 }

@@ -15,16 +15,18 @@ struct Pairs {
     bool run;
 };
 
-// How the components of a head become symbols.
-struct Head {
-    size_t count;
-    const float* offset;                 // what is taken from each before it is counted in steps
-    const uint8_t* shift;                // bits that have a column of their own
-    const int32_t *first, *last;         // symbols that its model has
-    const float *scale, *pull;           // of decoding: 2^shift, and part of a step towards zero
+// How a component becomes symbols. Tokens of a column lie `together` side by side, `stride` bytes from
+// one such group to the next.
+struct Component {
+    float offset;         // what is taken from it before it is counted in steps
+    unsigned shift;       // bits that have a column of their own
+    int32_t first, last;  // symbols that its model has
+    float pull;           // part of a step towards zero that decoded points are moved
+    size_t together, stride;
 };
 
 constexpr int kMiddle = 16;
+constexpr size_t kTogether = 32;  // or one
 constexpr float kReach = 1073741824.0f;  // steps; beyond, nothing is coded
 
 struct Kernels {
@@ -32,13 +34,12 @@ struct Kernels {
     void (*read)(const void* from, Float format, size_t width, const Pairs& pairs, const float* cos, const float* sin, float* to);
     // A row plus a mean, turned, in a format: to nearest, ties to even.
     void (*write)(const float* from, const float* mean, size_t width, const Pairs& pairs, const float* cos, const float* sin, float* scratch, Float format, void* to);
-    // Components in whole steps: what is above the low bits and of it the nearest symbol, and the low bits.
-    // Bit 0 of the result: some have no symbol of their own; bit 1: some are too far from zero, or no numbers.
-    int (*quantise)(const float* z, const Head& head, float inverse, int32_t* high, uint8_t* symbols, uint8_t* low);
-    // Symbols, less the middle one, by their scale.
-    void (*widen)(const uint8_t* symbols, const Head& head, float* steps);
-    // Whole steps to components.
-    void (*finish)(const Head& head, float step, float* steps);
+    // A component of all tokens in whole steps: what is above the low bits, the nearest symbols, the low bits
+    // (null: it has none). Bit 0 of the result: some have no symbol of their own; bit 1: some are too far from
+    // zero, or no numbers.
+    int (*quantise)(const float* z, size_t tokens, const Component& component, float inverse, int32_t* high, uint8_t* symbols, uint8_t* low);
+    // Symbols, and low bits (null: none), to a component of all tokens.
+    void (*dequantise)(const uint8_t* symbols, const uint8_t* low, size_t tokens, const Component& component, float step, float* z);
 };
 
 }  // namespace waterfill::cachegen

@@ -7,7 +7,7 @@
 namespace waterfill::WATERFILL_ISA {
 namespace {
 
-using cachegen::Head;
+using cachegen::Component;
 using cachegen::Pairs;
 
 inline uint32_t bits_of(float x) {
@@ -81,44 +81,65 @@ void write(const float* from, const float* mean, size_t width, const Pairs& pair
     else for (size_t i = 0; i < width; ++i) words[i] = to_half(scratch[i]);
 }
 
-int quantise(const float* __restrict z, const Head& head, float inverse, int32_t* __restrict high, uint8_t* __restrict symbols, uint8_t* __restrict low) {
-    const float* __restrict offset = head.offset;
-    const uint8_t* __restrict shift = head.shift;
-    const int32_t *__restrict first = head.first, *__restrict last = head.last;
+template <size_t kTogether> int quantise_groups(const float* __restrict z, size_t tokens, const Component& c, float inverse, int32_t* __restrict high, uint8_t* __restrict symbols, uint8_t* __restrict low) {
+    const size_t stride = c.stride;
+    const float offset = c.offset;
+    const int32_t half = (1 << c.shift) >> 1, mask = (1 << c.shift) - 1, first = c.first, last = c.last;
+    const int shift = int(c.shift);
     int other = 0, far = 0;
-    for (size_t i = 0; i < head.count; ++i) {
-        const float steps = std::nearbyint((z[i] - offset[i]) * inverse);
-        const bool fits = std::fabs(steps) < cachegen::kReach;
-        far |= !fits;
-        const int32_t k = (fits ? int32_t(steps) : 0) + ((1 << shift[i]) >> 1);
-        const int32_t up = (k >> shift[i]) + cachegen::kMiddle;
-        const int32_t near = up < first[i] ? first[i] : up > last[i] ? last[i] : up;
-        high[i] = up;
-        symbols[i] = uint8_t(near);
-        low[i] = uint8_t(k & ((1 << shift[i]) - 1));
-        other |= near != up;
+    for (size_t g = 0; g < tokens / kTogether; ++g, z += kTogether, high += kTogether, symbols += stride) {
+        int32_t ks[kTogether];
+        for (size_t i = 0; i < kTogether; ++i) {
+            const float steps = std::nearbyint((z[i] - offset) * inverse);
+            const bool fits = std::fabs(steps) < cachegen::kReach;
+            far |= !fits;
+            const int32_t k = (fits ? int32_t(steps) : 0) + half;
+            const int32_t up = (k >> shift) + cachegen::kMiddle;
+            const int32_t near = up < first ? first : up > last ? last : up;
+            ks[i] = k;
+            high[i] = up;
+            symbols[i] = uint8_t(near);
+            other |= near != up;
+        }
+        if (low) {
+            for (size_t i = 0; i < kTogether; ++i) low[i] = uint8_t(ks[i] & mask);
+            low += stride;
+        }
     }
     return other | far << 1;
 }
 
-void widen(const uint8_t* symbols, const Head& head, float* __restrict steps) {
-    const float* __restrict scale = head.scale;
-    for (size_t i = 0; i < head.count; ++i) steps[i] = float(int(symbols[i]) - cachegen::kMiddle) * scale[i];
+int quantise(const float* z, size_t tokens, const Component& c, float inverse, int32_t* high, uint8_t* symbols, uint8_t* low) {
+    if (c.together == cachegen::kTogether) return quantise_groups<cachegen::kTogether>(z, tokens, c, inverse, high, symbols, low);
+    return quantise_groups<1>(z, tokens, c, inverse, high, symbols, low);
 }
 
-void finish(const Head& head, float step, float* __restrict steps) {
-    const float* __restrict pulls = head.pull;
-    for (size_t i = 0; i < head.count; ++i) {
-        // Read before it is known whether it counts: a jump for each sign would be a coin toss.
-        const float k = steps[i], pull = std::copysign(pulls[i], k);
-        steps[i] = (k - (k == 0.0f ? 0.0f : pull)) * step;
+template <size_t kTogether> void dequantise_groups(const uint8_t* __restrict symbols, const uint8_t* __restrict low, size_t tokens, const Component& c, float step, float* __restrict z) {
+    const size_t stride = c.stride;
+    const float scale = float(1 << c.shift), half = low ? 0.5f * scale : 0.0f, pull = c.pull;
+    for (size_t g = 0; g < tokens / kTogether; ++g, z += kTogether, symbols += stride) {
+        for (size_t i = 0; i < kTogether; ++i) z[i] = float(int(symbols[i]) - cachegen::kMiddle) * scale - half;
+        if (low) {
+            for (size_t i = 0; i < kTogether; ++i) z[i] += float(low[i]);
+            low += stride;
+        }
+        for (size_t i = 0; i < kTogether; ++i) {
+            // Taken before it is known whether it counts: a jump for each sign would be a coin toss.
+            const float k = z[i], towards = std::copysign(pull, k);
+            z[i] = (k - (k == 0.0f ? 0.0f : towards)) * step;
+        }
     }
+}
+
+void dequantise(const uint8_t* symbols, const uint8_t* low, size_t tokens, const Component& c, float step, float* z) {
+    if (c.together == cachegen::kTogether) dequantise_groups<cachegen::kTogether>(symbols, low, tokens, c, step, z);
+    else dequantise_groups<1>(symbols, low, tokens, c, step, z);
 }
 
 }  // namespace
 
 const cachegen::Kernels& cachegen_kernels() {
-    static constexpr cachegen::Kernels kernels{read, write, quantise, widen, finish};
+    static constexpr cachegen::Kernels kernels{read, write, quantise, dequantise};
     return kernels;
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from transformers import DynamicCache
 
 from bench.cache import context_of, held_out, model_of, statistics_of
-from bench.harness import Row, seconds
+from bench.harness import Row
 from waterfill.runtime.cache.cache import KVCache
 
 NAME = "english-7m"
@@ -228,11 +229,11 @@ def speed(tokens: int) -> Iterator[Row]:
     ) as folder:
         for level in (LIKE, "exact"):
             path = Path(folder) / "big.kv"
-            took = seconds(lambda level=level, path=path: cache.save(path, ids, level), 5)  # type: ignore[misc]
-            note = f"{nbytes / 1e6:.0f} MB, one thread, to memory; median of 5"
+            took = _seconds(lambda level=level, path=path: cache.save(path, ids, level))  # type: ignore[misc]
+            note = f"{nbytes / 1e6:.0f} MB, one thread, CPU time, a file in memory; median of 5"
             bar = 0.5 if level == LIKE else None
             yield Row(f"save at {level}", nbytes / took / 1e9, "GB/s", bar, ">=", note)
-            took = seconds(lambda path=path: KVCache.load(path, model, tokens=tokens), 5)  # type: ignore[misc]
+            took = _seconds(lambda path=path: KVCache.load(path, model, tokens=tokens))  # type: ignore[misc]
             yield Row(f"load at {level}", nbytes / took / 1e9, "GB/s", bar, ">=", note)
     torch.set_num_threads(before)
 
@@ -241,3 +242,14 @@ def _repeated(x: torch.Tensor, tokens: int) -> torch.Tensor:
     """Rows but for their first tokens, one after another, over and over: (1, heads, tokens, width)."""
     once = x[:, :, 4:].transpose(0, 1).flatten(1, 2)
     return once.repeat(1, -(-tokens // once.shape[1]), 1)[None, :, :tokens]
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Median CPU seconds of one call: what a core is busy, whoever else wants it."""
+    call()
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return float(np.median(times))

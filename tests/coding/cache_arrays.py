@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from waterfill.coding import lossless
-from waterfill.coding.cachegen import analysis_of, fit_table, pack_table
+from waterfill.coding.cachegen import analysis_of, components, fit_table, pack_table
 from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer
 from waterfill.coding.cachegen_rows import read_rows, turn_of
 from waterfill.coding.cachegen_symbols import encode_chunk, fit_columns, pack_columns
@@ -58,7 +58,7 @@ def write(path: Path, of: Header) -> None:
             plain = (
                 read_rows(keys, "F32", turn.back) if layer.rotation == 0 else read_rows(keys, "F32")
             )
-            z = plain @ analysis, read_rows(values, "F32") @ analysis
+            z = components(plain, analysis), components(read_rows(values, "F32"), analysis)
             columns = {}
             for level in of.levels:
                 if level.step is not None:
@@ -70,7 +70,7 @@ def write(path: Path, of: Header) -> None:
                     if level.step is None:
                         writer.add(exact((keys[:, :, some], values[:, :, some])))
                     else:
-                        part = [np.ascontiguousarray(x[:, some]) for x in z]
+                        part = [np.ascontiguousarray(x[:, :, some]) for x in z]
                         writer.add(
                             encode_chunk(part, (offset, offset), level.step, columns[level.name])
                         )
@@ -89,8 +89,8 @@ def write_example(path: Path) -> None:
         np.zeros((1, 2), np.float32), np.diag([4, 1]).astype(np.float32)[None], eye, 0.5
     )
     analysis, offset = analysis_of(table, eye), np.zeros(2, np.float32)
-    z = [read_rows(x[:, :, 1:], "F32") @ analysis for x in (keys, values)]
-    columns = fit_columns([x[:, :1] for x in z], 0.5)
+    z = [components(read_rows(x[:, :, 1:], "F32"), analysis) for x in (keys, values)]
+    columns = fit_columns([x[:, :, :1] for x in z], 0.5)
     with Writer(path, of) as writer:
         writer.add(np.array([7, 8, 9], "<u4").tobytes())
         writer.add(join([pack_table(table)] * 2))

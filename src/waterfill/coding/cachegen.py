@@ -18,7 +18,7 @@ from waterfill.coding.entropy import decode_ints, encode_ints
 from waterfill.coding.sections import join, split
 from waterfill.types import Floats, FormatError
 
-__all__ = ["Table", "analysis_of", "fit_table", "pack_table", "read_table"]
+__all__ = ["Table", "analysis_of", "components", "fit_table", "pack_table", "read_table"]
 
 F64 = NDArray[np.float64]
 TOP = 31  # of the integers that rows are made of
@@ -40,8 +40,8 @@ class Table:
     synthesis: Floats
 
     def vectors(self, z: Floats) -> Floats:
-        """Components (heads, rows, kept) as vectors less the mean, (heads, rows, width)."""
-        found: Floats = np.matmul(z, self.synthesis)
+        """Components (heads, kept, rows) as vectors less the mean, (heads, rows, width)."""
+        found: Floats = np.matmul(z.swapaxes(1, 2), self.synthesis)
         return found
 
     @property
@@ -115,3 +115,9 @@ def read_table(data: bytes, heads: int, width: int) -> Table:
     return _table(
         mean, unit.reshape(heads, kept), whole.reshape(heads, kept, width).astype(np.int8)
     )
+
+
+def components(x: Floats, analysis: Floats) -> Floats:
+    """Of vectors (heads, rows, width): (heads, kept, rows)."""
+    found: Floats = np.matmul(analysis.swapaxes(1, 2), x.swapaxes(1, 2))
+    return found

@@ -36,6 +36,7 @@ MAX_SHIFT = 5
 RARE = 1e-3  # share of a component's values that may lie beyond its symbols
 PULL = 256  # parts of a step that points are moved towards zero by
 REACH = 1 << 30
+WIDTHS = [[a, b] for a in (1, 2, 4, 8) for b in (1, 2, 4)]  # bytes of what a list holds
 TOGETHER = 32  # tokens of a column that are coded one after another: the coder's lanes
 
 
@@ -137,7 +138,7 @@ class Columns:
 
 
 def fit_columns(sample: Sequence[Floats], step: float) -> Columns:
-    """Columns for components like a sample: of keys and of values, each float32 (heads, tokens, kept)."""
+    """Columns for components like a sample: of keys and of values, each float32 (heads, kept, tokens)."""
     steps = np.concatenate([_side_by_side(z) for z in sample], axis=1) * np.float32(1 / step)
     k = np.rint(np.clip(steps, -REACH, REACH)).astype(np.int32)
     shifts = _shifts(k)
@@ -145,13 +146,13 @@ def fit_columns(sample: Sequence[Floats], step: float) -> Columns:
     ids = np.arange(high.shape[1]) * SYMBOLS
     counts = np.bincount((high + ids).reshape(-1), minlength=high.shape[1] * SYMBOLS)
     models = (counts.reshape(-1, SYMBOLS) @ bank()[1].T).argmin(axis=1).astype(np.uint8)
-    sizes = sample[0].shape[0] * sample[0].shape[2], sample[1].shape[0] * sample[1].shape[2]
+    sizes = sample[0].shape[0] * sample[0].shape[1], sample[1].shape[0] * sample[1].shape[1]
     return Columns(shifts, models, _pulls(steps, k, models), sizes)
 
 
 def _side_by_side(z: Floats) -> Floats:
-    """(heads, tokens, kept) as (tokens, heads * kept)."""
-    return z.swapaxes(0, 1).reshape(z.shape[1], -1)
+    """(heads, kept, tokens) as (tokens, heads * kept)."""
+    return z.reshape(-1, z.shape[2]).T
 
 
 def _halves(shifts: Bytes) -> Ints:
@@ -203,7 +204,7 @@ def encode_chunk(
 
     Parameters
     ----------
-    z : of keys and of values, float32 (heads, tokens, kept)
+    z : of keys and of values, float32 (heads, kept, tokens)
     offsets : float32 (heads * kept,) of each, to be taken from their components
 
     Raises
@@ -211,10 +212,10 @@ def encode_chunk(
     ValueError
         If a number is not finite, or a thousand million steps from zero.
     """
-    tokens = z[0].shape[1]
+    tokens = z[0].shape[2]
     listed, streams = [], []
     for part, together in _parts(tokens):
-        some = [x[:, part] for x in z]
+        some = [x[:, :, part] for x in z]
         symbols, found = _to_symbols(some, offsets, step, columns, together)
         listed += [(part.start * sum(columns.sizes) + places, over) for places, over in found]
         streams.append(_encode(symbols, columns, together))
@@ -239,7 +240,7 @@ def _to_symbols(
     z: Sequence[Floats], offsets: Sequence[Floats], step: float, columns: Columns, together: int
 ) -> tuple[Bytes, list[tuple[Longs, Ints]]]:
     """Symbols (tokens, columns), and places (token * components + component) that have none."""
-    symbols = np.empty((z[0].shape[1], columns.classes[0].size), np.uint8)
+    symbols = np.empty((z[0].shape[2], columns.classes[0].size), np.uint8)
     listed, start = [], 0
     for one, offset, stream in zip(z, offsets, columns.streams, strict=True):
         count = stream.column.size
@@ -286,9 +287,9 @@ def _pack_list(listed: Sequence[tuple[Longs, Ints]]) -> bytes:
     order = np.argsort(places)
     gaps = np.diff(places[order], prepend=-1) - 1
     over = gamma.zigzag(np.concatenate([over for _, over in listed])[order].astype(np.int64))
-    orders = [min(int(x.mean()).bit_length(), gamma.MAX_ORDER) for x in (gaps, over)]
-    packed = [gamma.pack(x, n) for x, n in zip((gaps, over), orders, strict=True)]
-    return b"".join([gamma.varint(places.size), bytes(orders), *packed])
+    kinds = [np.min_scalar_type(int(x.max())) for x in (gaps, over)]
+    packed = [x.astype(kind).tobytes() for x, kind in zip((gaps, over), kinds, strict=True)]
+    return b"".join([gamma.varint(places.size), bytes(kind.itemsize for kind in kinds), *packed])
 
 
 def _read_list(data: Bytes, size: int) -> tuple[Longs, Ints]:
@@ -297,28 +298,26 @@ def _read_list(data: Bytes, size: int) -> tuple[Longs, Ints]:
         if data.size != 1:
             raise FormatError("bytes after an empty list")
         return np.zeros(0, np.int64), np.zeros(0, np.int32)
-    if count > size or count > 8 * data.size or at + 2 > data.size:
+    widths = [int(x) for x in data[at : at + 2]]
+    if count > size or widths not in WIDTHS or data.size != at + 2 + count * sum(widths):
         raise FormatError("a list that is cut short")
-    orders = [int(x) for x in data[at : at + 2]]
-    if max(orders) > gamma.MAX_ORDER:
-        raise FormatError("a list in a code that is unknown")
-    gaps, at = gamma.unpack(data, at + 2, count, orders[0])
-    over, at = gamma.unpack(data, at, count, orders[1])
+    gaps = np.frombuffer(data, f"<u{widths[0]}", count, at + 2).astype(np.int64)
+    over = np.frombuffer(data, f"<u{widths[1]}", count, at + 2 + count * widths[0])
     places = np.cumsum(gaps + 1) - 1
-    if at != data.size or gaps.max() >= size or places[-1] >= size or over.max() > 2 * REACH:
+    if gaps.max() >= size or places[-1] >= size:
         raise FormatError("a list of places that are not there")
-    return places, gamma.unzigzag(over).astype(np.int32)
+    return places, gamma.unzigzag(over.astype(np.int64)).astype(np.int32)
 
 
 def decode_chunk(
     data: bytes, tokens: int, step: float, columns: Columns, heads: int
 ) -> tuple[Floats, Floats]:
-    """Inverse of `encode_chunk`, but for the offsets: of keys and of values, float32 (heads, tokens, kept)."""
+    """Inverse of `encode_chunk`, but for the offsets: of keys and of values, float32 (heads, kept, tokens)."""
     listed, *coded = (np.frombuffer(part, np.uint8) for part in split(data, 3))
     components = sum(columns.sizes)
     places, over = _read_list(listed, tokens * components)
     ids, freqs = columns.classes
-    out = [np.empty((heads, tokens, size // heads), np.float32) for size in columns.sizes]
+    out: tuple[list[Floats], list[Floats]] = ([], [])
     for (part, together), stream in zip(_parts(tokens), coded, strict=True):
         rows = (part.stop - part.start) // together
         classes = np.repeat(ids, together)
@@ -331,9 +330,11 @@ def decode_chunk(
                 (token >= 0) & (token < len(symbols)) & (place >= start) & (place < start + count)
             )
             where = token[mine] * count + place[mine] - start
-            z[:, part] = _dequantise(symbols, step, one, where, over[mine], together, heads)
+            if len(symbols) or not tokens:
+                z.append(_dequantise(symbols, step, one, where, over[mine], together, heads))
             start += count
-    return out[0], out[1]
+    keys, values = (z[0] if len(z) == 1 else np.concatenate(z, axis=2) for z in out)
+    return keys, values
 
 
 def _dequantise(
@@ -345,13 +346,13 @@ def _dequantise(
     together: int,
     heads: int,
 ) -> Floats:
-    """Components, float32 (heads, tokens, kept)."""
+    """Components, float32 (heads, kept, tokens)."""
     tokens, kept = len(symbols), stream.column.size // heads
     core = native.core()
     if core is not None:
-        out = np.empty((heads, tokens, kept), np.float32)
+        out = np.empty((heads, kept, tokens), np.float32)
         core.cachegen_dequantise(
-            symbols, step, stream.scale, stream.pull, stream.column, stream.wide,
+            symbols, step, stream.shift, stream.pull, stream.column, stream.wide,
             stream.low_column, places, over, together, out,
         )  # fmt: skip
         return out
@@ -363,4 +364,4 @@ def _dequantise(
     k[token, component] += over.astype(np.float32) * stream.scale[component]
     k -= np.sign(k) * stream.pull
     k *= np.float32(step)
-    return k.reshape(tokens, heads, kept).swapaxes(0, 1)
+    return k.T.reshape(heads, kept, tokens)

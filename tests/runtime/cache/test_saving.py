@@ -178,6 +178,13 @@ def test_what_does_not_fit_is_refused_and_named(tmp_path: Path) -> None:
         KVCache(model, method="exact").save(path, ids[:, :0])
 
 
+def test_caches_that_evict_are_refused(tmp_path: Path) -> None:
+    model, ids = decoder(), tokens(1, 60)
+    cache = read(model, ids, KVCache(model, method="elastic"))
+    with pytest.raises(WaterfillError, match="evicted tokens"):
+        cache.save(tmp_path / "a.kv", ids)
+
+
 class Tokenizer:
     """As much of one as is asked of it."""
 

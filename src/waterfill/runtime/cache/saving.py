@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from waterfill.coding import lossless
-from waterfill.coding.cachegen import Table, analysis_of, fit_table, pack_table
+from waterfill.coding.cachegen import Table, analysis_of, components, fit_table, pack_table
 from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer, front_nbytes
 from waterfill.coding.cachegen_rows import UNTURNED, Turn, read_rows, turn_of
 from waterfill.coding.cachegen_symbols import encode_chunk, fit_columns, pack_columns
@@ -53,6 +53,8 @@ def saving_of(cache: KVCache, model: Any, token_ids: Any, tokenizer: Any) -> Sav
         raise WaterfillError(
             f"layer {other} keeps something else than keys and values; it cannot be stored"
         )
+    if not all(store.whole for store in stores):
+        raise WaterfillError("a cache that has evicted tokens holds no prefix that could be stored")
     for layer in cache.coded_layers:
         layer.commit()
     ids = torch.as_tensor(token_ids)
@@ -304,15 +306,15 @@ class _Coder:
             self.offsets.append((table.mean[:, None] @ analysis).reshape(-1))
         self.packed = join([pack_table(table) for table in self.tables])
         self.sample = [
-            np.concatenate(x, axis=1)
+            np.concatenate(x, axis=2)
             for x in zip(*(self.components(*pair) for pair in taken), strict=True)
         ]
         for x, offset in zip(self.sample, self.offsets, strict=True):
-            x -= offset.reshape(len(x), 1, -1)
+            x -= offset.reshape(len(x), -1, 1)
 
     def components(self, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
-        """Of keys, and of values, each float32 (heads, rows, kept), before their offsets."""
-        return keys @ self.analyses[0], values @ self.analyses[1]
+        """Of keys, and of values, each float32 (heads, kept, rows), before their offsets."""
+        return components(keys, self.analyses[0]), components(values, self.analyses[1])
 
 
 def _spread(header: Header, layer: Layer, chunks: range) -> Iterator[tuple[int, int]]:
