@@ -9,7 +9,8 @@ window; no weight gets a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from waterfill.types import WaterfillError
 __all__ = ["calibrate_cache"]
 
 SAMPLES = 256  # tokens kept of each layer
+ROWS = 256  # of logits that are looked at in float32 at once
 READERS = 32  # keys of a window whose readers are looked at in the key's own frame
 
 
@@ -90,16 +92,15 @@ def calibrate_cache(
     sums = {index: (_Sums(), _Sums()) for index in facts}
     every = max(1, len(ids) * BLOCK // SAMPLES)
     generator = torch.Generator().manual_seed(seed)
-    for number, window in enumerate(ids):
-        watch = _Watch(facts, sums, every, number)
-        with watch:
-            logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0]
-            chances = logits.detach().float().softmax(-1).cpu()
-            drawn = torch.multinomial(chances, 1, generator=generator).to(logits.device)
+    with _only_activations(model):
+        for number, window in enumerate(ids):
+            watch = _Watch(facts, sums, every, number)
+            with watch:
+                logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0]
             if not watch.seen or not logits.requires_grad:
                 raise WaterfillError(f"the attention of {type(model).__name__} cannot be watched")
-            logits.float().log_softmax(-1).gather(1, drawn).sum().backward()
-        progress(number + 1, len(ids))
+            logits.backward(_pull(logits.detach(), generator))
+            progress(number + 1, len(ids))
     layers = {
         index: LayerStatistics(*(stream.finish(len(ids)) for stream in pair))
         for index, pair in sums.items()
@@ -107,6 +108,32 @@ def calibrate_cache(
     }
     text = {"windows": len(ids), "tokens": ids.shape[1], "seed": seed, **(protocol or {})}
     return CacheStatistics(layers, text)
+
+
+def _pull(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Gradient of the log-likelihood of tokens drawn from these logits (tokens, vocabulary)."""
+    found = torch.empty_like(logits)
+    for low in range(0, len(logits), ROWS):
+        chances = logits[low : low + ROWS].float().softmax(-1).cpu()
+        drawn = torch.multinomial(chances, 1, generator=generator)
+        found[low : low + ROWS] = chances.neg_().scatter_add_(1, drawn, torch.ones(drawn.shape))
+    return found
+
+
+@contextlib.contextmanager
+def _only_activations(model: Any) -> Iterator[None]:
+    """Without gradients of weights, and without dropout, while it runs."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    training = model.training
+    model.eval()
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+        model.train(training)
 
 
 class _Watch:
@@ -147,7 +174,7 @@ class _Watch:
             self.seen += 1
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
             window = self.facts[index].window
-            states = tuple(x.detach()[0].float() for x in (query, key, value, out.transpose(1, 2)))
+            states = tuple(x.detach()[0] for x in (query, key, value, out.transpose(1, 2)))
 
             def learn(gradient: torch.Tensor) -> None:
                 with torch.no_grad():
@@ -165,7 +192,8 @@ class _Watch:
         scale: float,
         window: int | None,
     ) -> None:
-        q, k, v, o = states
+        # Until here they are those that the graph holds anyway.
+        q, k, v, o = (x.float() for x in states)
         heads, n, _ = q.shape
         group = heads // k.shape[0]
         positions = torch.arange(n)
