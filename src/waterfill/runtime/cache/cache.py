@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
-from waterfill.plan.budget import parse_size
+from waterfill.runtime.cache.checking import check_counts, check_statistics, total_nbytes
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
 from waterfill.runtime.cache.planning import Budget, Choice, plan
@@ -56,7 +56,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def __init__(
         self,
         model: Any,
-        size: int | str | None = None,
+        size: int | float | str | None = None,
         *,
         bytes_per_token: float | None = None,
         bits: float | None = None,
@@ -67,6 +67,7 @@ class KVCache(Cache):  # type: ignore[misc]
         sinks: int = SINKS,
         recent: int = RECENT,
     ) -> None:
+        check_counts(tokens, batch, sinks, recent)
         facts = facts_of(model)
         known = [one for one in facts if one is not None]
         if not known:
@@ -76,9 +77,10 @@ class KVCache(Cache):  # type: ignore[misc]
         self.facts = facts
         self.tokens = tokens or context_of(model) or LONGEST
         self.budget = _budget(known, size, bytes_per_token, bits, self.tokens, batch, sinks, recent)
-        self.choices: dict[int, Choice] = plan(
-            known, self.budget, method, _statistics(model, statistics)
-        )
+        own = _statistics(model, statistics)
+        if own is not None:
+            check_statistics(own, known, model.config)
+        self.choices: dict[int, Choice] = plan(known, self.budget, method, own)
         self.track = Track()
         layers = list(DynamicCache(config=model.config).layers)
         for one in known:
@@ -125,6 +127,11 @@ class KVCache(Cache):  # type: ignore[misc]
                     f"this cache of {self.budget.nbytes:,} bytes was planned for {self.tokens:,} tokens, "
                     f"and {after:,} are wanted: make it with tokens={after}, or a larger size"
                 )
+            if self.budget.nbytes is not None and len(key_states) > self.budget.batch:
+                raise BudgetError(
+                    f"this cache of {self.budget.nbytes:,} bytes was planned for {self.budget.batch} rows, "
+                    f"and {len(key_states)} come (each beam is one): make it with batch={len(key_states)}"
+                )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
     def reset(self) -> None:
@@ -160,7 +167,7 @@ class KVCache(Cache):  # type: ignore[misc]
 
 def _budget(
     known: list[LayerFacts],
-    size: int | str | None,
+    size: int | float | str | None,
     bytes_per_token: float | None,
     bits: float | None,
     tokens: int,
@@ -168,16 +175,8 @@ def _budget(
     sinks: int,
     recent: int,
 ) -> Budget:
-    if sum(x is not None for x in (size, bytes_per_token, bits)) > 1:
-        raise WaterfillError("name one of size, bytes_per_token and bits")
     numbers = sum(f.heads * (f.key_width + f.value_width) for f in known)
-    if bits is not None:
-        bytes_per_token = bits * numbers / 8
-    total: int | None = None
-    if bytes_per_token is not None:
-        total = int(bytes_per_token * tokens * batch)
-    elif size is not None:
-        total = size if isinstance(size, int) else parse_size(size)
+    total = total_nbytes(size, bytes_per_token, bits, numbers, tokens * batch)
     return Budget(total, tokens, batch, sinks, recent)
 
 

@@ -98,7 +98,10 @@ def calibrate_cache(
             with watch:
                 logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0]
             if not watch.seen or not logits.requires_grad:
-                raise WaterfillError(f"the attention of {type(model).__name__} cannot be watched")
+                raise WaterfillError(
+                    f"the attention of {type(model).__name__} cannot be watched, or reads other things "
+                    "than its cache holds: choose a method that needs no statistics, such as channel"
+                )
             logits.backward(_pull(logits.detach(), generator))
             progress(number + 1, len(ids))
     layers = {
@@ -106,7 +109,13 @@ def calibrate_cache(
         for index, pair in sums.items()
         if pair[0].count
     }
-    text = {"windows": len(ids), "tokens": ids.shape[1], "seed": seed, **(protocol or {})}
+    text = {
+        "model_type": model.config.model_type,
+        "windows": len(ids),
+        "tokens": ids.shape[1],
+        "seed": seed,
+        **(protocol or {}),
+    }
     return CacheStatistics(layers, text)
 
 
@@ -170,7 +179,7 @@ class _Watch:
             query = query if query.requires_grad else query.detach().requires_grad_()
             out, _ = attention_forward(module, query, key, value, mask, **kwargs)
         index = getattr(module, "layer_idx", None)
-        if index in self.facts and out.requires_grad:
+        if index in self.facts and out.requires_grad and self._as_cached(index, key, value):
             self.seen += 1
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
             window = self.facts[index].window
@@ -183,6 +192,12 @@ class _Watch:
 
             out.register_hook(learn)  # type: ignore[no-untyped-call]
         return out, None
+
+    def _as_cached(self, index: int, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether attention reads what the cache holds: some models make it from that."""
+        one = self.facts[index]
+        held = (one.heads, one.key_width), (one.heads, one.value_width)
+        return held == ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
 
     def _learn(
         self,
