@@ -22,6 +22,9 @@ TESTS = (
     "tests/runtime/test_door.py",
     "tests/runtime/test_torch_model.py",
     "tests/runtime/test_modules.py",
+    "tests/runtime/cache/test_cache.py",
+    "tests/runtime/cache/test_generating.py",
+    "tests/runtime/cache/test_rotary.py",
 )
 ROOT = Path(__file__).parents[2]
 

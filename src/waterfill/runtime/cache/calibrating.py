@@ -29,6 +29,7 @@ __all__ = ["calibrate_cache"]
 
 SAMPLES = 256  # tokens kept of each layer
 ROWS = 256  # of logits that are looked at in float32 at once
+PROBE = 256  # tokens kept for the guard to try a cache on
 READERS = 32  # keys of a window whose readers are looked at in the key's own frame
 
 
@@ -97,7 +98,7 @@ def calibrate_cache(
             watch = _Watch(facts, sums, every, number)
             with watch:
                 logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0]
-            if not watch.seen or not logits.requires_grad:
+            if watch.seen != facts.keys() or not logits.requires_grad:
                 raise WaterfillError(
                     f"the attention of {type(model).__name__} cannot be watched, or reads other things "
                     "than its cache holds: choose a method that needs no statistics, such as channel"
@@ -114,6 +115,7 @@ def calibrate_cache(
         "windows": len(ids),
         "tokens": ids.shape[1],
         "seed": seed,
+        "probe": ids[-1, :PROBE].tolist(),
         **(protocol or {}),
     }
     return CacheStatistics(layers, text)
@@ -156,7 +158,7 @@ class _Watch:
         number: int,
     ) -> None:
         self.facts, self.sums, self.every, self.number = facts, sums, every, number
-        self.seen = 0
+        self.seen: set[int] = set()
 
     def __enter__(self) -> _Watch:
         AttentionInterface.register(ATTENTION, self.attention)
@@ -180,7 +182,7 @@ class _Watch:
             out, _ = attention_forward(module, query, key, value, mask, **kwargs)
         index = getattr(module, "layer_idx", None)
         if index in self.facts and out.requires_grad and self._as_cached(index, key, value):
-            self.seen += 1
+            self.seen.add(index)
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
             window = self.facts[index].window
             states = tuple(x.detach()[0] for x in (query, key, value, out.transpose(1, 2)))

@@ -21,9 +21,7 @@ def check_counts(tokens: int | None, batch: int, sinks: int, recent: int) -> Non
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int) or value < lowest
         ):
-            raise WaterfillError(
-                f"{name}={value!r}: a whole number, please, of at least {lowest}"
-            )
+            raise WaterfillError(f"{name}={value!r}: a whole number, please, of at least {lowest}")
 
 
 def total_nbytes(
@@ -44,28 +42,28 @@ def total_nbytes(
     given = {"size": size, "bytes_per_token": bytes_per_token, "bits": bits}
     named = {name: value for name, value in given.items() if value is not None}
     if len(named) > 1:
-        raise WaterfillError("name one of size, bytes_per_token and bits, not " + " and ".join(named))
+        raise WaterfillError(
+            "name one of size, bytes_per_token and bits, not " + " and ".join(named)
+        )
     if isinstance(size, str):
         return parse_size(size)
     for name, value in named.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
-            raise BudgetError(
-                f"{name}={value!r}: a number above 0, please"
-                + (", or text such as 64MB" if name == "size" else "")
-            )
+        if not _above_zero(value):
+            text = ", or text such as 64MB" if name == "size" else ""
+            raise BudgetError(f"{name}={value!r}: a number above 0, please{text}")
     if bits is not None:
         bytes_per_token = bits * numbers / 8
-    return int(bytes_per_token * tokens) if bytes_per_token is not None else _whole(size)
-
-
-def _whole(size: int | float | str | None) -> int | None:
+    if bytes_per_token is not None:
+        return int(bytes_per_token * tokens)
     return None if size is None else int(size)
 
 
-def check_statistics(
-    statistics: CacheStatistics, facts: Sequence[LayerFacts], config: Any
-) -> None:
+def _above_zero(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
+
+
+def check_statistics(statistics: CacheStatistics, facts: Sequence[LayerFacts], config: Any) -> None:
     """WaterfillError if statistics are clearly of another model's cache."""
     again = "make them with this model: waterfill calibrate-cache, or waterfill.calibrate_cache"
     own, theirs = config.model_type, statistics.protocol.get("model_type", config.model_type)
