@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from waterfill.runtime.cache.naming import as_argument
+
 __all__ = ["decode_pace"]
 
 
@@ -27,11 +29,11 @@ def decode_pace(
     row = tokens[None].to(model.device)
     caches = [make() for make in makes]
     for cache in caches:
-        model(input_ids=row[:, :-steps], past_key_values=cache, use_cache=True)
+        model(input_ids=row[:, :-steps], use_cache=True, **as_argument(model, cache))
     seconds = [0.0] * len(caches)
     for at in range(row.shape[1] - steps, row.shape[1]):
         for i, cache in enumerate(caches):
             start = time.perf_counter()
-            model(input_ids=row[:, at : at + 1], past_key_values=cache, use_cache=True)
+            model(input_ids=row[:, at : at + 1], use_cache=True, **as_argument(model, cache))
             seconds[i] += time.perf_counter() - start
     return [steps / max(one, 1e-9) for one in seconds]

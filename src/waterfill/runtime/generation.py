@@ -20,6 +20,7 @@ from typing import Any
 
 from waterfill.container import Reader
 from waterfill.runtime.artifact import folder_of
+from waterfill.runtime.cache.naming import as_argument
 from waterfill.runtime.torch_model import load_model, quiet_transformers
 from waterfill.sources.text import load_tokenizer
 from waterfill.types import WaterfillError
@@ -291,7 +292,7 @@ class Continuation:
                 given = self.inputs["input_ids"].shape[1]
                 self.cache = self.writer.take_cache(given + self.tokens)
                 self.cache.reset()
-                options["past_key_values"] = self.cache
+                options |= as_argument(model, self.cache)
             self._start = time.perf_counter()
             inputs = {name: tensor.to(model.device) for name, tensor in self.inputs.items()}
             model.generate(**inputs, **options, streamer=listener)

@@ -74,7 +74,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "XGLMConfig": {"d_model": 64, "attention_heads": 4, "ffn_dim": 96, "num_layers": 2},
     "CohereConfig": {},
     "Cohere2Config": {"sliding_window": 48},
-    "StableLmConfig": {},
     "Olmo2Config": {},
     "SmolLM3Config": {},
     "MixtralConfig": {},
@@ -106,6 +105,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "Lfm2Config": {"layer_types": ["conv", "full_attention"]},
 }  # fmt: skip
+
+
+# Whose layers of other kinds have a cache class of the model's own in older transformers.
+MIXED = ("Qwen3NextConfig", "JambaConfig", "Lfm2Config")
+if not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
+    FAMILIES = {name: own for name, own in FAMILIES.items() if name not in MIXED}
 
 
 @cache

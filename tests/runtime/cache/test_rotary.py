@@ -16,7 +16,7 @@ NO_TURN = (
     "GPT2Config", "OPTConfig", "GPTNeoConfig", "GPTBigCodeConfig", "BloomConfig", "MptConfig",
     "FalconConfig alibi", "XGLMConfig", "DeepseekV2Config", "DeepseekV3Config", "JambaConfig",
 )  # fmt: skip
-PARTLY = {"GPTNeoXConfig": 2, "PhiConfig": 4, "StableLmConfig": 2, "Qwen3NextConfig": 2}
+PARTLY = {"GPTNeoXConfig": 2, "PhiConfig": 4, "Qwen3NextConfig": 2}
 PAIRS: dict[str, int | None] = {**dict.fromkeys(NO_TURN), **PARTLY}
 OTHER_STATES = {
     "Gemma3nTextConfig": (2, 3), "Qwen3NextConfig": (0,), "JambaConfig": (0,), "Lfm2Config": (0,)
@@ -27,11 +27,14 @@ OTHER_STATES = {
 def test_each_layer_is_known(family: str) -> None:
     facts = facts_of(decoder(family))
     unknown = tuple(i for i, one in enumerate(facts) if one is None)
-    assert unknown == OTHER_STATES.get(family, ())
+    # Older transformers keeps what shared layers read once more.
+    assert unknown in (OTHER_STATES.get(family, ()), () if "Gemma3n" in family else None)
     for one in facts:
         if one is not None:
             pairs = None if one.rotary is None else len(one.rotary.frequencies)
-            assert pairs == PAIRS.get(family, one.key_width // 2)
+            latent = "Deepseek" in family and one.heads == 1  # else keys as attention reads them
+            if "Deepseek" not in family or latent:
+                assert pairs == PAIRS.get(family, one.key_width // 2)
 
 
 @pytest.mark.parametrize(

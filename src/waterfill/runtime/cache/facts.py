@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from waterfill.runtime.cache.naming import as_argument
 from waterfill.runtime.cache.rotary import POSITIONS, Rotary, find_rotary
 from waterfill.types import WaterfillError
 
@@ -72,8 +73,8 @@ def facts_of(model: Any) -> tuple[LayerFacts | None, ...]:
             model(
                 input_ids=ids,
                 position_ids=torch.tensor(positions, device=model.device)[:, None],
-                past_key_values=cache,
                 use_cache=True,
+                **as_argument(model, cache),
             )
     except (
         TypeError,
