@@ -63,7 +63,7 @@ def main(words: list[str]) -> int:
             path = os.pathsep.join([name, os.environ.get("PYTHONPATH", "")])
             environment = {**os.environ, "PYTHONPATH": path, "WATERFILL_TESTS_TRANSFORMERS": number}
             # 5.24 has another name for it, and takes the old one until 5.40.
-            calm = ["-W", "ignore:.past_key_values. is deprecated:FutureWarning"]
+            calm = ["-W", "ignore:`past_key_values` is deprecated:FutureWarning"]
             command = [sys.executable, "-m", "pytest", "-q", *calm, *TESTS, *options]
             done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
             word = "FAILED" if done.returncode else "passed"

@@ -21,6 +21,7 @@ def generate(args: argparse.Namespace) -> Any:
     """Continue a prompt with a compressed model."""
     writer = open_writer(args)
     text = writer.write(writer.encode(args.prompt), sampling(args, greedy=True))
+    text.open_cache()
     pieces = [args.prompt]
     if not args.json:
         _show(args.prompt)

@@ -256,6 +256,13 @@ class Continuation:
             yield from until(pieces, self.sampling.stop)
         self.finish = "length" if self._cut_off() else "stop"
 
+    def open_cache(self) -> None:
+        """Plan the cache now, where the writer names a size for it; BudgetError if none can be so small."""
+        if self.writer.cache is not None and self.cache is None:
+            given = self.inputs["input_ids"].shape[1]
+            self.cache = self.writer.take_cache(given + self.tokens)
+            self.cache.reset()
+
     def _pieces(self) -> Generator[str, None, None]:
         pieces = self._listener.pieces
         thread = threading.Thread(target=self._generate, daemon=True)
@@ -289,9 +296,7 @@ class Continuation:
             torch.manual_seed(self.sampling.seed)
         try:
             if self.writer.cache is not None:
-                given = self.inputs["input_ids"].shape[1]
-                self.cache = self.writer.take_cache(given + self.tokens)
-                self.cache.reset()
+                self.open_cache()
                 options |= as_argument(model, self.cache)
             self._start = time.perf_counter()
             inputs = {name: tensor.to(model.device) for name, tensor in self.inputs.items()}
