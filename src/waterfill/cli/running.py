@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from waterfill.cli.grammar import Verb, checked, count, path, trust
+from waterfill.cli.printing import plain_warnings
 from waterfill.plan.budget import parse_size
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def generate(args: argparse.Namespace) -> Any:
     """Continue a prompt with a compressed model."""
     writer = open_writer(args)
     text = writer.write(writer.encode(args.prompt), sampling(args, greedy=True))
-    text.open_cache()
+    with plain_warnings():
+        text.open_cache()
     pieces = [args.prompt]
     if not args.json:
         _show(args.prompt)
@@ -235,7 +237,8 @@ def open_writer(args: argparse.Namespace, many: bool = False) -> Writer:
         }
     writer = open_writer(args.artifact, trust_remote_code=args.trust_remote_code, **options)
     if coded and many:
-        writer.give_back(writer.take_cache(0))
+        with plain_warnings():
+            writer.give_back(writer.take_cache(0))
     return writer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +60,7 @@ def calibrate_cache_to(
         If there is no place for the file, something else is there, or the model has no such cache.
     """
     with quiet_transformers():
-        opened = open_model(model, "dense", trust_remote_code)
+        opened = _open(model, "dense", trust_remote_code)
         path = _place(opened, out, force)
         windows = _windows(opened, texts, tokens, window, seed, trust_remote_code)
         from waterfill.runtime.cache.calibrating import calibrate_cache
@@ -81,6 +82,15 @@ def calibrate_cache_to(
         "beside": out is None,
         "protocol": dict(made.protocol),
     }
+
+
+def _open(model: str | Path, residency: str | None, trust_remote_code: bool) -> OpenedModel:
+    opened = open_model(model, residency, trust_remote_code)
+    if not opened.model.can_generate():
+        raise WaterfillError(
+            f"{type(opened.model).__name__} writes no text, so it has no use for a cache"
+        )
+    return opened
 
 
 def _place(opened: OpenedModel, out: Path | None, force: bool) -> Path:
@@ -165,7 +175,7 @@ def measure_caches(
     import torch
 
     with quiet_transformers():
-        opened = open_model(model, None, trust_remote_code)
+        opened = _open(model, None, trust_remote_code)
         size = window or min(WINDOW, _longest(opened.model) or WINDOW)
         windows = Yardstick.windows_of(
             opened.folder,
@@ -243,10 +253,13 @@ class _Bench:
                     )  # fmt: skip
 
                 try:
-                    cache = make()
+                    with warnings.catch_warnings(record=True) as caught:
+                        warnings.simplefilter("always", UserWarning)
+                        cache = make()
                 except BudgetError as error:
                     yield {**about, "error": str(error)}
                     continue
+                about["warnings"] = [str(one.message) for one in caught]
                 about["budget_nbytes"] = cache.budget.nbytes
                 about["chosen"] = _chosen(cache)
                 about["predicted_nats"] = _predicted(cache)

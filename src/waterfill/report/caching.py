@@ -75,6 +75,7 @@ def cache_remarks(result: Mapping[str, Any]) -> list[str]:
         elif cell["method"] == "auto":
             chosen = ", ".join(f"{id} in {n}" for id, n in cell["chosen"].items())
             lines.append(f"{name}: {chosen} layers")
+        lines += [f"{name}: {text}" for text in cell.get("warnings", ())]
     return lines
 
 

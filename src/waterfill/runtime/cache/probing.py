@@ -50,7 +50,8 @@ class Reference:
     def nats(self, coded: Mapping[int, Past]) -> float:
         """Mean KL of the next token where these layers' pasts are shown, the other layers' being exact."""
         n = self.past_tokens
-        pasts = {i: coded[i] if i in coded else Past.of(past, n) for i, past in self.exact.items()}
+        # Of their own: reading adds to them, and a past may be shown again.
+        pasts = {i: Past.of(coded.get(i, past), n) for i, past in self.exact.items()}
         logits = read_tokens(
             self.model, pasts, copy.deepcopy(list(self.others)), self.ids[:, n:], self.positions,
             self.log_chances.shape[1],

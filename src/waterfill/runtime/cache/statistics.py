@@ -109,7 +109,11 @@ def load_statistics(path: Path) -> CacheStatistics:
         with safe_open(str(path), "np") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
+        raise FormatError(
+            f"{path} is damaged, or holds no cache statistics: make them with waterfill calibrate-cache"
+        ) from error
+    except OSError as error:
         raise FormatError(f"{path} holds no cache statistics: {error}") from error
     if metadata.get("format") != FORMAT:
         raise FormatError(f"{path} holds no cache statistics")
