@@ -58,6 +58,10 @@ class Track:
                 out[:, some] = index[some] + offset[:, None]
         return out
 
+    def padding(self) -> torch.Tensor:
+        """int64 (batch or 1,): tokens of padding that each row begins with."""
+        return (-self.runs[0][1]).clamp_min(0) if self.runs else torch.zeros(1, dtype=torch.int64)
+
     def keep(self, tokens: int) -> None:
         """Forget all but the first so many tokens."""
         self.tokens = min(self.tokens, tokens)
