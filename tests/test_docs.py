@@ -301,7 +301,10 @@ def test_every_folder_of_the_tour_is_there() -> None:
     "page",
     [
         "README.md",
-        *(f"docs/{name}.md" for name in ("lossless", "delta", "serving", "planning", "stack")),
+        *(
+            f"docs/{name}.md"
+            for name in ("cache", "lossless", "delta", "serving", "planning", "stack")
+        ),
     ],
 )
 def test_examples_name_what_there_is(page: str) -> None:
@@ -322,6 +325,18 @@ def test_examples_name_what_there_is(page: str) -> None:
         for module, name in re.findall(r"\b((?:waterfill\.)?lossless|waterfill)\.(\w+)", example):
             home = waterfill if module == "waterfill" else waterfill.lossless
             assert hasattr(home, name), f"{module}.{name}"
+
+
+def test_every_cache_method_has_its_row() -> None:
+    pytest.importorskip("transformers")
+    from waterfill.runtime.cache.method import find_method, method_ids
+
+    page = (DOCS / "cache.md").read_text()
+    for name in method_ids():
+        cls = find_method(name)
+        marks = (" yes " if mark else " " for mark in (cls.usual, cls.calibrated))
+        row = f"| `{name}` |{'|'.join(marks)}| {(cls.__doc__ or '').strip().splitlines()[0]} |"
+        assert row in page, f"docs/cache.md lacks: {row}"
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -13,13 +13,22 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from waterfill.cli import comparing, compressing, files, results, running, serving, sizing
+from waterfill.cli import (
+    caching,
+    comparing,
+    compressing,
+    files,
+    results,
+    running,
+    serving,
+    sizing,
+)
 from waterfill.cli.bars import Bars
 from waterfill.cli.grammar import build_parser as build_parser
 from waterfill.cli.printing import printable
 from waterfill.types import WaterfillError
 
-ROOMS = (compressing, results, comparing, files, sizing, running, serving)
+ROOMS = (compressing, results, comparing, files, sizing, running, caching, serving)
 VERBS = tuple(verb for room in ROOMS for verb in room.VERBS)
 
 

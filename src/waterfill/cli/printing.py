@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -13,10 +15,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def warn(warnings: Sequence[str]) -> None:
+def warn(lines: Sequence[str]) -> None:
     """Warnings, on stderr."""
-    for line in warnings:
+    for line in lines:
         print(f"waterfill: warning: {printable(line)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Python's warnings of the body as those of a command."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    warn([str(one.message) for one in caught])
 
 
 def short(value: Any) -> str:

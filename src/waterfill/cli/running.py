@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from waterfill.cli.grammar import Verb, checked, count, path, trust
+from waterfill.cli.printing import plain_warnings
 from waterfill.plan.budget import parse_size
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def generate(args: argparse.Namespace) -> Any:
     """Continue a prompt with a compressed model."""
     writer = open_writer(args)
     text = writer.write(writer.encode(args.prompt), sampling(args, greedy=True))
+    with plain_warnings():
+        text.open_cache()
     pieces = [args.prompt]
     if not args.json:
         _show(args.prompt)
@@ -49,24 +52,14 @@ def _generate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tokens", type=count, default=60, metavar="N", help="at most (default 60)")
     _sampling_options(p, "likeliest token")
     residency_options(p)
-    p.add_argument(
-        "--cache-size",
-        type=checked(parse_size),
-        metavar="SIZE",
-        help="keep keys and values of prompt and text within 4MB (docs/cache.md)",
-    )
-    p.add_argument(
-        "--cache",
-        metavar="METHOD",
-        help="how they are held: auto (default), or a method with its options, channel:bits=4",
-    )
+    cache_options(p, "prompt and text")
 
 
 def chat(args: argparse.Namespace) -> Any:
     """Talk with a compressed model in the terminal."""
     from waterfill.runtime.conversation import Conversation
 
-    writer = open_writer(args)
+    writer = open_writer(args, many=True)
     talk = Conversation(writer, sampling(args), args.system)
     people = sys.stdin.isatty() and not args.json
     if not args.json:
@@ -90,6 +83,7 @@ def _chat_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tokens", type=count, metavar="N", help="of an answer, at most (default 512)")
     _sampling_options(p, "as the model's generation_config.json says")
     residency_options(p)
+    cache_options(p, "a full context")
 
 
 def _read(prompt: str) -> str:
@@ -149,6 +143,46 @@ def residency_options(p: argparse.ArgumentParser) -> None:
     trust(p)
 
 
+def cache_options(p: argparse.ArgumentParser, what: str) -> None:
+    """How keys and values are held in memory."""
+    p.add_argument(
+        "--cache-size",
+        type=checked(parse_size),
+        metavar="SIZE",
+        help=f"keep keys and values of {what} within 4MB (docs/cache.md)",
+    )
+    p.add_argument(
+        "--cache",
+        type=checked(cache_method),
+        metavar="METHOD",
+        help="how they are held: auto (default), or a method with its options, channel:bits=4; "
+        "without a size as well as it can",
+    )
+    p.add_argument(
+        "--cache-statistics",
+        type=path,
+        metavar="FILE",
+        help="that calibrate-cache made; default: the one in OUT, if there is one",
+    )
+
+
+def cache_misuse(args: argparse.Namespace) -> str:
+    """Options of the cache that do not fit each other."""
+    if args.cache_statistics and not (args.cache or args.cache_size):
+        return "--cache-statistics is for a coded cache: add --cache-size SIZE, or leave it out"
+    if args.cache_size and ":" in (args.cache or ""):
+        return f"--cache {args.cache} fixes how large the cache is: leave --cache-size or its options out"
+    return ""
+
+
+def cache_method(text: str) -> None:
+    """Refuse what is no method of a cache."""
+    if text != "auto":
+        from waterfill.runtime.cache.method import parse_method
+
+        parse_method(text)
+
+
 def _sampling_options(p: argparse.ArgumentParser, default: str) -> None:
     p.add_argument(
         "--seed", type=int, metavar="N", help=f"sample with this seed; default: {default}"
@@ -186,15 +220,26 @@ def sampling(args: argparse.Namespace, greedy: bool = False) -> Sampling:
     return Sampling(args.tokens, temperature, top_p, args.seed)
 
 
-def open_writer(args: argparse.Namespace) -> Writer:
-    """The artifact, opened as the options say."""
+def open_writer(args: argparse.Namespace, many: bool = False) -> Writer:
+    """The artifact, opened as the options say; for `many` texts a cache is planned once, and now."""
     from waterfill.runtime.generation import open_writer
 
     chosen = {"residency": args.residency, "memory": args.memory, "size": args.size}
     options = {name: value for name, value in chosen.items() if value is not None}
-    if getattr(args, "cache_size", None) is not None or getattr(args, "cache", None) is not None:
-        options["cache"] = {"size": args.cache_size, "method": args.cache or "auto"}
-    return open_writer(args.artifact, trust_remote_code=args.trust_remote_code, **options)
+    coded = args.cache_size is not None or args.cache is not None
+    if coded:
+        whole = {"tokens": None} if many else {}
+        options["cache"] = {
+            "size": args.cache_size,
+            "method": args.cache or "auto",
+            "statistics": args.cache_statistics,
+            **whole,
+        }
+    writer = open_writer(args.artifact, trust_remote_code=args.trust_remote_code, **options)
+    if coded and many:
+        with plain_warnings():
+            writer.give_back(writer.take_cache(0))
+    return writer
 
 
 def _show(text: str) -> None:
@@ -268,6 +313,7 @@ VERBS = (
             "waterfill generate out/small --prompt 'Once upon a time' --memory 1.2GB --json",
             "waterfill generate out/small --prompt 'Once upon a time' --cache-size 2MB",
         ),
+        misuse=cache_misuse,
     ),
     Verb(
         "chat",
@@ -276,6 +322,8 @@ VERBS = (
         (
             "waterfill chat out/small",
             "waterfill chat out/small --system 'Answer briefly.' --residency coded",
+            "waterfill chat out/small --cache-size 20MB",
         ),
+        misuse=cache_misuse,
     ),
 )

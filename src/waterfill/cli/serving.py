@@ -10,7 +10,7 @@ from typing import Any
 
 from waterfill.cli.grammar import Verb, named, path
 from waterfill.cli.printing import warn
-from waterfill.cli.running import open_writer, residency_options
+from waterfill.cli.running import cache_misuse, cache_options, open_writer, residency_options
 
 HOST, PORT = "127.0.0.1", 8000
 
@@ -29,7 +29,7 @@ def serve(args: argparse.Namespace) -> Any:
                 f"{args.host} can be reached from other machines, and there is no password: "
                 f"whoever reaches port {port} can use this model"
             ])  # fmt: skip
-        writer = open_writer(args)
+        writer = open_writer(args, many=True)
         host = f"[{args.host}]" if ":" in args.host else args.host
         address = {"model": name, "url": f"http://{host}:{port}/v1"}
         if not args.json:
@@ -63,6 +63,7 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
         "--port", type=_port, default=PORT, help=f"default {PORT}; 0 finds one that is free"
     )
     residency_options(p)
+    cache_options(p, "a full context")
 
 
 VERBS = (
@@ -73,6 +74,8 @@ VERBS = (
         (
             "waterfill serve out/small",
             "waterfill serve out/small --port 8080 --residency packed",
+            "waterfill serve out/small --cache-size 20MB",
         ),
+        misuse=cache_misuse,
     ),
 )

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from waterfill.runtime.cache.naming import as_argument
+
 __all__ = ["CacheFidelity", "cache_fidelity"]
 
 
@@ -72,7 +74,7 @@ def cache_fidelity(
         for step in steps:
             some = row[:, at : at + step]
             coded, true = (
-                model(input_ids=some, past_key_values=c, use_cache=True)
+                model(input_ids=some, use_cache=True, **as_argument(model, c))
                 .logits[0]
                 .float()
                 .log_softmax(-1)

@@ -1,5 +1,6 @@
 """The stairs: each verb of the command line as one function; the CLI and notebooks call these."""
 
+from waterfill.pipeline.caching import calibrate_cache_to, measure_caches
 from waterfill.pipeline.compare import compare, record_of, show
 from waterfill.pipeline.compress import compress
 from waterfill.pipeline.diffing import diff, diff_to
@@ -12,12 +13,14 @@ from waterfill.pipeline.survey import survey
 from waterfill.pipeline.truncating import truncate
 
 __all__ = [
+    "calibrate_cache_to",
     "calibrate_to",
     "compare",
     "compare_methods",
     "compress",
     "diff",
     "diff_to",
+    "measure_caches",
     "patch",
     "plan",
     "plan_json",

@@ -150,8 +150,6 @@ class Yardstick:
         trust_remote_code: bool = False,
     ) -> Self:
         """Load the original and cut the text; parameters as of `compare`."""
-        from waterfill import evaluate  # which needs torch; `show` must not
-
         check_protocol(text, activations)
         if source.path is None:
             raise WaterfillError(
@@ -159,18 +157,41 @@ class Yardstick:
             )
         if "quantization_config" in source.config:
             raise WaterfillError(f"{source.name} is itself quantised; compare with the original")
-        tokenizer = load_tokenizer(source.path, trust_remote_code)
         original = load_original(source.path, trust_remote_code)
-        windows = evaluate.text_windows(
-            [Path(t) for t in text] if text else [_packaged_text()],
-            tokenizer,
+        windows = cls.windows_of(
+            source.path,
+            original,
+            text,
             window=window,
             stride=stride,
-            max_positions=evaluate.max_positions(original),
-            max_tokens=tokens,
-            masked=evaluate.is_masked(original),
+            tokens=tokens,
+            trust_remote_code=trust_remote_code,
         )
         return cls(original, windows, activations, trust_remote_code)
+
+    @staticmethod
+    def windows_of(
+        folder: Path,
+        model: Any,
+        text: Sequence[str | Path] | None = None,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        tokens: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> Any:
+        """A text cut for a model, by the tokenizer of a folder; parameters as of `compare`."""
+        from waterfill import evaluate  # which needs torch; `show` must not
+
+        return evaluate.text_windows(
+            [Path(t) for t in text] if text else [_packaged_text()],
+            load_tokenizer(folder, trust_remote_code),
+            window=window,
+            stride=stride,
+            max_positions=evaluate.max_positions(model),
+            max_tokens=tokens,
+            masked=evaluate.is_masked(model),
+        )
 
     def measure(
         self, folder: Path, size: str | int | None = None, progress: Progress = quiet

@@ -6,21 +6,18 @@ The picture is written here as SVG: the page needs no script.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from waterfill.report.drawing import Dot, draw
 from waterfill.report.words import DASH, count, flat, nats, size
 from waterfill.types import WaterfillError
 
 __all__ = ["comparison_rows", "mixing", "remarks", "write_comparison"]
 
 AUTO = "auto"
-LONGEST = 32  # letters of a name, in the picture
-NAME_HEIGHT = 15
-WIDTH, LEFT, RIGHT, TOP = 920, 70, 700, 20
-LEAST_HEIGHT, MARGIN = 520, 50
 
 
 def comparison_rows(
@@ -102,7 +99,7 @@ def write_comparison(result: Mapping[str, Any], path: Path) -> Path:
         head=head,
         rows=rows,
         mixing=mixing(result),
-        picture=_picture(result),
+        chart=_chart(result),
         cells=[c for c in result["cells"] if "kl_nats" in c],
         remarks=remarks(result),
         facts=[*flat(result["protocol"]), *flat(result["calibration"], "calibration")],
@@ -116,84 +113,17 @@ def write_comparison(result: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def _picture(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Lines of a chart, KL on a logarithmic axis over bits per weight, in pixels."""
-    cells = [c for c in result["cells"] if c.get("kl_nats", 0) > 0]
-    if not cells:
-        return {"lines": [], "x": [], "y": [], "width": WIDTH, "height": MARGIN}
-    methods = list(dict.fromkeys(c["method"] for c in cells))
-    height = max(LEAST_HEIGHT, NAME_HEIGHT * (len(methods) + 2))
-    bottom = height - MARGIN
-    bits = [c["bits_per_weight"] for c in cells]
-    logs = [math.log10(c["kl_nats"]) for c in cells]
-    x = _scale(min(bits), max(bits), LEFT, RIGHT)
-    y = _scale(min(logs), max(logs), bottom, TOP)
-    lines = []
-    for number, method in enumerate(methods):
-        own = sorted((c for c in cells if c["method"] == method), key=lambda c: c["nbytes"])
-        dots = [
-            {
-                "x": x(c["bits_per_weight"]),
-                "y": y(math.log10(c["kl_nats"])),
-                "title": f"{method}: {c['bits_per_weight']:.2f} bits, {nats(c['kl_nats'])} nats",
-            }
-            for c in own
-        ]
-        lines.append(
-            {
-                "method": method,
-                "name": method if len(method) <= LONGEST else method[: LONGEST - 1] + "…",
-                "dots": dots,
-                "path": " ".join(f"{d['x']:.1f},{d['y']:.1f}" for d in dots),
-                "hue": round(360 * number / len(methods)),
-                "dashed": number % 2 == 1,
-                "at": dots[-1]["y"],
-            }
-        )
-    return {
-        "lines": _apart(lines, height - NAME_HEIGHT),
-        "x": [(x(v), f"{v:g}") for v in _ticks(min(bits), max(bits))],
-        "y": [(y(math.log10(v)), f"{v:g}") for v in _log_ticks(min(logs), max(logs))],
-        "width": WIDTH,
-        "height": height,
-        "left": LEFT,
-        "right": RIGHT,
-        "top": TOP,
-        "bottom": bottom,
-    }
-
-
-def _scale(low: float, high: float, start: float, stop: float) -> Any:
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
-    pad = 0.04 * (high - low)
-    return lambda v: start + (v - low + pad) / (high - low + 2 * pad) * (stop - start)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    step = next(s for s in (0.25, 0.5, 1.0, 2.0, 4.0) if (high - low) / s <= 9 or s == 4.0)
-    near = 0.02 * step  # files end a hair under the size that was asked for
-    first, last = math.ceil((low - near) / step), math.floor((high + near) / step)
-    return [step * i for i in range(first, last + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, and numbers between where those are few."""
-    steps = (1,) if high - low > 2 else (1, 2, 5)
-    all_of_them = [
-        float(f"{step}e{e}") for e in range(math.floor(low), math.ceil(high) + 1) for step in steps
-    ]
-    return [v for v in all_of_them if low - 0.02 <= math.log10(v) <= high + 0.02]
-
-
-def _apart(lines: Sequence[dict[str, Any]], bottom: float) -> list[dict[str, Any]]:
-    """Names beside the ends of their lines, moved apart where they would lie on one another."""
-    ordered = sorted(lines, key=lambda line: float(line["at"]))
-    last = 0.0
-    for line in ordered:
-        last = line["name_y"] = max(line["at"], last + NAME_HEIGHT)
-    last = bottom
-    for line in reversed(ordered):
-        line["name_y"] = min(line["name_y"], last)
-        last = line["name_y"] - NAME_HEIGHT
-    return ordered
+def _chart(result: Mapping[str, Any]) -> Any:
+    """KL on a logarithmic axis over bits per weight."""
+    lines: dict[str, list[Dot]] = {}
+    for cell in result["cells"]:
+        if cell.get("kl_nats", 0) > 0:
+            title = f"{cell['bits_per_weight']:.2f} bits, {nats(cell['kl_nats'])} nats"
+            dot = Dot(cell["bits_per_weight"], cell["kl_nats"], title)
+            lines.setdefault(cell["method"], []).append(dot)
+    return draw(
+        lines,
+        "bits per weight, of the whole file",
+        "KL, nats per token",
+        "KL over bits per weight, a line for each method",
+    )

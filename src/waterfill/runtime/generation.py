@@ -20,6 +20,7 @@ from typing import Any
 
 from waterfill.container import Reader
 from waterfill.runtime.artifact import folder_of
+from waterfill.runtime.cache.naming import as_argument
 from waterfill.runtime.torch_model import load_model, quiet_transformers
 from waterfill.sources.text import load_tokenizer
 from waterfill.types import WaterfillError
@@ -88,12 +89,14 @@ class Writer:
 
     Attributes
     ----------
-    cache : arguments of `KVCache` for what is written; None: transformers' own cache
+    cache : arguments of `KVCache` for what is written; None: transformers' own cache. With tokens
+        (None: the model's context) among them, one cache is planned for all texts in turn
     """
 
     model: Any
     tokenizer: Any
     cache: Mapping[str, Any] | None = None
+    _spare: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def context(self) -> int | None:
@@ -138,6 +141,21 @@ class Writer:
         # An encoder reads the prompt apart from what the decoder writes.
         given = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         return max(0, int(self.context) - given)
+
+    def take_cache(self, tokens: int) -> Any:
+        """An empty cache for a text of so many tokens; BudgetError if none can be so small."""
+        from waterfill.runtime.cache.cache import KVCache
+
+        assert self.cache is not None
+        if "tokens" in self.cache and self._spare:
+            return self._spare.pop()
+        with quiet_transformers():
+            return KVCache(self.model, **{"tokens": tokens, **self.cache})
+
+    def give_back(self, cache: Any) -> None:
+        """A cache whose text is done may hold the next one."""
+        if self.cache is not None and "tokens" in self.cache:
+            self._spare.append(cache)
 
     def write(self, inputs: Inputs, sampling: Sampling = Sampling()) -> Continuation:
         """Continue a prompt.
@@ -202,7 +220,8 @@ class Continuation:
     Attributes
     ----------
     timings : of what was written so far; whole when the loop is over
-    cache : its keys and values, where the writer names a size for them
+    cache : its keys and values, where the writer names a size for them; until the next text, where
+        the writer has one for all
     finish : "length" if the number of tokens ended it, else "stop"; "" before the end
     """
 
@@ -237,6 +256,13 @@ class Continuation:
             yield from until(pieces, self.sampling.stop)
         self.finish = "length" if self._cut_off() else "stop"
 
+    def open_cache(self) -> None:
+        """Plan the cache now, where the writer names a size for it; BudgetError if none can be so small."""
+        if self.writer.cache is not None and self.cache is None:
+            given = self.inputs["input_ids"].shape[1]
+            self.cache = self.writer.take_cache(given + self.tokens)
+            self.cache.reset()
+
     def _pieces(self) -> Generator[str, None, None]:
         pieces = self._listener.pieces
         thread = threading.Thread(target=self._generate, daemon=True)
@@ -270,9 +296,8 @@ class Continuation:
             torch.manual_seed(self.sampling.seed)
         try:
             if self.writer.cache is not None:
-                given = self.inputs["input_ids"].shape[1]
-                self.cache = _open_cache(self.writer, given + self.tokens)
-                options["past_key_values"] = self.cache
+                self.open_cache()
+                options |= as_argument(model, self.cache)
             self._start = time.perf_counter()
             inputs = {name: tensor.to(model.device) for name, tensor in self.inputs.items()}
             model.generate(**inputs, **options, streamer=listener)
@@ -281,14 +306,9 @@ class Continuation:
         except BaseException as error:  # raised again in the thread that waits for the text
             listener.pieces.put(error)
         finally:
+            if self.cache is not None:
+                self.writer.give_back(self.cache)
             listener.pieces.put(None)
-
-
-def _open_cache(writer: Writer, tokens: int) -> Any:
-    from waterfill.runtime.cache.cache import KVCache
-
-    assert writer.cache is not None
-    return KVCache(writer.model, **{"tokens": tokens, **writer.cache})
 
 
 def until(pieces: Iterable[str], stops: tuple[str, ...]) -> Generator[str, None, None]:

@@ -21,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from waterfill.coding import native
 from waterfill.coding.attention import MAX_WIDTH
 from waterfill.runtime.cache.attending import attend
-from waterfill.runtime.cache.states import States
+from waterfill.runtime.cache.states import States, dense
 from waterfill.runtime.norms import quicken_norm
 from waterfill.runtime.weights import KERNEL_DTYPES
 
@@ -101,8 +101,10 @@ def attention_forward(
     -------
     (batch, queries, heads, e), and None where others return attention's weights
     """
-    if isinstance(key, States):
+    if isinstance(key, States) and isinstance(value, States) and key.source is value.source:
         return _of_cache(module, query, key, attention_mask, dropout, scaling, **kwargs)
+    # A model that has made something else of one of them reads the other as it is.
+    key, value = dense(key), dense(value)
     core = native.core()
     shape = _shape(module, query, key, value) if core is not None else None
     if (

@@ -325,12 +325,12 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def load_original(path: Path, trust_remote_code: bool) -> Any:
-    """The uncompressed model in float32, in evaluation mode."""
+def load_original(path: Path, trust_remote_code: bool, dtype: str = "float32") -> Any:
+    """The uncompressed model, in evaluation mode; dtype ``auto`` is that of the checkpoint."""
     from transformers import AutoConfig
 
     with quiet_transformers():
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         cls = model_class(config)
-        model = cls.from_pretrained(path, dtype="float32", trust_remote_code=trust_remote_code)
+        model = cls.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.eval()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import Cache, DynamicCache
 
-from waterfill.plan.budget import parse_size
+from waterfill.runtime.cache.checking import check_counts, check_statistics, total_nbytes
 from waterfill.runtime.cache.composing import compose
 from waterfill.runtime.cache.evicting import refuse_other_attention
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
@@ -68,7 +68,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def __init__(
         self,
         model: Any,
-        size: int | str | None = None,
+        size: int | float | str | None = None,
         *,
         bytes_per_token: float | None = None,
         bits: float | None = None,
@@ -80,6 +80,7 @@ class KVCache(Cache):  # type: ignore[misc]
         recent: int = RECENT,
         guard: Guard | Literal["auto"] | None = "auto",
     ) -> None:
+        check_counts(tokens, batch, sinks, recent)
         facts = facts_of(model)
         known = [one for one in facts if one is not None]
         if not known:
@@ -91,6 +92,8 @@ class KVCache(Cache):  # type: ignore[misc]
         self.tokens = tokens or context_of(model) or LONGEST
         self.budget = _budget(known, size, bytes_per_token, bits, self.tokens, batch, sinks, recent)
         self.method, self.statistics = method, _statistics(model, statistics)
+        if self.statistics is not None:
+            check_statistics(self.statistics, known, model.config)
         self.choices: dict[int, Choice] = plan(known, self.budget, method, self.statistics)
         self.track = Track()
         super().__init__(layers=list(DynamicCache(config=model.config).layers))
@@ -247,15 +250,20 @@ class KVCache(Cache):  # type: ignore[misc]
         """As transformers' `Cache.update`; BudgetError where the tokens are more than were planned for."""
         layer = self.layers[layer_idx]
         if isinstance(layer, (CodedLayer, CodedSlidingLayer)):
-            self.check_room(layer.get_seq_length() + key_states.shape[2])
+            self.check_room(layer.get_seq_length() + key_states.shape[2], len(key_states))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
-    def check_room(self, tokens: int) -> None:
-        """BudgetError where so many tokens are more than were planned for."""
+    def check_room(self, tokens: int, rows: int = 1) -> None:
+        """BudgetError where so many tokens, or rows, are more than were planned for."""
         if self.budget.nbytes is not None and tokens > self.tokens:
             raise BudgetError(
                 f"this cache of {self.budget.nbytes:,} bytes was planned for {self.tokens:,} tokens, "
                 f"and {tokens:,} are wanted: make it with tokens={tokens}, or a larger size"
+            )
+        if self.budget.nbytes is not None and rows > self.budget.batch:
+            raise BudgetError(
+                f"this cache of {self.budget.nbytes:,} bytes was planned for {self.budget.batch} rows, "
+                f"and {rows} come (each beam is one): make it with batch={rows}"
             )
 
     @property
@@ -311,7 +319,7 @@ class KVCache(Cache):  # type: ignore[misc]
 
 def _budget(
     known: list[LayerFacts],
-    size: int | str | None,
+    size: int | float | str | None,
     bytes_per_token: float | None,
     bits: float | None,
     tokens: int,
@@ -319,16 +327,8 @@ def _budget(
     sinks: int,
     recent: int,
 ) -> Budget:
-    if sum(x is not None for x in (size, bytes_per_token, bits)) > 1:
-        raise WaterfillError("name one of size, bytes_per_token and bits")
     numbers = sum(f.heads * (f.key_width + f.value_width) for f in known)
-    if bits is not None:
-        bytes_per_token = bits * numbers / 8
-    total: int | None = None
-    if bytes_per_token is not None:
-        total = int(bytes_per_token * tokens * batch)
-    elif size is not None:
-        total = size if isinstance(size, int) else parse_size(size)
+    total = total_nbytes(size, bytes_per_token, bits, numbers, tokens * batch)
     return Budget(total, tokens, batch, sinks, recent)
 
 

@@ -9,7 +9,8 @@ window; no weight gets a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ from waterfill.types import WaterfillError
 __all__ = ["calibrate_cache"]
 
 SAMPLES = 256  # tokens kept of each layer
+ROWS = 256  # of logits that are looked at in float32 at once
 PROBE = 1024  # tokens kept, at most, for the guard to try a cache on
 MEASURED = 2  # windows on which the scale of harm is measured
 READERS = 32  # keys of a window whose readers are looked at in the key's own frame
@@ -93,26 +95,59 @@ def calibrate_cache(
     sums = {index: (_Sums(), _Sums()) for index in facts}
     every = max(1, len(ids) * BLOCK // SAMPLES)
     generator = torch.Generator().manual_seed(seed)
-    for number, window in enumerate(ids):
-        watch = _Watch(facts, sums, every, number)
-        with watch:
-            logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0]
-            chances = logits.detach().float().softmax(-1).cpu()
-            drawn = torch.multinomial(chances, 1, generator=generator).to(logits.device)
-            if not watch.seen or not logits.requires_grad:
-                raise WaterfillError(f"the attention of {type(model).__name__} cannot be watched")
-            logits.float().log_softmax(-1).gather(1, drawn).sum().backward()
-        progress(number + 1, len(ids))
+    with _only_activations(model):
+        for number, window in enumerate(ids):
+            watch = _Watch(facts, sums, every, number)
+            with watch:
+                logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0]
+            if watch.seen != facts.keys() or not logits.requires_grad:
+                raise WaterfillError(
+                    f"the attention of {type(model).__name__} cannot be watched, or reads other things "
+                    "than its cache holds: choose a method that needs no statistics, such as channel"
+                )
+            logits.backward(_pull(logits.detach(), generator))
+            progress(number + 1, len(ids))
     layers = {
         index: LayerStatistics(*(stream.finish(len(ids)) for stream in pair))
         for index, pair in sums.items()
         if pair[0].count
     }
     layers = to_scale(model, facts, layers, ids[:: max(1, len(ids) // MEASURED)][:MEASURED])
-    probe = ids[-1, :PROBE].tolist()
-    text = {"windows": len(ids), "tokens": ids.shape[1], "seed": seed, "probe": probe}
-    text |= protocol or {}
+    text = {
+        "model_type": model.config.model_type,
+        "windows": len(ids),
+        "tokens": ids.shape[1],
+        "seed": seed,
+        "probe": ids[-1, :PROBE].tolist(),
+        **(protocol or {}),
+    }
     return CacheStatistics(layers, text)
+
+
+def _pull(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Gradient of the log-likelihood of tokens drawn from these logits (tokens, vocabulary)."""
+    found = torch.empty_like(logits)
+    for low in range(0, len(logits), ROWS):
+        chances = logits[low : low + ROWS].float().softmax(-1).cpu()
+        drawn = torch.multinomial(chances, 1, generator=generator)
+        found[low : low + ROWS] = chances.neg_().scatter_add_(1, drawn, torch.ones(drawn.shape))
+    return found
+
+
+@contextlib.contextmanager
+def _only_activations(model: Any) -> Iterator[None]:
+    """Without gradients of weights, and without dropout, while it runs."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    training = model.training
+    model.eval()
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+        model.train(training)
 
 
 class _Watch:
@@ -126,7 +161,7 @@ class _Watch:
         number: int,
     ) -> None:
         self.facts, self.sums, self.every, self.number = facts, sums, every, number
-        self.seen = 0
+        self.seen: set[int] = set()
 
     def __enter__(self) -> _Watch:
         AttentionInterface.register(ATTENTION, self.attention)
@@ -149,11 +184,11 @@ class _Watch:
             query = query if query.requires_grad else query.detach().requires_grad_()
             out, _ = attention_forward(module, query, key, value, mask, **kwargs)
         index = getattr(module, "layer_idx", None)
-        if index in self.facts and out.requires_grad:
-            self.seen += 1
+        if index in self.facts and out.requires_grad and self._as_cached(index, key, value):
+            self.seen.add(index)
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
             window = self.facts[index].window
-            states = tuple(x.detach()[0].float() for x in (query, key, value, out.transpose(1, 2)))
+            states = tuple(x.detach()[0] for x in (query, key, value, out.transpose(1, 2)))
 
             def learn(gradient: torch.Tensor) -> None:
                 with torch.no_grad():
@@ -163,6 +198,12 @@ class _Watch:
             out.register_hook(learn)  # type: ignore[no-untyped-call]
         return out, None
 
+    def _as_cached(self, index: int, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether attention reads what the cache holds: some models make it from that."""
+        one = self.facts[index]
+        held = (one.heads, one.key_width), (one.heads, one.value_width)
+        return held == ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
+
     def _learn(
         self,
         facts: LayerFacts,
@@ -171,7 +212,8 @@ class _Watch:
         scale: float,
         window: int | None,
     ) -> None:
-        q, k, v, o = states
+        # Until here they are those that the graph holds anyway.
+        q, k, v, o = (x.float() for x in states)
         heads, n, _ = q.shape
         group = heads // k.shape[0]
         positions = torch.arange(n)

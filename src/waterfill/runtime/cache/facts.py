@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from waterfill.runtime.cache.naming import as_argument
 from waterfill.runtime.cache.rotary import POSITIONS, Rotary, find_rotary
 from waterfill.types import WaterfillError
 
@@ -60,19 +61,29 @@ def facts_of(model: Any) -> tuple[LayerFacts | None, ...]:
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None) or 1 << 15
     positions = tuple(p for p in POSITIONS if p < min(longest, 1 << 19))
-    cache = DynamicCache(config=model.config)
+    if model.config.is_encoder_decoder:
+        raise WaterfillError(
+            f"{type(model).__name__} has an encoder: only caches of decoders alone can be coded"
+        )
     token = 1 if getattr(config, "pad_token_id", None) == 0 else 0  # padding may embed as zeros
     ids = torch.full((len(positions), 1), token, dtype=torch.long, device=model.device)
     try:
+        cache = DynamicCache(config=model.config)
         with torch.no_grad(), quiet(model):
             model(
                 input_ids=ids,
                 position_ids=torch.tensor(positions, device=model.device)[:, None],
-                past_key_values=cache,
                 use_cache=True,
+                **as_argument(model, cache),
             )
-    except TypeError as error:
-        raise WaterfillError(f"{type(model).__name__} takes no cache: {error}") from error
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # whatever such a model says to a cache
+        raise WaterfillError(
+            f"{type(model).__name__} takes no cache of keys and values: {error}"
+        ) from error
     return tuple(_layer(i, layer, positions, model) for i, layer in enumerate(cache.layers))
 
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from waterfill.runtime.cache.patching import fit
 from waterfill.runtime.cache.states import View
 from waterfill.runtime.cache.store import Store
+from waterfill.types import WaterfillError
 
 __all__ = ["CodedLayer", "CodedSlidingLayer", "coded_layer"]
 
@@ -67,6 +68,9 @@ class _Remembering:
     def _count(self, tokens: int) -> None:
         """Take note of new tokens."""
 
+    def _check_crop(self, kept: int) -> None:
+        """WaterfillError if so few tokens cannot be gone back to."""
+
     def resume(self, dtype: torch.dtype, device: torch.device, start: int) -> None:
         """Begin with what was remembered elsewhere, from token `start` on; the store is given it next."""
         self.reset()
@@ -90,6 +94,7 @@ class _Remembering:
         if tokens:
             kept = tokens if tokens > 0 else max(0, self.store.tokens + tokens)
             before = self.store.tokens
+            self._check_crop(min(kept, before))
             self.store.keep(kept)
             self._count(self.store.tokens - before)
 
@@ -134,13 +139,28 @@ class CodedSlidingLayer(_Remembering, DynamicSlidingWindowLayer):  # type: ignor
         DynamicSlidingWindowLayer.__init__(self, window)
         self._open(store)
 
+    def crop(self, tokens: int) -> None:
+        """As of other layers; with the past recorded, what no window can see any more goes now."""
+        super().crop(tokens)
+        self.store.drop_before(self._first())
+
     def _make_room(self, coming: int) -> None:
         super()._make_room(coming)
         if not getattr(self, "record_past", False):
             self.store.drop_before(self._first())
 
-    def _first(self) -> int:
-        return max(0, self.store.tokens - int(self.sliding_window) + 1)
+    def _first(self, tokens: int | None = None) -> int:
+        held = self.store.tokens if tokens is None else tokens
+        return max(0, held - int(self.sliding_window) + 1)
+
+    def _check_crop(self, kept: int) -> None:
+        gone = self.store.sink_tokens + self.store.dropped
+        if self.store.dropped and kept < self.store.tokens and self._first(kept) < gone:
+            raise WaterfillError(
+                f"tokens that left a window of {self.sliding_window} cannot come back, and {kept} "
+                "tokens would need them: call activate_past_recording() before the forward pass, "
+                "or read the text again"
+            )
 
     def _count(self, tokens: int) -> None:
         self.cumulative_length += tokens

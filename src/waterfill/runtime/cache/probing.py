@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from waterfill.runtime.cache.facts import LayerFacts, quiet
+from waterfill.runtime.cache.naming import as_argument
 from waterfill.runtime.cache.replaying import Past, read_tokens
 
 __all__ = ["READ", "Nats", "Reference", "draw_text", "read_exactly"]
@@ -112,7 +113,7 @@ def draw_text(model: Any, tokens: int, seed: int = 0) -> torch.Tensor:
     drawn = [ids]
     with torch.no_grad(), quiet(model):
         for _ in range(tokens - 1):
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = model(input_ids=ids, use_cache=True, **as_argument(model, cache)).logits[:, -1]
             chances = logits.float().softmax(-1).cpu()
             ids = torch.multinomial(chances, 1, generator=generator).to(model.device)
             drawn.append(ids)

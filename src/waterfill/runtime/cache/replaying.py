@@ -15,6 +15,7 @@ from transformers import Cache
 
 from waterfill.runtime.cache.facts import LayerFacts, quiet
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
+from waterfill.runtime.cache.naming import as_argument
 from waterfill.runtime.cache.store import Pair, Piece, Store, between, exact_piece
 from waterfill.runtime.cache.track import Track
 
@@ -115,7 +116,7 @@ def read_tokens(
             if padded
             else None,
             position_ids=positions[:, -ids.shape[1] :].clamp_min(0).expand(rows).to(model.device),
-            past_key_values=Cache(layers=layers),
+            **as_argument(model, Cache(layers=layers)),
             use_cache=True,
             **kept,
         )

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from waterfill.runtime.cache.store import Piece, Store
 from waterfill.types import WaterfillError
 
-__all__ = ["States", "View"]
+__all__ = ["States", "View", "dense"]
 
 
 class View:
@@ -54,7 +54,8 @@ class View:
         if self._dense is None:
             parts = [*(piece.read() for piece in self.past), (self.keys, self.values)]
             if len(parts) == 1:
-                self._dense = parts[0]
+                # As transformers' own cache would give them: some models make views of these.
+                self._dense = self.keys.contiguous(), self.values.contiguous()
             else:
                 keys, values = zip(*parts, strict=True)
                 self._dense = torch.cat(keys, 2), torch.cat(values, 2)
@@ -94,8 +95,9 @@ class States(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return func(*tree_map(_dense, args), **tree_map(_dense, kwargs or {}))
+        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
 
-def _dense(value: Any) -> Any:
+def dense(value: Any) -> Any:
+    """The tensor that a `States` stands for; anything else as it is."""
     return value.source.dense()[value.which] if isinstance(value, States) else value

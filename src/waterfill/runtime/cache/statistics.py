@@ -18,10 +18,17 @@ from numpy.typing import NDArray
 
 from waterfill.types import FormatError
 
-__all__ = ["FILE_NAME", "CacheStatistics", "LayerStatistics", "load_statistics", "save_statistics"]
+__all__ = [
+    "FILE_NAME",
+    "FORMAT",
+    "CacheStatistics",
+    "LayerStatistics",
+    "load_statistics",
+    "save_statistics",
+]
 
 FILE_NAME = "cache.safetensors"
-VERSION = 1
+FORMAT, VERSION = "waterfill-cache-statistics", 1
 
 F32 = NDArray[np.float32]
 
@@ -79,7 +86,7 @@ def save_statistics(statistics: CacheStatistics, path: Path) -> None:
                 small = array.astype(np.float16) if field.name == "samples" else array
                 arrays[f"{index}.{stream}.{field.name}"] = np.ascontiguousarray(small)
     metadata = {
-        "format": "waterfill-cache-statistics",
+        "format": FORMAT,
         "version": str(VERSION),
         "protocol": json.dumps(dict(statistics.protocol)),
     }
@@ -102,9 +109,13 @@ def load_statistics(path: Path) -> CacheStatistics:
         with safe_open(str(path), "np") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
+        raise FormatError(
+            f"{path} is damaged, or holds no cache statistics: make them with waterfill calibrate-cache"
+        ) from error
+    except OSError as error:
         raise FormatError(f"{path} holds no cache statistics: {error}") from error
-    if metadata.get("format") != "waterfill-cache-statistics":
+    if metadata.get("format") != FORMAT:
         raise FormatError(f"{path} holds no cache statistics")
     if metadata.get("version") != str(VERSION):
         raise FormatError(f"{path}: cache statistics of version {metadata.get('version')}")

@@ -30,7 +30,7 @@ __all__ = ["Transform"]
 # as components of real caches are (Max 1960 has those of the Gaussian): step, and mean squared error.
 STEPS = (0.0, 1.596, 1.0, 0.645, 0.369, 0.207, 0.1145, 0.0626, 0.0339)
 ERRORS = (1.0, 0.3958, 0.1334, 0.0435, 0.0139, 0.00432, 0.00132, 0.0004, 0.00012)
-NEEDS = "transform needs statistics of the cache: waterfill calibrate --cache makes them"
+NEEDS = "transform needs statistics of the cache: waterfill calibrate-cache makes them"
 F64 = NDArray[np.float64]
 
 
