@@ -150,7 +150,7 @@ class _Entropy(Coder):
         return {"codes": torch.from_numpy(out)}
 
     def _step(self, index: int) -> float:
-        return self.step * 2.0 ** ((index - MIDDLE) / OCTAVE)
+        return float(self.step * 2.0 ** ((index - MIDDLE) / OCTAVE))
 
     def _pack(self, z: Sequence[Floats], index: int) -> bytes:
         # What no step can hold is cut off: an outlier may not cost the block.
