@@ -53,6 +53,8 @@ def saving_of(cache: KVCache, model: Any, token_ids: Any, tokenizer: Any) -> Sav
         raise WaterfillError(
             f"layer {other} keeps something else than keys and values; it cannot be stored"
         )
+    if not all(store.whole for store in stores):
+        raise WaterfillError("a cache that has evicted tokens cannot be stored")
     for layer in cache.coded_layers:
         layer.commit()
     ids = torch.as_tensor(token_ids)
