@@ -260,13 +260,14 @@ def _row(id: str, sample: Asked, exact: torch.Tensor, tokens: int, exact_nbytes:
     evicts = find_method(id).evicts
     held: list[int] = []
     caches: list[KVCache] = []
+    # Calibration needs gradients, which `right` has switched off.
+    options: dict[str, Any] = {"tokens": tokens, "batch": BATCH, "statistics": statistics()}
 
     def make() -> KVCache:
         held.extend(cache.nbytes for cache in caches)
         caches.clear()
         size = {} if evicts else {"size": exact_nbytes // BYTES}
         method = f"{id}:share={1 / TOKENS}" if evicts else id
-        options: dict[str, Any] = {"tokens": tokens, "batch": BATCH, "statistics": statistics()}
         caches.append(KVCache(model(), method=method, **size, **options))
         return caches[0]
 
