@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.runtime.cache.test_cache import STEPS, logits
 from waterfill.runtime.cache.attending import attend
 from waterfill.runtime.cache.cache import KVCache
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.guard import Guard
 from waterfill.runtime.cache.kept import KeptStore, batch_of
 from waterfill.runtime.cache.method import find_method, parse_method
 from waterfill.runtime.cache.planning import Budget
@@ -359,6 +361,20 @@ def test_attention_of_others_is_refused() -> None:
     logits(model, ids, cache, (100,))
     with pytest.raises(WaterfillError, match="keeps other tokens for each head"):
         model(input_ids=ids[:, 100:], past_key_values=cache, output_attentions=True)
+
+
+def test_what_needs_every_token_is_refused(tmp_path: Path) -> None:
+    model, ids = decoder(), tokens(1, 100)
+    cache = KVCache(model, method="ems:count=40")
+    logits(model, ids, cache, (100,))
+    with pytest.raises(WaterfillError, match="cannot be edited"):
+        cache.splice(10, 20, [])
+    with pytest.raises(WaterfillError, match="cannot be stored"):
+        cache.save(tmp_path / "cache", ids)
+    with pytest.raises(WaterfillError, match="keeps every token"):
+        KVCache.stream(model, method="ems:count=40")
+    with pytest.raises(WaterfillError, match="cannot bring back"):
+        KVCache(model, method="ems:count=40", guard=Guard())
 
 
 @pytest.mark.parametrize(

@@ -234,8 +234,14 @@ class KVCache(Cache):  # type: ignore[misc]
         """As `load`, of bytes that are fed as they arrive."""
         if not options.keys() & {"size", "bytes_per_token", "bits", "method"}:
             options["method"] = "exact"
+        cache = cls(model, **options)
+        if not all(layer.store.whole for layer in cache.coded_layers):
+            raise WaterfillError(
+                "a stored cache says nothing of attention, by which tokens are evicted: "
+                "choose a method that keeps every token"
+            )
         return CacheStream(
-            cls(model, **options), model, level=level, token_ids=token_ids, tokenizer=tokenizer,
+            cache, model, level=level, token_ids=token_ids, tokenizer=tokenizer,
             positions=positions, name=name,
         )  # fmt: skip
 
