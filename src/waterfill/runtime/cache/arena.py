@@ -50,15 +50,20 @@ class Arena:
                 segment[name][:, at : at + n] = part[:, done : done + n]
             self.last, done = self.last + n, done + n
 
-    def blocks(self, low: int, high: int) -> Coded:
-        """Blocks low to high, counted from the first that is held; a view where one segment has them."""
+    def runs(self, low: int, high: int) -> list[Coded]:
+        """Blocks low to high, counted from the first that is held, as views of each segment that has some."""
         low, high = low + self.first, high + self.first
-        runs = []
+        found: list[Coded] = []
         while low < high:
             at = low % SEGMENT
             n = min(SEGMENT - at, high - low)
-            runs.append({k: v[:, at : at + n] for k, v in self.segments[low // SEGMENT].items()})
+            found.append({k: v[:, at : at + n] for k, v in self.segments[low // SEGMENT].items()})
             low += n
+        return found
+
+    def blocks(self, low: int, high: int) -> Coded:
+        """As `runs`, in one; a view where one segment has them."""
+        runs = self.runs(low, high)
         if len(runs) == 1:
             return runs[0]
         return {name: torch.cat([run[name] for run in runs], 1) for name in runs[0]}

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
+from waterfill.runtime.cache.native import attend_natively
 from waterfill.runtime.cache.states import View
 
 __all__ = ["attend"]
@@ -31,6 +32,9 @@ def attend(
     -------
     (batch, m, heads, value width), the dtype of the queries
     """
+    quick = attend_natively(view, queries, mask, scale)
+    if quick is not None:
+        return quick
     batch, heads, m, _ = queries.shape
     most = max(1, SCORES // max(1, batch * heads * 1024))
     parts = []
@@ -69,7 +73,8 @@ def _attend(
 def _tensors(view: View) -> Iterable[tuple[int, torch.Tensor, torch.Tensor]]:
     """Index among the view's tokens, keys and values, of one piece after another."""
     for piece in view.past:
-        yield piece.start - view.first, *piece.read()
+        for start, pair in piece.read():
+            yield start - view.first, *pair
     yield view.tokens - view.keys.shape[2], view.keys, view.values
 
 

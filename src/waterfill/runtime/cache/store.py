@@ -6,8 +6,8 @@ that blocks age (`Method.tiers`). Tokens lie in order: sinks, the oldest tier, .
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,7 +16,7 @@ from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK, Coder
 from waterfill.runtime.cache.track import Track
 
-__all__ = ["Piece", "Store", "StoreTier"]
+__all__ = ["Blocks", "Piece", "Store", "StoreTier"]
 
 CHUNK = 32  # blocks that are coded or read at once: bounds what that takes in memory
 
@@ -24,13 +24,55 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Some consecutive blocks of an arena.
+
+    Attributes
+    ----------
+    low, high : counted from the first that the arena holds
+    start : index of the first token
+    """
+
+    coder: Coder
+    arena: Arena
+    track: Track
+    low: int
+    high: int
+    start: int
+
+    def read(self) -> Pair:
+        """Keys and values."""
+        stop = self.start + (self.high - self.low) * BLOCK
+        positions = self.track.positions(self.start, stop)
+        return self.coder.decode(self.arena.blocks(self.low, self.high), positions)
+
+
+@dataclass(frozen=True)
 class Piece:
-    """Some consecutive tokens: their index, and how to get at their keys and values."""
+    """Some consecutive tokens: their index, and where their keys and values are.
+
+    Attributes
+    ----------
+    exact : tokens as they were; None where they are coded
+    coded : blocks whose last token is the piece's; its first may lie within the first block
+    """
 
     start: int
     stop: int
-    read: Callable[[], Pair]
-    coded: tuple[Coder, Arena, int, int] | None = None  # blocks first to last of an arena
+    exact: Pair | None
+    coded: Blocks | None = None
+
+    def read(self) -> Iterator[tuple[int, Pair]]:
+        """Index of the first token, keys and values, of so many at once as memory is meant for."""
+        if self.exact is not None:
+            yield self.start, self.exact
+        if self.coded is not None:
+            for low in range(self.coded.low, self.coded.high, CHUNK):
+                start = self.coded.start + (low - self.coded.low) * BLOCK
+                high = min(low + CHUNK, self.coded.high)
+                keys, values = replace(self.coded, low=low, high=high, start=start).read()
+                skip = max(0, self.start - start)
+                yield start + skip, (keys[:, :, skip:], values[:, :, skip:])
 
 
 @dataclass
@@ -114,24 +156,16 @@ class Store:
             at = self.sink_tokens
         at += self.dropped
         for tier in reversed(self.tiers):
-            for low in range(0, tier.arena.count, CHUNK):
-                high = min(low + CHUNK, tier.arena.count)
-                found.append(self._coded(tier, at, low, high))
-                at += (high - low) * BLOCK
+            blocks = tier.arena.count
+            if blocks:
+                coded = Blocks(tier.coder, tier.arena, self.track, 0, blocks, at)
+                found.append(Piece(at, at + blocks * BLOCK, None, coded))
+                at += blocks * BLOCK
         if self.held:
             recent = self._recent()
             assert recent is not None
             found.append(_exact(at, recent))
         return tuple(_from(piece, first) for piece in found if piece.stop > first)
-
-    def _coded(self, tier: StoreTier, start: int, low: int, high: int) -> Piece:
-        stop = start + (high - low) * BLOCK
-        coder, arena = tier.coder, tier.arena
-
-        def read() -> Pair:
-            return coder.decode(arena.blocks(low, high), self.track.positions(start, stop))
-
-        return Piece(start, stop, read, (coder, arena, low, high))
 
     def _recent(self) -> Pair | None:
         if self.recent is None:
@@ -316,7 +350,7 @@ class Store:
 
 
 def _exact(start: int, pair: Pair) -> Piece:
-    return Piece(start, start + pair[0].shape[2], lambda: pair)
+    return Piece(start, start + pair[0].shape[2], pair)
 
 
 def _from(piece: Piece, first: int) -> Piece:
@@ -324,9 +358,10 @@ def _from(piece: Piece, first: int) -> Piece:
     skip = first - piece.start
     if skip <= 0:
         return piece
-
-    def read() -> Pair:
-        keys, values = piece.read()
-        return keys[:, :, skip:], values[:, :, skip:]
-
-    return Piece(first, piece.stop, read)
+    if piece.coded is None:
+        assert piece.exact is not None
+        keys, values = piece.exact
+        return Piece(first, piece.stop, (keys[:, :, skip:], values[:, :, skip:]))
+    gone = skip // BLOCK
+    start, low = piece.coded.start + gone * BLOCK, piece.coded.low + gone
+    return Piece(first, piece.stop, None, replace(piece.coded, low=low, start=start))

@@ -52,6 +52,17 @@ class Track:
                 out[:, some] = index[some] + offset[:, None]
         return out
 
+    def offsets(self, start: int, stop: int) -> list[tuple[int, torch.Tensor]]:
+        """Indices from start on where positions begin to be so much, int64 (batch or 1,), ahead of them."""
+        runs = self.runs or [(0, torch.zeros(1, dtype=torch.int64))]
+        ends = [at for at, _ in runs[1:]] + [stop]
+        found = [
+            (max(at, start), offset)
+            for (at, offset), end in zip(runs, ends, strict=True)
+            if at < stop and end > start
+        ]
+        return found
+
     def keep(self, tokens: int) -> None:
         """Forget all but the first so many tokens."""
         self.tokens = min(self.tokens, tokens)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from waterfill.coding.cached_attention import CodedStream
 from waterfill.coding.components import Basis, basis_of, components_kept
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
@@ -117,6 +118,12 @@ class _Stream:
             groups,
         )
 
+    @functools.cached_property
+    def coded(self) -> CodedStream:
+        """For kernels."""
+        groups = tuple((bits, index.numpy()) for bits, index in self.groups)
+        return CodedStream(self.mean.numpy(), self.synthesis.numpy(), groups)
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 (batch, blocks, bytes) of x float32 (batch, heads, blocks * BLOCK, width)."""
         z = (x - self.mean[:, None]) @ self.analysis.float()
@@ -150,6 +157,9 @@ class _Transform(Coder):
     facts: LayerFacts
     keys: _Stream
     values: _Stream
+
+    def streams(self) -> tuple[CodedStream, CodedStream]:
+        return self.keys.coded, self.values.coded
 
     @property
     def tables(self) -> Mapping[str, torch.Tensor]:
