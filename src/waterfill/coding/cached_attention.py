@@ -222,7 +222,7 @@ def _check(
             for codes, stream in zip(segment, (part.keys, part.values), strict=True):
                 n = stream.block_nbytes
                 fits = codes.dtype == np.uint8 and codes.shape == (batch, segment[0].shape[1], n)
-                if not fits or codes.strides[1:] != (n, 1):
+                if not fits or not codes[:1].flags.c_contiguous:
                     raise ValueError(f"codes {codes.shape} do not fit blocks of {n} bytes")
 
 
