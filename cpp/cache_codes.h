@@ -14,18 +14,34 @@ namespace {
 
 typedef int32_t WideInts __attribute__((vector_size(4 * kWide)));
 typedef int8_t WideBytes __attribute__((vector_size(kWide)));
+typedef uint32_t Words4 __attribute__((vector_size(16)));
 typedef uint32_t Words8 __attribute__((vector_size(32)));
+typedef uint64_t Longs4 __attribute__((vector_size(32)));
 
 // A field of `Width` bits of each code: 32-bit words repeat, each time shifted by a field;
 // the lowest of `left` bits is yet to come.
 template <unsigned Width> inline __attribute__((always_inline)) void field(Words8& out, const uint8_t*& at, unsigned left) {
-    out = Words8{};
-    std::memcpy(&out, at, 4 * Width);
+    if constexpr (Width == 8) {
+        std::memcpy(&out, at, sizeof out);
+        at += sizeof out;
+        return;
+    }
+    if constexpr (Width == 4) {
+        Words4 part;
+        std::memcpy(&part, at, sizeof part);
+        out = __builtin_shufflevector(part, part, 0, 1, 2, 3, 4, 5, 6, 7);
+    } else if constexpr (Width == 2) {
+        uint64_t part;
+        std::memcpy(&part, at, sizeof part);
+        copy_bits(out, Longs4{} + part);
+    } else {
+        uint32_t part;
+        std::memcpy(&part, at, sizeof part);
+        out = Words8{} + part;
+    }
     at += 4 * Width;
-    if constexpr (Width == 8) return;
-    constexpr unsigned m = Width - 1;
     const Words8 shift{0, 1 / Width * Width, 2 / Width * Width, 3 / Width * Width, 4 / Width * Width, 5 / Width * Width, 6 / Width * Width, 7 / Width * Width};
-    out = ((__builtin_shufflevector(out, out, 0, 1 & m, 2 & m, 3 & m, 4 & m, 5 & m, 6 & m, 7 & m) >> shift) & ((1u << Width) - 1) * 0x01010101u) << left;
+    out = ((out >> shift) & ((1u << Width) - 1) * 0x01010101u) << left;
 }
 
 // Codes of a block's tokens, less 2^(bits - 1); reads 4 * bits bytes.
@@ -41,10 +57,22 @@ inline __attribute__((always_inline)) void unpack(const uint8_t* at, unsigned bi
     std::memcpy(out, &codes, sizeof codes);
 }
 
+// By name: compilers take bytes apart one by one where they are to convert a vector of them.
 inline __attribute__((always_inline)) WideInts ints(const int8_t* at) {
+#if defined(WATERFILL_ISA_avx512)
+    return (WideInts)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+#elif defined(WATERFILL_ISA_avx2)
+    return (WideInts)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+#elif defined(__SSE2__)
+    int word;
+    std::memcpy(&word, at, sizeof word);
+    const __m128i bytes = _mm_cvtsi32_si128(word), twice = _mm_unpacklo_epi8(bytes, bytes);
+    return (WideInts)_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24);
+#else
     WideBytes bytes;
     std::memcpy(&bytes, at, sizeof bytes);
     return __builtin_convertvector(bytes, WideInts);
+#endif
 }
 
 inline __attribute__((always_inline)) Wide floats(const WideInts& x) { return __builtin_convertvector(x, Wide); }

@@ -199,16 +199,19 @@ private:
         WideInts sums[kAtOnce][2] = {};
         const int32_t* entries = arena_.tables[head_].entries + j / kColumns * pairs * kColumns + j % kColumns;
         for (size_t p = 0; p < pairs; ++p) {
-            WideInts z[2];
-            std::memcpy(z, words_ + p * kBlock + t, sizeof z);
+            WideInts near, far;
+            std::memcpy(&near, words_ + p * kBlock + t, sizeof near), std::memcpy(&far, words_ + p * kBlock + t + kWide, sizeof far);
+#pragma GCC unroll 8
             for (size_t i = 0; i < kAtOnce; ++i) {
                 const WideInts entry = WideInts{} + entries[p * kColumns + i];
-                sums[i][0] = dot_pairs(sums[i][0], z[0], entry), sums[i][1] = dot_pairs(sums[i][1], z[1], entry);
+                sums[i][0] = dot_pairs(sums[i][0], near, entry), sums[i][1] = dot_pairs(sums[i][1], far, entry);
             }
         }
         const float *scale = arena_.tables[head_].scale + j, *shift = arena_.tables[head_].shift + j;
         Wide keys[kAtOnce][2];
+#pragma GCC unroll 8
         for (size_t i = 0; i < kAtOnce; i += 2)
+#pragma GCC unroll 2
             for (size_t h = 0; h < 2; ++h) {
                 Wide cos, sin;
                 widen(cos, turn_.cos + (j + i) / 2 * kBlock + t + h * kWide), widen(sin, turn_.sin + (j + i) / 2 * kBlock + t + h * kWide);
@@ -218,10 +221,12 @@ private:
             }
         for (size_t r = 0; r < rows_; ++r) {
             const float *a = turned_ + r * 2 * turn_.padded + j / 2, *b = a + turn_.padded;
+#pragma GCC unroll 2
             for (size_t h = 0; h < 2; ++h) {
                 float* at = out + r * kTokens + h * kWide;
                 Wide sum;
                 widen(sum, at);
+#pragma GCC unroll 8
                 for (size_t i = 0; i < kAtOnce; i += 2) sum = sum + keys[i][h] * a[i / 2] + keys[i + 1][h] * b[i / 2];
                 std::memcpy(at, &sum, sizeof sum);
             }

@@ -205,7 +205,7 @@ def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
 def test_positions_far_away_keep_their_angles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Phases are carried from block to block: not so far that it shows, and by distance alone."""
     rng = np.random.default_rng(1)
-    exact, (coded,) = plain(rng, 1, 200)
+    _, (coded,) = plain(rng, 1, 200)
     q = rng.normal(size=(1, 4, 1, 32)).astype(np.float32)
     assert coded.turn is not None
     q[...] = turned(q, coded.turn, np.array([[200 * BLOCK]]))
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match="fit"):
             attend_cache(q, exact, [CodedTokens(**good | change)], 0.2)
     for shape in ((2, 3, 1, 32), (2, 4, 1, 31), (1, 4, 1, 32)):
-        with pytest.raises(ValueError, match="fit|attention"):
+        with pytest.raises(ValueError, match=r"fit|attention"):
             attend_cache(np.zeros(shape, np.float32), exact, [coded], 0.2)
     with pytest.raises(ValueError, match="mask"):
         attend_cache(q, exact, [coded], 0.2, np.zeros((1, 1, 1, 5), np.int32))
