@@ -17,8 +17,8 @@ namespace {
 using Strides = std::array<ptrdiff_t, 4>;
 // start, tokens, keys, their strides, values, their strides
 using ExactArgs = std::tuple<int64_t, size_t, uintptr_t, Strides, uintptr_t, Strides>;
-// kept, bytes of a block, mean, synthesis, groups of bits, indices of components, how many
-using StreamArgs = std::tuple<size_t, size_t, uintptr_t, uintptr_t, std::vector<std::tuple<unsigned, uintptr_t, size_t>>>;
+// kept, bytes of a block, mean, places, rows, scales, groups of bits and how many components
+using StreamArgs = std::tuple<size_t, size_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, std::vector<std::tuple<unsigned, size_t>>>;
 // pairs, first and second columns, frequencies
 using TurnArgs = std::tuple<size_t, uintptr_t, uintptr_t, uintptr_t>;
 // keys, bytes between rows, values, bytes between rows, blocks
@@ -45,29 +45,26 @@ struct OwnedStream {
     cache::Stream stream;
 
     OwnedStream(const StreamArgs& args, size_t heads, size_t width) : first(heads + 1) {
-        const auto& [kept, nbytes, mean, synthesis, groups] = args;
+        const auto& [kept, nbytes, mean, places, rows, scales, groups] = args;
         if (!kept || kept > width) throw std::invalid_argument("cache: components are at least one and at most a head's width");
         size_t count = 0, end = 0;
-        for (const auto& [bits, index, n] : groups) {
+        for (const auto& [bits, n] : groups) {
             if (bits < 1 || bits > 8) throw std::invalid_argument("cache: codes have 1 to 8 bits");
-            for (size_t i = 0; i < n; ++i) {
-                const int64_t flat = at<const int64_t>(index)[i];
-                if (flat < 0 || size_t(flat) >= heads * kept) throw std::invalid_argument("cache: no such component");
-                if (++first[size_t(flat) / kept + 1] > kept) throw std::invalid_argument("cache: more components than are kept");
-            }
             count += n, end += n * bits * cache::kBlock / 8;
         }
         if (end != nbytes || end > UINT32_MAX) throw std::invalid_argument("cache: blocks are not as long as their components");
+        const int32_t* place = reinterpret_cast<const int32_t*>(places);
+        for (size_t i = 0; i < count; ++i) {
+            if (place[i] < 0 || size_t(place[i]) >= heads * kept) throw std::invalid_argument("cache: no such component");
+            if (++first[size_t(place[i]) / kept + 1] > kept) throw std::invalid_argument("cache: more components than are kept");
+        }
         for (size_t h = 0; h < heads; ++h) first[h + 1] += first[h];
         std::vector<uint32_t> next(first.begin(), first.end() - 1);
         components.resize(count);
-        uint32_t offset = 0;
-        for (const auto& [bits, index, n] : groups)
-            for (size_t i = 0; i < n; ++i, offset += uint32_t(bits * cache::kBlock / 8)) {
-                const size_t flat = size_t(at<const int64_t>(index)[i]);
-                components[next[flat / kept]++] = {uint32_t(flat % kept), offset, bits};
-            }
-        stream = {kept, width, at<const float>(mean), at<const uint16_t>(synthesis), components.data(), first.data()};
+        uint32_t row = 0, offset = 0;
+        for (const auto& [bits, n] : groups)
+            for (size_t i = 0; i < n; ++i, ++row, offset += uint32_t(bits * cache::kBlock / 8)) components[next[size_t(place[row]) / kept]++] = {row, offset, bits};
+        stream = {kept, width, at<const uint16_t>(mean), reinterpret_cast<const int8_t*>(rows), reinterpret_cast<const uint16_t*>(scales), components.data(), first.data()};
     }
     OwnedStream(const OwnedStream&) = delete;
 };

@@ -16,15 +16,16 @@ constexpr size_t kTokens = kChunk * kBlock;
 
 // A component's codes: kBlock / 8 * bits bytes from `offset` in a block.
 struct Component {
-    uint32_t place, offset, bits;
+    uint32_t row, offset, bits;
 };
 
-// Keys or values: a head's vector is mean + sum of component * row of synthesis, where a component is its
+// Keys or values: a head's vector is mean + sum of component * scale * row, where a component is its
 // code - (2^(bits - 1) - 1/2).
 struct Stream {
     size_t kept, width;
-    const float* mean;            // (heads, width)
-    const uint16_t* synthesis;    // float16 (heads, kept, width)
+    const uint16_t* mean;         // float16 (heads, width)
+    const int8_t* rows;           // (components, width)
+    const uint16_t* scales;       // float16 (components,)
     const Component* components;  // of one head after another
     const uint32_t* first;        // of each head, and where the last one's end
 

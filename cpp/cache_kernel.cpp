@@ -19,12 +19,10 @@ constexpr size_t kAtOnce = 8;  // columns whose sums are in registers, of two re
 constexpr size_t kAtOnce = 4;
 #endif
 
-const uint16_t* synthesis_of(const Stream& stream, size_t head, size_t component) {
-    return stream.synthesis + (head * stream.kept + stream.components[stream.first[head] + component].place) * stream.width;
-}
+const Component& component_of(const Stream& stream, size_t head, size_t component) { return stream.components[stream.first[head] + component]; }
 
 // Entries have fifteen bits under the largest of their column, and a power of two as scale: all but the
-// smallest are as exact as the float16 they come from. 512 components of 8 bits sum up within 32 bits.
+// smallest are as exact as what they come from. 512 components of 8 bits sum up within 32 bits.
 void prepare(const Arena& arena, size_t head, const Table& table) {
     const Stream& keys = arena.keys;
     const Turn& turn = arena.turn;
@@ -34,13 +32,17 @@ void prepare(const Arena& arena, size_t head, const Table& table) {
         table.scale[j] = table.shift[j] = 0;
         if (j / 2 >= turn.pairs) continue;
         const size_t column = size_t((j % 2 ? turn.second : turn.first)[j / 2]);
+        const auto entry_of = [&](size_t k) {
+            const uint32_t row = component_of(keys, head, k).row;
+            return float(keys.rows[row * keys.width + column]) * from_half(keys.scales[row]);
+        };
         float greatest = 0, half = 0;
         for (size_t k = 0; k < count; ++k) {
-            const float entry = from_half(synthesis_of(keys, head, k)[column]);
+            const float entry = entry_of(k);
             greatest = std::max(greatest, entry < 0 ? -entry : entry);
             half += entry;
         }
-        table.shift[j] = keys.mean[head * keys.width + column] + 0.5f * half;
+        table.shift[j] = from_half(keys.mean[head * keys.width + column]) + 0.5f * half;
         if (!(greatest > 0)) continue;
         // 2^(exponent of the greatest - 14), and its inverse.
         const uint32_t exponent = bits_of(greatest) >> 23;
@@ -48,7 +50,7 @@ void prepare(const Arena& arena, size_t head, const Table& table) {
         const float inverse = float_of((254 + 14 - exponent) << 23);
         int32_t* out = table.entries + j / kColumns * pairs * kColumns + j % kColumns;
         for (size_t k = 0; k < count; ++k) {
-            const float scaled = from_half(synthesis_of(keys, head, k)[column]) * inverse;
+            const float scaled = entry_of(k) * inverse;
             // Added to 1.5 * 2^23, the lowest bits are the nearest integer.
             const uint16_t entry = uint16_t(bits_of(scaled + 12582912.0f));
             uint32_t word = uint32_t(out[k / 2 * kColumns]);
@@ -117,10 +119,14 @@ private:
             if (whole < width) sum = sum + Lanes16::load<Float::f32>(query + whole, width - whole) * load(whole, width - whole);
             return sum.sum();
         };
-        float constant = times([&](size_t j, size_t n) { return Lanes16::load<Float::f32>(keys_.mean + head_ * width + j, n); });
+        float constant = times([&](size_t j, size_t n) { return Lanes16::load<Float::f16>(keys_.mean + head_ * width + j, n); });
         for (size_t k = 0; k < key_count_; ++k) {
-            const uint16_t* row = synthesis_of(keys_, head_, k);
-            const float sum = times([&](size_t j, size_t n) { return n == kLanes ? Lanes16::load<Float::f16>(row + j) : Lanes16::load<Float::f16>(row + j, n); });
+            const uint32_t row = component_of(keys_, head_, k).row;
+            const float sum = from_half(keys_.scales[row]) * times([&](size_t j, size_t n) {
+                int8_t padded[kLanes] = {};
+                std::memcpy(padded, keys_.rows + row * width + j, n);
+                return lanes(padded);
+            });
             still_[r * keys_.kept + k] = sum;
             constant += 0.5f * sum;
         }
@@ -313,13 +319,14 @@ private:
         for (size_t r = 0; r < rows_; ++r) {
             float *out = partial + r * call_.row_floats(), *value = out + attention::kHead;
             out[0] = top_[r], out[1] = total_[r];
-            const float* mean = values_.mean + head_ * width;
+            const uint16_t* mean = values_.mean + head_ * width;
             std::fill_n(out + 2, call_.row_floats() - 2, 0.0f);
-            for (size_t j = 0; j < width; ++j) value[j] = total_[r] * mean[j];
+            for (size_t j = 0; j < width; ++j) value[j] = total_[r] * from_half(mean[j]);
             for (size_t k = 0; k < value_count_; ++k) {
-                const uint16_t* row = synthesis_of(values_, head_, k);
-                const float sum = sums_[r * sums_width_ + k] + 0.5f * total_[r];
-                for (size_t j = 0; j < width; ++j) value[j] += sum * from_half(row[j]);
+                const uint32_t component = component_of(values_, head_, k).row;
+                const int8_t* row = values_.rows + component * width;
+                const float sum = (sums_[r * sums_width_ + k] + 0.5f * total_[r]) * from_half(values_.scales[component]);
+                for (size_t j = 0; j < width; ++j) value[j] += sum * float(row[j]);
             }
         }
     }

@@ -29,34 +29,36 @@ def stream(rng: np.random.Generator, heads: int, width: int) -> CodedStream:
     """Random tables; bits 0 to 8, of each component by itself."""
     kept = int(rng.integers(1, width + 1))
     bits = rng.integers(0, 9, heads * kept)
-    groups = tuple((b, np.flatnonzero(bits == b)) for b in range(8, 0, -1) if (bits == b).any())
-    synthesis = rng.normal(size=(heads, kept, width)) / 2.0 ** bits.reshape(heads, kept, 1)
-    mean = rng.normal(size=(heads, width)).astype(np.float32)
-    return CodedStream(mean, (synthesis / kept**0.5).astype(np.float16), groups)
+    place = np.argsort(-bits, kind="stable")[: np.count_nonzero(bits)].astype(np.int32)
+    groups = tuple((b, int((bits == b).sum())) for b in range(8, 0, -1) if (bits == b).any())
+    rows = rng.integers(-127, 128, (len(place), width), dtype=np.int8)
+    scale = (0.02 / kept**0.5 / 2.0 ** bits[place][:, None]).astype(np.float16)
+    mean = rng.normal(size=(heads, width)).astype(np.float16)
+    return CodedStream(kept, mean, place, rows, scale, groups)
 
 
 def vectors(codes: Array, made: CodedStream) -> Array:
     """In float64, bit by bit: (batch, heads, tokens, width)."""
-    heads, kept, _ = made.synthesis.shape
+    (heads, width), kept = made.mean.shape, made.kept
     batch, blocks, _ = codes.shape
     z, at = np.zeros((batch, blocks, heads * kept, BLOCK)), 0
-    for bits, index in made.groups:
-        for i in index:
-            code, left = np.zeros((batch, blocks, BLOCK), np.int64), bits
-            for width in (8, 4, 2, 1):
-                if left < width:
-                    continue
-                left -= width
-                for t in range(BLOCK):
-                    byte = codes[:, :, at + t % (4 * width)].astype(np.int64)
-                    field = byte >> (t // (4 * width) * width) & ((1 << width) - 1)
-                    code[:, :, t] |= field << left
-                at += 4 * width
-            z[:, :, i] = code - (2 ** (bits - 1) - 0.5)
+    widths = [bits for bits, n in made.groups for _ in range(n)]
+    for place, bits in zip(made.place, widths, strict=True):
+        code, left = np.zeros((batch, blocks, BLOCK), np.int64), bits
+        for field in (8, 4, 2, 1):
+            if left < field:
+                continue
+            left -= field
+            for t in range(BLOCK):
+                byte = codes[:, :, at + t % (4 * field)].astype(np.int64)
+                code[:, :, t] |= (byte >> (t // (4 * field) * field) & ((1 << field) - 1)) << left
+            at += 4 * field
+        z[:, :, place] = code - (2.0 ** (bits - 1) - 0.5)
+    table = np.zeros((heads * kept, width))
+    table[made.place] = made.rows * made.scale.astype(np.float64)
     z = z.reshape(batch, blocks, heads, kept, BLOCK).transpose(0, 2, 1, 4, 3)
-    return (
-        z.reshape(batch, heads, -1, kept) @ made.synthesis.astype(np.float64) + made.mean[:, None]
-    )
+    mean = made.mean.astype(np.float64)
+    return z.reshape(batch, heads, -1, kept) @ table.reshape(heads, kept, width) + mean[:, None]
 
 
 def turned(keys: Array, turn: Turn, positions: Array) -> Array:
@@ -274,27 +276,28 @@ def test_what_does_not_fit_is_refused() -> None:
     for stop in (40 * BLOCK, 3):
         with pytest.raises(ValueError, match="mask"):
             attend_cache(q, exact, [coded], 0.2, np.ones((1, 1, 1, stop), bool))
-    outside = CodedStream(coded.keys.mean, coded.keys.synthesis, ((1, np.array([2 * coded.keys.synthesis.shape[1]])),))  # fmt: skip
-    few = k[:, :, :4].copy()
+    far = coded.keys.place.copy()
+    far[0] = 2 * coded.keys.kept
+    outside = CodedStream(coded.keys.kept, coded.keys.mean, far, coded.keys.rows, coded.keys.scale, coded.keys.groups)  # fmt: skip
     with pytest.raises(ValueError, match="component"):
-        attend_cache(
-            q, exact, [CodedTokens(**good | {"keys": outside, "segments": [(few, v)]})], 0.2
-        )
+        attend_cache(q, exact, [CodedTokens(**good | {"keys": outside})], 0.2)
 
 
 def test_tables_that_do_not_fit_each_other_are_refused() -> None:
-    mean, synthesis = np.zeros((2, 8), np.float32), np.zeros((2, 4, 8), np.float16)
-    CodedStream(mean, synthesis, ((3, np.arange(4)),))
+    mean, place = np.zeros((2, 8), np.float16), np.arange(4, dtype=np.int32)
+    rows, scale, groups = np.zeros((4, 8), np.int8), np.zeros((4, 1), np.float16), ((3, 4),)
+    CodedStream(2, mean, place, rows, scale, groups)
     wrong: list[tuple[Any, ...]] = [
-        (mean[:1], synthesis, ()),
-        (mean.astype(np.float64), synthesis, ()),
-        (mean, synthesis.astype(np.float32), ()),
-        (mean, synthesis[:, :, ::-1], ()),
-        (mean, synthesis, ((9, np.arange(4)),)),
-        (mean, synthesis, ((3, np.arange(4, dtype=np.int32)),)),
+        (2, mean, place[:3], rows, scale, groups),
+        (2, mean, place, rows[:, :7], scale, groups),
+        (2, mean, place, rows, scale, ((3, 5),)),
+        (2, mean.astype(np.float32), place, rows, scale, groups),
+        (2, mean, place, rows[:, ::-1], scale, groups),
+        (2, mean, place, rows, scale, ((9, 4),)),
+        (9, mean, place, rows, scale, groups),
     ]
     for arguments in wrong:
-        with pytest.raises(ValueError, match=r"fit|contiguous|float32|bits"):
+        with pytest.raises(ValueError, match=r"fit|contiguous|float16|bits"):
             CodedStream(*arguments)
     with pytest.raises(ValueError, match="fit"):
         Turn(np.arange(2), np.arange(3), np.ones(2))

@@ -1,12 +1,12 @@
 """Attention of few queries over a cache of which most is coded, without decoding it to memory.
 
-A head's key or value is ``mean + components @ synthesis``, a component being its code less
+A head's key or value is ``mean + components @ rows``, a component being its code less
 ``2**(bits - 1) - 1/2``. Keys are coded as they are before their rotary position (Su et al. 2021, arXiv
 2104.09864): the kernel turns each by its place in the block, and the queries to where the block begins.
-Values are summed as components and only the sum goes through synthesis. The softmax runs over chunks,
+Values are summed as components and only the sum is multiplied. The softmax runs over chunks,
 rescaled whenever a larger score comes (Milakov and Gimelshein 2018, arXiv 1805.02867).
 
-The kernel takes keys' synthesis as integers of 16 bits, and gives the same bits with every instruction
+The kernel takes keys' rows as integers of 16 bits, and gives the same bits with every instruction
 set and any number of threads; the numpy twin agrees to within that rounding.
 """
 
@@ -37,40 +37,45 @@ class CodedStream:
 
     Attributes
     ----------
-    mean : float32 (heads, width)
-    synthesis : float16 (heads, kept, width), each component's step included
-    groups : bits 1 to 8, and int64 indices into (heads, kept) of the components of so many; their codes
-        lie in this order, `BLOCK` of each, as fields of 8, 4, 2 and 1 bits that make up a code, highest
-        first; byte j of a field of w bits has tokens j, j + 4 w, j + 8 w and so on, lowest bits first
+    kept : components of a head at most
+    mean : float16 (heads, width)
+    place : int32 (components,), head * kept + component of the head, of those that are coded
+    rows, scale : int8 (components, width), float16 (components, 1): what a component is multiplied with
+    groups : bits 1 to 8, and how many of the components, in order, have so many; their codes lie in this
+        order, `BLOCK` of each, as fields of 8, 4, 2 and 1 bits that make up a code, highest first; byte j
+        of a field of w bits has tokens j, j + 4 w, j + 8 w and so on, lowest bits first
     """
 
-    mean: NDArray[np.float32]
-    synthesis: NDArray[np.float16]
-    groups: tuple[tuple[int, I64], ...]
+    kept: int
+    mean: NDArray[np.float16]
+    place: NDArray[np.int32]
+    rows: NDArray[np.int8]
+    scale: NDArray[np.float16]
+    groups: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        heads, kept, width = self.synthesis.shape
-        if self.mean.shape != (heads, width) or not 0 < kept <= width:
-            raise ValueError(f"means {self.mean.shape} do not fit synthesis {self.synthesis.shape}")
-        if self.mean.dtype != np.float32 or self.synthesis.dtype != np.float16:
-            raise ValueError("means are float32, synthesis is float16")
-        if not (self.mean.flags.c_contiguous and self.synthesis.flags.c_contiguous):
-            raise ValueError("means and synthesis are contiguous")
-        for bits, index in self.groups:
-            if not 1 <= bits <= 8 or index.dtype != np.int64 or not index.flags.c_contiguous:
-                raise ValueError("codes have 1 to 8 bits, and contiguous int64 indices")
+        width, n = self.mean.shape[1], len(self.place)
+        shapes = (self.place.shape, self.rows.shape, self.scale.shape)
+        if shapes != ((n,), (n, width), (n, 1)) or sum(k for _, k in self.groups) != n:
+            raise ValueError(f"means {self.mean.shape} do not fit rows {self.rows.shape}")
+        arrays = (self.mean, self.place, self.rows, self.scale)
+        if [str(a.dtype) for a in arrays] != ["float16", "int32", "int8", "float16"]:
+            raise ValueError("means and scales are float16, places int32, rows int8")
+        if not all(a.flags.c_contiguous for a in arrays):
+            raise ValueError("means, places, rows and scales are contiguous")
+        if not 0 < self.kept <= width or any(not 1 <= bits <= 8 for bits, _ in self.groups):
+            raise ValueError("codes have 1 to 8 bits, heads as many components as numbers at most")
 
     @property
     def block_nbytes(self) -> int:
         """Bytes of a block, of all heads."""
-        return sum(bits * len(index) * BLOCK // 8 for bits, index in self.groups)
+        return sum(bits * n * BLOCK // 8 for bits, n in self.groups)
 
     @functools.cached_property
     def raw(self) -> tuple[Any, ...]:
         """For the binding."""
-        groups = [(bits, index.ctypes.data, len(index)) for bits, index in self.groups]
-        addresses = (self.mean.ctypes.data, self.synthesis.ctypes.data)
-        return (self.synthesis.shape[1], self.block_nbytes, *addresses, groups)
+        arrays = (self.mean, self.place, self.rows, self.scale)
+        return self.kept, self.block_nbytes, *(a.ctypes.data for a in arrays), list(self.groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,17 +308,21 @@ def _decoded(tokens: CodedTokens) -> tuple[int, Floats, Floats]:
 
 def _vectors(codes: U8, stream: CodedStream) -> Floats:
     """float32 (batch, heads, blocks * BLOCK, width)."""
-    heads, kept, _ = stream.synthesis.shape
+    (heads, width), kept = stream.mean.shape, stream.kept
     batch, blocks, _ = codes.shape
-    z, at = np.zeros((batch, blocks, heads * kept, BLOCK), np.float32), 0
-    for bits, index in stream.groups:
-        n = len(index) * BLOCK * bits // 8
-        part = codes[:, :, at : at + n].reshape(batch, blocks, len(index), -1)
-        z[:, :, index] = _unpacked(part, bits) - np.float32(2 ** (bits - 1) - 0.5)
-        at += n
+    z, at, done = np.zeros((batch, blocks, heads * kept, BLOCK), np.float32), 0, 0
+    for bits, n in stream.groups:
+        nbytes = n * BLOCK * bits // 8
+        part = codes[:, :, at : at + nbytes].reshape(batch, blocks, n, -1)
+        place = stream.place[done : done + n]
+        z[:, :, place] = _unpacked(part, bits) - np.float32(2 ** (bits - 1) - 0.5)
+        at, done = at + nbytes, done + n
     ordered = z.reshape(batch, blocks, heads, kept, BLOCK).transpose(0, 2, 1, 4, 3)
+    table = np.zeros((heads * kept, width), np.float32)
+    table[stream.place] = stream.rows.astype(np.float32) * stream.scale.astype(np.float32)
     components = ordered.reshape(batch, heads, -1, kept)
-    out: Floats = components @ stream.synthesis.astype(np.float32) + stream.mean[:, None]
+    mean = stream.mean.astype(np.float32)
+    out: Floats = components @ table.reshape(heads, kept, width) + mean[:, None]
     return out
 
 

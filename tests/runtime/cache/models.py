@@ -41,10 +41,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @cache
-def decoder(family: str = "LlamaConfig", dtype: torch.dtype = torch.float32) -> Any:
+def decoder(
+    family: str = "LlamaConfig", dtype: torch.dtype = torch.float32, layers: int = 2
+) -> Any:
     """A model of this family, the same at every call."""
     torch.manual_seed(0)
-    config = getattr(transformers, family)(**{**COMMON, **FAMILIES[family]})
+    config = getattr(transformers, family)(
+        **{**COMMON, **FAMILIES[family], "num_hidden_layers": layers}
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     return model
 

@@ -15,7 +15,7 @@ from waterfill.coding import native
 from waterfill.runtime.cache import attending
 from waterfill.runtime.cache.attending import attend
 from waterfill.runtime.cache.cache import KVCache
-from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.facts import LayerFacts, facts_of
 from waterfill.runtime.cache.method import Coder, parse_method
 from waterfill.runtime.cache.native import attend_natively
 from waterfill.runtime.cache.rotary import Rotary
@@ -151,10 +151,12 @@ def test_read_gives_every_token_once() -> None:
     store.append(keys, keys)
     for first in (0, 3, 50, 1100, 1190):
         pieces = store.pieces(first)
-        read = [(start, pair) for piece in pieces for start, pair in piece.read()]
-        assert [start for start, _ in read] == list(np.cumsum([first] + [k.shape[2] for _, (k, _) in read])[:-1])  # fmt: skip
+        read = [piece.read() for piece in pieces]
+        assert pieces[0].start == first and pieces[-1].stop == 1200
+        for one, other, (k, _) in zip(pieces, pieces[1:], read, strict=False):
+            assert one.stop == other.start == one.start + k.shape[2]
         for which in (0, 1):
-            whole = torch.cat([pair[which] for _, pair in read], 2)
+            whole = torch.cat([pair[which] for pair in read], 2)
             torch.testing.assert_close(whole, keys[:, :, first:], atol=0.3, rtol=0)
 
 
@@ -166,7 +168,7 @@ def test_a_model_decodes_by_the_kernel_as_by_torch(
     model, ids = decoder(family), tokens(2, 150)
     known = {
         i: learned(one.heads, one.key_width, one.value_width, i)
-        for i, one in enumerate(KVCache(model, method="exact").facts)
+        for i, one in enumerate(facts_of(model))
         if one is not None
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from waterfill.runtime.cache.method import Coded
@@ -50,23 +52,54 @@ class Arena:
                 segment[name][:, at : at + n] = part[:, done : done + n]
             self.last, done = self.last + n, done + n
 
-    def runs(self, low: int, high: int) -> list[Coded]:
-        """Blocks low to high, counted from the first that is held, as views of each segment that has some."""
+    def runs(self, low: int, high: int) -> Iterator[Coded]:
+        """Views of blocks low to high, counted from the first that is held, a segment at a time."""
         low, high = low + self.first, high + self.first
-        found: list[Coded] = []
         while low < high:
             at = low % SEGMENT
             n = min(SEGMENT - at, high - low)
-            found.append({k: v[:, at : at + n] for k, v in self.segments[low // SEGMENT].items()})
+            yield {k: v[:, at : at + n] for k, v in self.segments[low // SEGMENT].items()}
             low += n
-        return found
 
     def blocks(self, low: int, high: int) -> Coded:
-        """As `runs`, in one; a view where one segment has them."""
-        runs = self.runs(low, high)
+        """Blocks low to high, counted from the first that is held; a view where one segment has them."""
+        runs = list(self.runs(low, high))
         if len(runs) == 1:
             return runs[0]
         return {name: torch.cat([run[name] for run in runs], 1) for name in runs[0]}
+
+    def replace(self, low: int, high: int, coded: Coded | None) -> None:
+        """Put other blocks in the place of blocks low to high; what follows moves as it is coded."""
+        later = []
+        while self.count > high:
+            n = min(SEGMENT, self.count - high)
+            later.append({k: v.clone() for k, v in self.blocks(self.count - n, self.count).items()})
+            self.pop_back(n)
+        self.pop_back(high - low)
+        if coded is not None:
+            self.append(coded)
+        while later:
+            self.append(later.pop())
+
+    def overwrite(self, low: int, coded: Coded) -> None:
+        """Put other blocks in the place of as many from block `low` on."""
+        high, done = low + next(iter(coded.values())).shape[1], 0
+        for run in self.runs(low, high):
+            n = next(iter(run.values())).shape[1]
+            for name, part in coded.items():
+                run[name].copy_(part[:, done : done + n])
+            done += n
+
+    def add_part(self, name: str, dtype: torch.dtype) -> None:
+        """Give each block one more part, a zero."""
+        for segment in self.segments:
+            like = next(iter(segment.values()))
+            segment[name] = torch.zeros(like.shape[:2], dtype=dtype, device=like.device)
+
+    def drop_part(self, name: str) -> None:
+        """Take a part from each block."""
+        for segment in self.segments:
+            del segment[name]
 
     def pop_front(self, n: int) -> None:
         """Take away the first n blocks."""

@@ -73,8 +73,7 @@ def _attend(
 def _tensors(view: View) -> Iterable[tuple[int, torch.Tensor, torch.Tensor]]:
     """Index among the view's tokens, keys and values, of one piece after another."""
     for piece in view.past:
-        for start, pair in piece.read():
-            yield start - view.first, *pair
+        yield piece.start - view.first, *piece.read()
     yield view.tokens - view.keys.shape[2], view.keys, view.values
 
 

@@ -7,16 +7,21 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import Cache, DynamicCache
 
 from waterfill.plan.budget import parse_size
+from waterfill.runtime.cache.composing import compose
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
+from waterfill.runtime.cache.guard import Guard, Sentry
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
 from waterfill.runtime.cache.planning import Budget, Choice, plan
+from waterfill.runtime.cache.splicing import splice
 from waterfill.runtime.cache.statistics import FILE_NAME, CacheStatistics, load_statistics
 from waterfill.runtime.cache.store import Store
 from waterfill.runtime.cache.track import Track
@@ -25,7 +30,7 @@ from waterfill.types import BudgetError, WaterfillError
 
 __all__ = ["KVCache"]
 
-SINKS, RECENT = 4, 16
+SINKS, RECENT = 4, 8
 LONGEST = 1 << 15  # tokens planned for where neither user nor model says
 
 
@@ -44,6 +49,8 @@ class KVCache(Cache):  # type: ignore[misc]
     method : id of a method in `waterfill.runtime.cache.methods`, with options; "auto" chooses
     statistics : what `calibrate_cache` learned, or a file of it; by default the file beside the model
     sinks, recent : tokens kept as they were, at the beginning, and at least at the end
+    guard : measures harm and has layers fall back (`guard`); "auto": with its defaults where the method is
+        "auto" too, since a method that is named is held as it is named; None: no guard
 
     Raises
     ------
@@ -66,6 +73,7 @@ class KVCache(Cache):  # type: ignore[misc]
         statistics: CacheStatistics | str | Path | None = None,
         sinks: int = SINKS,
         recent: int = RECENT,
+        guard: Guard | Literal["auto"] | None = "auto",
     ) -> None:
         facts = facts_of(model)
         known = [one for one in facts if one is not None]
@@ -74,19 +82,45 @@ class KVCache(Cache):  # type: ignore[misc]
                 f"{type(model).__name__} keeps no keys and values that can be coded"
             )
         self.facts = facts
+        self._model = weakref.ref(model)
         self.tokens = tokens or context_of(model) or LONGEST
         self.budget = _budget(known, size, bytes_per_token, bits, self.tokens, batch, sinks, recent)
-        self.choices: dict[int, Choice] = plan(
-            known, self.budget, method, _statistics(model, statistics)
-        )
+        self.method, self.statistics = method, _statistics(model, statistics)
+        self.choices: dict[int, Choice] = plan(known, self.budget, method, self.statistics)
         self.track = Track()
-        layers = list(DynamicCache(config=model.config).layers)
-        for one in known:
-            choice = self.choices[one.index]
-            store = Store(one, choice.coders, self.track, sinks, recent)
-            layers[one.index] = coded_layer(store)
-        super().__init__(layers=layers)
+        super().__init__(layers=list(DynamicCache(config=model.config).layers))
+        self.open_stores()
         swap_attention(model)
+        if guard == "auto":
+            guard = Guard() if method == "auto" else None
+        self.guard = None if guard is None else Sentry(self, guard)
+        if self.guard is not None:
+            self.guard.try_new()
+
+    def open_stores(self) -> None:
+        """Hold each layer as its choice says, from the first token on."""
+        for one in self.facts:
+            if one is not None:
+                choice = self.choices[one.index]
+                budget = self.budget
+                store = Store(one, choice.coders, self.track, budget.sinks, budget.recent)
+                store.most_nbytes = None if budget.nbytes is None else choice.nbytes
+                self.layers[one.index] = coded_layer(store)
+
+    def check(self, input_ids: torch.Tensor) -> float | None:
+        """Let the guard probe if it is time to, in loops without `generate`; WaterfillError without one.
+
+        Parameters
+        ----------
+        input_ids : int64 (batch, tokens or more), all tokens of the cache first
+
+        Returns
+        -------
+        nats of KL that are left; None if no probe was due
+        """
+        if self.guard is None:
+            raise WaterfillError("this cache has no guard")
+        return self.guard.check(input_ids) if self.guard.due else None
 
     @property
     def coded_layers(self) -> list[CodedLayer | CodedSlidingLayer]:
@@ -119,18 +153,41 @@ class KVCache(Cache):  # type: ignore[misc]
         """As transformers' `Cache.update`; BudgetError where the tokens are more than were planned for."""
         layer = self.layers[layer_idx]
         if isinstance(layer, (CodedLayer, CodedSlidingLayer)):
-            after = layer.get_seq_length() + key_states.shape[2]
-            if self.budget.nbytes is not None and after > self.tokens:
-                raise BudgetError(
-                    f"this cache of {self.budget.nbytes:,} bytes was planned for {self.tokens:,} tokens, "
-                    f"and {after:,} are wanted: make it with tokens={after}, or a larger size"
-                )
+            self.check_room(layer.get_seq_length() + key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def check_room(self, tokens: int) -> None:
+        """BudgetError where so many tokens are more than were planned for."""
+        if self.budget.nbytes is not None and tokens > self.tokens:
+            raise BudgetError(
+                f"this cache of {self.budget.nbytes:,} bytes was planned for {self.tokens:,} tokens, "
+                f"and {tokens:,} are wanted: make it with tokens={tokens}, or a larger size"
+            )
+
+    @property
+    def model(self) -> Any:
+        """The model that this is the cache of; WaterfillError if it is gone."""
+        model = self._model()
+        if model is None:
+            raise WaterfillError("the model of this cache is gone")
+        return model
+
+    def splice(self, start: int, stop: int, new_tokens: Sequence[int] | torch.Tensor = ()) -> None:
+        """Put other tokens in the place of some, without reading what follows again: `splicing.splice`."""
+        splice(self, start, stop, new_tokens)
+
+    def compose(
+        self, segments: Sequence[Sequence[int] | torch.Tensor], graph: Mapping[int, Sequence[int]]
+    ) -> None:
+        """Fill an empty cache with segments that each read their sources only: `composing.compose`."""
+        compose(self, segments, graph)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.track.keep(0)
+        if self.guard is not None:
+            self.guard.next = self.guard.settings.every
 
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens`, or, where negative, forget the last so many."""

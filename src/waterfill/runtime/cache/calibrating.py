@@ -27,6 +27,7 @@ from waterfill.types import WaterfillError
 __all__ = ["calibrate_cache"]
 
 SAMPLES = 256  # tokens kept of each layer
+PROBE = 256  # tokens kept for the guard to try a cache on
 READERS = 32  # keys of a window whose readers are looked at in the key's own frame
 
 
@@ -105,7 +106,9 @@ def calibrate_cache(
         for index, pair in sums.items()
         if pair[0].count
     }
-    text = {"windows": len(ids), "tokens": ids.shape[1], "seed": seed, **(protocol or {})}
+    probe = ids[-1, :PROBE].tolist()
+    text = {"windows": len(ids), "tokens": ids.shape[1], "seed": seed, "probe": probe}
+    text |= protocol or {}
     return CacheStatistics(layers, text)
 
 

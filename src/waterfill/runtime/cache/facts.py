@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from waterfill.runtime.cache.rotary import POSITIONS, Rotary, find_rotary
 from waterfill.types import WaterfillError
 
-__all__ = ["LayerFacts", "context_of", "facts_of"]
+__all__ = ["LayerFacts", "context_of", "facts_of", "quiet"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,10 @@ class LayerFacts:
         """Bytes of a token's exact key and value."""
         return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
 
+    def first_visible(self, index: int) -> int:
+        """Index of the first token that the token at `index` attends to."""
+        return 0 if self.window is None else max(0, index - self.window + 1)
+
 
 def facts_of(model: Any) -> tuple[LayerFacts | None, ...]:
     """Facts of each layer, None for those whose state is no keys and values of this kind.
@@ -60,7 +64,7 @@ def facts_of(model: Any) -> tuple[LayerFacts | None, ...]:
     token = 1 if getattr(config, "pad_token_id", None) == 0 else 0  # padding may embed as zeros
     ids = torch.full((len(positions), 1), token, dtype=torch.long, device=model.device)
     try:
-        with torch.no_grad(), _quiet(model):
+        with torch.no_grad(), quiet(model):
             model(
                 input_ids=ids,
                 position_ids=torch.tensor(positions, device=model.device)[:, None],
@@ -91,7 +95,7 @@ def _layer(index: int, layer: Any, positions: tuple[int, ...], model: Any) -> La
 
 
 @contextlib.contextmanager
-def _quiet(model: Any) -> Iterator[None]:
+def quiet(model: Any) -> Iterator[None]:
     """Without dropout while it runs."""
     training = model.training
     model.eval()

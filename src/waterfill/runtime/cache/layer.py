@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from waterfill.runtime.cache.patching import fit
 from waterfill.runtime.cache.states import View
 from waterfill.runtime.cache.store import Store
 
@@ -38,7 +39,7 @@ class _Remembering:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
         with torch.no_grad():
-            self._make_room()
+            self._make_room(key_states.shape[2])
             self._view = View(self.store, key_states, value_states, self._first())
         self._count(key_states.shape[2])
         return self._view.states()
@@ -55,8 +56,9 @@ class _Remembering:
             return self.store.tokens + self._view.keys.shape[2]
         return self.store.tokens
 
-    def _make_room(self) -> None:
+    def _make_room(self, coming: int) -> None:
         self.store.settle()
+        fit(self.store, coming)
 
     def _first(self) -> int:
         """Index of the first token that the next query may look at."""
@@ -122,8 +124,8 @@ class CodedSlidingLayer(_Remembering, DynamicSlidingWindowLayer):  # type: ignor
         DynamicSlidingWindowLayer.__init__(self, window)
         self._open(store)
 
-    def _make_room(self) -> None:
-        super()._make_room()
+    def _make_room(self, coming: int) -> None:
+        super()._make_room(coming)
         if not getattr(self, "record_past", False):
             self.store.drop_before(self._first())
 

@@ -58,9 +58,11 @@ class Coder:
     Attributes
     ----------
     wants_saliency : whether `encode` is to be told how much attention each token receives
+    position_free : whether keys are coded before their rotation, so that `decode` takes other positions too
     """
 
     wants_saliency: ClassVar[bool] = False
+    position_free: ClassVar[bool] = False
 
     @property
     def tables(self) -> Mapping[str, torch.Tensor]:

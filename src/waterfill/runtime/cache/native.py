@@ -6,6 +6,7 @@ A step of a layer is then one call, whatever the number of tokens; nothing is de
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ import torch
 from waterfill.coding import native
 from waterfill.coding.attention import MAX_WIDTH
 from waterfill.coding.cached_attention import CodedTokens, ExactTokens, Turn, attend_cache
-from waterfill.runtime.cache.method import BLOCK
+from waterfill.runtime.cache.arena import Arena
+from waterfill.runtime.cache.method import BLOCK, Coder
 from waterfill.runtime.cache.rotary import Rotary
 from waterfill.runtime.cache.states import View
-from waterfill.runtime.cache.store import Blocks, Piece
+from waterfill.runtime.cache.track import Track
 from waterfill.types import Array
 
 __all__ = ["MAX_QUERIES", "attend_natively"]
@@ -32,17 +34,15 @@ def attend_natively(
     if native.core() is None or not _fits(view, queries, mask):
         return None
     coded = []
-    for piece in view.past:
-        if piece.coded is not None:
-            tokens = _coded(piece, piece.coded, view.store.facts.rotary)
-            if tokens is None:
-                return None
-            coded.append(tokens)
-    exact = [
-        ExactTokens(piece.start, _array(piece.exact[0]), _array(piece.exact[1]))
-        for piece in view.past
-        if piece.exact is not None
-    ]
+    for blocks in _blocks(view):
+        own = any(tier.arena is blocks.arena for tier in view.store.tiers)
+        # Blocks of another store are at the positions of its track, which only they know.
+        tokens = _coded(blocks, view.store.track, view.store.facts.rotary) if own else None
+        if tokens is None:
+            return None
+        coded.append(tokens)
+    pairs = [(piece.start, *piece.read()) for piece in view.past if piece.coded is None]
+    exact = [ExactTokens(at, _array(keys), _array(values)) for at, keys, values in pairs]
     m, stop = queries.shape[2], view.first + view.tokens
     new = view.keys.shape[2]
     exact.append(ExactTokens(stop - new, _array(view.keys), _array(view.values)))
@@ -84,14 +84,46 @@ def _fits(view: View, queries: torch.Tensor, mask: torch.Tensor | None) -> bool:
     )
 
 
-def _coded(piece: Piece, blocks: Blocks, rotary: Rotary | None) -> CodedTokens | None:
-    """A piece for the kernel; None where only its coder can read it, or positions jump within a block."""
+@dataclass(frozen=True)
+class _Blocks:
+    """Consecutive blocks of an arena; tokens of the first before index `seen` are not shown."""
+
+    coder: Coder
+    arena: Arena
+    low: int
+    high: int
+    start: int
+    seen: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + (self.high - self.low) * BLOCK
+
+
+def _blocks(view: View) -> list[_Blocks]:
+    """All coded pieces of a view, joined where one goes on from another."""
+    found: list[_Blocks] = []
+    for piece in view.past:
+        if piece.coded is None:
+            continue
+        coder, arena, low, high = piece.coded
+        start = piece.stop - (high - low) * BLOCK
+        last = found[-1] if found else None
+        if last and last.arena is arena and (last.high, last.stop) == (low, start):
+            found[-1] = replace(last, high=high)
+        else:
+            found.append(_Blocks(coder, arena, low, high, start, piece.start))
+    return found
+
+
+def _coded(blocks: _Blocks, track: Track, rotary: Rotary | None) -> CodedTokens | None:
+    """Blocks for the kernel; None where only their coder can read them, or positions jump within one."""
     streams = blocks.coder.streams()
-    offsets = blocks.track.offsets(blocks.start, piece.stop)
+    offsets = track.offsets(blocks.start, blocks.stop)
     if streams is None or any((at - blocks.start) % BLOCK for at, _ in offsets):
         return None
     return CodedTokens(
-        blocks.start, piece.start - blocks.start, *streams,
+        blocks.start, blocks.seen - blocks.start, *streams,
         None if rotary is None else _turn(rotary),
         [(run["keys"].numpy(), run["values"].numpy()) for run in blocks.arena.runs(blocks.low, blocks.high)],
         [(at, offset.numpy()) for at, offset in offsets],

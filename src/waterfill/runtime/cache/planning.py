@@ -26,7 +26,7 @@ from waterfill.runtime.cache.method import (
 from waterfill.runtime.cache.statistics import CacheStatistics, LayerStatistics
 from waterfill.types import BudgetError, Point
 
-__all__ = ["Budget", "Choice", "plan"]
+__all__ = ["Budget", "Choice", "choice_of", "plan"]
 
 UNKNOWN_DECAY = 4.0  # harm falls by so much for each bit where nothing was measured
 ROUNDS = 24
@@ -145,6 +145,13 @@ def _candidates(method: str, facts: LayerFacts, statistics: LayerStatistics | No
         if cls.usual and (statistics is not None or not cls.calibrated):
             found += cls.ladder(facts, statistics)
     return found
+
+
+def choice_of(
+    chosen: Method, facts: LayerFacts, statistics: LayerStatistics | None, budget: Budget
+) -> Choice:
+    """What a layer gets if it gets this method."""
+    return _open(_price(chosen, facts, statistics, budget), facts, statistics, budget)
 
 
 def _open(

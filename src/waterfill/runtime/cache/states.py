@@ -39,8 +39,7 @@ class View:
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values as tensors."""
         if self._dense is None:
-            parts = [pair for piece in self.past for _, pair in piece.read()]
-            parts.append((self.keys, self.values))
+            parts = [*(piece.read() for piece in self.past), (self.keys, self.values)]
             if len(parts) == 1:
                 self._dense = parts[0]
             else:

@@ -2,11 +2,12 @@
 
 A token is coded once, when its block leaves the window, and is never coded again, unless the method says
 that blocks age (`Method.tiers`). Tokens lie in order: sinks, the oldest tier, ..., the newest tier, recent.
+Where an edit cut blocks apart, a few exact tokens, a patch, lie between them (`splicing`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK, Coder
 from waterfill.runtime.cache.track import Track
 
-__all__ = ["Blocks", "Piece", "Store", "StoreTier"]
+__all__ = ["CHUNK", "Pair", "Patch", "Piece", "Store", "StoreTier", "between", "exact_piece"]
 
 CHUNK = 32  # blocks that are coded or read at once: bounds what that takes in memory
 
@@ -24,55 +25,14 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Some consecutive blocks of an arena.
-
-    Attributes
-    ----------
-    low, high : counted from the first that the arena holds
-    start : index of the first token
-    """
-
-    coder: Coder
-    arena: Arena
-    track: Track
-    low: int
-    high: int
-    start: int
-
-    def read(self) -> Pair:
-        """Keys and values."""
-        stop = self.start + (self.high - self.low) * BLOCK
-        positions = self.track.positions(self.start, stop)
-        return self.coder.decode(self.arena.blocks(self.low, self.high), positions)
-
-
-@dataclass(frozen=True)
 class Piece:
-    """Some consecutive tokens: their index, and where their keys and values are.
-
-    Attributes
-    ----------
-    exact : tokens as they were; None where they are coded
-    coded : blocks whose last token is the piece's; its first may lie within the first block
-    """
+    """Some consecutive tokens: their index, and how to get at their keys and values."""
 
     start: int
     stop: int
-    exact: Pair | None
-    coded: Blocks | None = None
-
-    def read(self) -> Iterator[tuple[int, Pair]]:
-        """Index of the first token, keys and values, of so many at once as memory is meant for."""
-        if self.exact is not None:
-            yield self.start, self.exact
-        if self.coded is not None:
-            for low in range(self.coded.low, self.coded.high, CHUNK):
-                start = self.coded.start + (low - self.coded.low) * BLOCK
-                high = min(low + CHUNK, self.coded.high)
-                keys, values = replace(self.coded, low=low, high=high, start=start).read()
-                skip = max(0, self.start - start)
-                yield start + skip, (keys[:, :, skip:], values[:, :, skip:])
+    read: Callable[[], Pair]
+    # Blocks first to last of an arena; the first may begin before the piece does.
+    coded: tuple[Coder, Arena, int, int] | None = None
 
 
 @dataclass
@@ -84,6 +44,23 @@ class StoreTier:
     arena: Arena
 
 
+@dataclass(frozen=True)
+class Patch:
+    """Exact tokens between coded blocks.
+
+    Attributes
+    ----------
+    after : coded blocks before it, of all tiers
+    """
+
+    after: int
+    pair: Pair
+
+    @property
+    def tokens(self) -> int:
+        return self.pair[0].shape[2]
+
+
 class Store:
     """A layer's memory.
 
@@ -93,7 +70,13 @@ class Store:
     tiers : newest first; (coder, blocks of that age at most)
     track : positions of tokens, shared by all layers
     sinks, recent : tokens kept as they were, at the beginning and at least at the end
+
+    Attributes
+    ----------
+    most_nbytes : that patches may bring this store to; beyond, tokens after the last are coded again; None: any
     """
+
+    most_nbytes: int | None = None
 
     def __init__(
         self,
@@ -105,7 +88,11 @@ class Store:
     ) -> None:
         self.facts, self.track = facts, track
         self.most_sinks, self.least_recent = sinks, recent
-        self.tiers = [StoreTier(coder, most, Arena()) for coder, most in tiers]
+        self.open(tiers)
+
+    def open(self, tiers: list[tuple[Coder, int | None]]) -> None:
+        """Forget everything, and code in this way from now on."""
+        self.coders = tiers
         self.clear()
 
     def clear(self) -> None:
@@ -114,15 +101,25 @@ class Store:
         self.recent: Pair | None = None  # buffers; `held` of their tokens count
         self.held = self.dropped = 0  # dropped: tokens after the sinks that no window sees any more
         self.queries: torch.Tensor | None = None
-        for tier in self.tiers:
-            tier.arena = Arena()
+        self.patches: list[Patch] = []  # in order
+        self.tiers = [StoreTier(coder, most, Arena()) for coder, most in self.coders]
 
     # -- sizes ---------------------------------------------------------------------------------
 
     @property
     def coded_tokens(self) -> int:
         """Tokens in coded blocks."""
-        return BLOCK * sum(tier.arena.count for tier in self.tiers)
+        return BLOCK * self.blocks
+
+    @property
+    def blocks(self) -> int:
+        """Coded blocks of all tiers."""
+        return sum(tier.arena.count for tier in self.tiers)
+
+    @property
+    def patched_tokens(self) -> int:
+        """Exact tokens between coded blocks."""
+        return sum(patch.tokens for patch in self.patches)
 
     @property
     def sink_tokens(self) -> int:
@@ -131,7 +128,7 @@ class Store:
     @property
     def tokens(self) -> int:
         """Tokens so far, also those that were dropped."""
-        return self.sink_tokens + self.dropped + self.coded_tokens + self.held
+        return self.sink_tokens + self.tokens_after_sinks
 
     @property
     def batch(self) -> int:
@@ -141,7 +138,8 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is held: exact tokens, codes, tables."""
-        exact = [t for pair in (self.sinks, self._recent()) if pair is not None for t in pair]
+        pairs = (self.sinks, self.recent_states(), *(patch.pair for patch in self.patches))
+        exact = [t for pair in pairs if pair is not None for t in pair]
         tables = [t for tier in self.tiers for t in tier.coder.tables.values()]
         held = sum(t.numel() * t.element_size() for t in exact + tables)
         return held + sum(tier.arena.nbytes for tier in self.tiers)
@@ -152,22 +150,46 @@ class Store:
         """All tokens from index `first` on, in order; stays valid while tokens are appended."""
         found, at = [], 0
         if self.sinks is not None:
-            found.append(_exact(at, self.sinks))
+            found.append(exact_piece(at, self.sinks))
             at = self.sink_tokens
         at += self.dropped
-        for tier in reversed(self.tiers):
-            blocks = tier.arena.count
-            if blocks:
-                coded = Blocks(tier.coder, tier.arena, self.track, 0, blocks, at)
-                found.append(Piece(at, at + blocks * BLOCK, None, coded))
-                at += blocks * BLOCK
+        for part in self.middle():
+            if isinstance(part, Patch):
+                found.append(exact_piece(at, part.pair))
+            else:
+                found.append(self._coded(part[0], at, *part[1:]))
+            at = found[-1].stop
         if self.held:
-            recent = self._recent()
+            recent = self.recent_states()
             assert recent is not None
-            found.append(_exact(at, recent))
-        return tuple(_from(piece, first) for piece in found if piece.stop > first)
+            found.append(exact_piece(at, recent))
+        return tuple(between(piece, first) for piece in found if piece.stop > first)
 
-    def _recent(self) -> Pair | None:
+    def middle(self) -> Iterator[Patch | tuple[StoreTier, int, int]]:
+        """What lies between sinks and recent tokens, in order: patches, and some blocks of a tier."""
+        waiting, done = list(self.patches), 0
+        for tier in reversed(self.tiers):
+            low = 0
+            while low < tier.arena.count or (waiting and waiting[0].after == done):
+                if waiting and waiting[0].after == done:
+                    yield waiting.pop(0)
+                    continue
+                cut = low + waiting[0].after - done if waiting else tier.arena.count
+                high = min(low + CHUNK, cut, tier.arena.count)
+                yield tier, low, high
+                low, done = high, done + high - low
+
+    def _coded(self, tier: StoreTier, start: int, low: int, high: int) -> Piece:
+        stop = start + (high - low) * BLOCK
+        coder, arena = tier.coder, tier.arena
+
+        def read() -> Pair:
+            return coder.decode(arena.blocks(low, high), self.track.positions(start, stop))
+
+        return Piece(start, stop, read, (coder, arena, low, high))
+
+    def recent_states(self) -> Pair | None:
+        """Keys and values of the recent tokens, as they are."""
         if self.recent is None:
             return None
         return self.recent[0][:, :, : self.held], self.recent[1][:, :, : self.held]
@@ -178,7 +200,7 @@ class Store:
         """Code what is no longer recent, and let old blocks age: before a forward pass, never within."""
         spare = self.held - self.least_recent
         if spare >= BLOCK:
-            recent = self._recent()
+            recent = self.recent_states()
             assert recent is not None and self.recent is not None
             n = spare // BLOCK * BLOCK
             self._code(recent[0][:, :, :n], recent[1][:, :, :n])
@@ -208,9 +230,10 @@ class Store:
             self.track.extend(self.tokens, keys.shape[2], positions)
             if queries is not None and any(t.coder.wants_saliency for t in self.tiers):
                 self.queries = queries[:, :, -BLOCK:].detach().clone()
-            self._append(keys, values)
+            self.grow(keys, values)
 
-    def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def grow(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Remember tokens whose positions the track knows."""
         if self.recent is None:
             self._begin(keys, values)
         n = max(
@@ -230,7 +253,7 @@ class Store:
         room = self.recent[0].shape[2]
         if self.held + keys.shape[2] > room:
             # A prompt: its blocks are coded from where they are, chunk by chunk.
-            whole = self._recent()
+            whole = self.recent_states()
             assert whole is not None
             keys, values = torch.cat([whole[0], keys], 2), torch.cat([whole[1], values], 2)
             n = (keys.shape[2] - self.least_recent) // BLOCK * BLOCK
@@ -246,7 +269,7 @@ class Store:
 
     @property
     def tokens_after_sinks(self) -> int:
-        return self.dropped + self.coded_tokens + self.held
+        return self.dropped + self.coded_tokens + self.patched_tokens + self.held
 
     def _begin(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         room = self.least_recent + BLOCK
@@ -256,7 +279,7 @@ class Store:
         )
 
     def _code(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        start = self.sink_tokens + self.dropped + self.coded_tokens
+        start = self.tokens - self.held
         newest = self.tiers[0]
         for low in range(0, keys.shape[2], CHUNK * BLOCK):
             some = slice(low, min(low + CHUNK * BLOCK, keys.shape[2]))
@@ -267,11 +290,10 @@ class Store:
             )
 
     def _age(self, young: StoreTier, old: StoreTier) -> None:
-        start = self.sink_tokens + self.dropped
-        for tier in reversed(self.tiers):
-            if tier is young:
-                break
-            start += tier.arena.count * BLOCK
+        older = self.tiers[self.tiers.index(young) + 1 :]
+        before = sum(tier.arena.count for tier in older)
+        start = self.sink_tokens + self.dropped + before * BLOCK
+        start += sum(patch.tokens for patch in self.patches if patch.after <= before)
         positions = self.track.positions(start, start + BLOCK)
         keys, values = young.coder.decode(young.arena.blocks(0, 1), positions)
         old.arena.append(old.coder.encode(keys, values, positions))
@@ -293,7 +315,7 @@ class Store:
         gone = self.tokens - tokens
         if gone <= 0:
             return
-        if tokens < self.sink_tokens + self.dropped and self.dropped:
+        if self.dropped and self.facts.first_visible(tokens) < self.sink_tokens + self.dropped:
             raise ValueError("tokens that left the window cannot come back")
         if gone > self.held:
             self._reopen(gone - self.held)
@@ -305,63 +327,90 @@ class Store:
         self.track.keep(tokens)
 
     def _reopen(self, gone: int) -> None:
-        """Drop coded blocks that hold the last `gone` coded tokens; what remains of one is recent again."""
+        """Drop what holds the last `gone` tokens before the recent; what remains of a block is recent again."""
         self.held = 0
-        for tier in self.tiers:
-            whole = min(gone // BLOCK, tier.arena.count)
+        while gone > 0 and (self.blocks or self.patches):
+            edge = self.patches[-1].after if self.patches else 0
+            if self.patches and edge == self.blocks:
+                last = self.patches.pop()
+                if gone < last.tokens:
+                    self._resume(last.pair)
+                gone -= last.tokens
+                continue
+            tier = next(tier for tier in self.tiers if tier.arena.count)
+            whole = min(gone // BLOCK, tier.arena.count, self.blocks - edge)
             tier.arena.pop_back(whole)
             gone -= whole * BLOCK
-            if 0 < gone < BLOCK and tier.arena.count:
-                stop = self.sink_tokens + self.dropped + self.coded_tokens
-                last = tier.arena.count
-                keys, values = tier.coder.decode(
-                    tier.arena.blocks(last - 1, last), self.track.positions(stop - BLOCK, stop)
-                )
+            if not whole:
+                stop, count = self.tokens, tier.arena.count
+                positions = self.track.positions(stop - BLOCK, stop)
+                pair = tier.coder.decode(tier.arena.blocks(count - 1, count), positions)
                 tier.arena.pop_back(1)
-                self._begin(keys, values)
-                assert self.recent is not None
-                self.held = BLOCK
-                self.recent[0][:, :, :BLOCK], self.recent[1][:, :, :BLOCK] = keys, values
-                return
+                self._resume(pair)
+                gone -= BLOCK
+
+    def _resume(self, pair: Pair) -> None:
+        """Let these be the recent tokens; they fit."""
+        self._begin(*pair)
+        assert self.recent is not None
+        self.held = pair[0].shape[2]
+        for buffer, states in zip(self.recent, pair, strict=True):
+            buffer[:, :, : self.held] = states
 
     def drop_before(self, first: int) -> None:
-        """Forget coded blocks that lie wholly before a token's index."""
-        for tier in reversed(self.tiers):
+        """Forget coded blocks and patches that lie wholly before a token's index."""
+        while self.blocks or self.patches:
             start = self.sink_tokens + self.dropped
-            blocks = min(max(0, first - start) // BLOCK, tier.arena.count)
-            tier.arena.pop_front(blocks)
-            self.dropped += blocks * BLOCK
-            if tier.arena.count:
-                return
+            if self.patches and self.patches[0].after == 0:
+                gone = self.patches[0].tokens
+                if start + gone > first:
+                    return
+                self.patches.pop(0)
+            else:
+                arena = next(tier.arena for tier in reversed(self.tiers) if tier.arena.count)
+                edge = self.patches[0].after if self.patches else arena.count
+                whole = min(max(0, first - start) // BLOCK, arena.count, edge)
+                if not whole:
+                    return
+                arena.pop_front(whole)
+                self.patches = [replace(p, after=p.after - whole) for p in self.patches]
+                gone = whole * BLOCK
+            self.dropped += gone
 
     def rows(self, index: torch.Tensor) -> None:
         """Take rows of the batch, in this order, any of them more than once."""
 
-        def take(pair: Pair | None) -> Pair | None:
-            if pair is None:
-                return None
-            return tuple(t.index_select(0, index.to(t.device)) for t in pair)  # type: ignore[return-value]
+        def take(pair: Pair) -> Pair:
+            keys, values = (t.index_select(0, index.to(t.device)) for t in pair)
+            return keys, values
 
-        self.sinks, self.recent = take(self.sinks), take(self.recent)
+        self.sinks = None if self.sinks is None else take(self.sinks)
+        self.recent = None if self.recent is None else take(self.recent)
+        self.patches = [replace(p, pair=take(p.pair)) for p in self.patches]
         if self.queries is not None:
             self.queries = self.queries.index_select(0, index.to(self.queries.device))
         for tier in self.tiers:
             tier.arena = tier.arena.rows(index)
 
 
-def _exact(start: int, pair: Pair) -> Piece:
-    return Piece(start, start + pair[0].shape[2], pair)
+def exact_piece(start: int, pair: Pair) -> Piece:
+    """Tokens from index `start` on that need no decoding."""
+    return Piece(start, start + pair[0].shape[2], lambda: pair)
 
 
-def _from(piece: Piece, first: int) -> Piece:
-    """A piece without its tokens before index `first`."""
-    skip = first - piece.start
-    if skip <= 0:
+def between(piece: Piece, first: int, stop: int | None = None) -> Piece:
+    """A piece without its tokens before index `first`, and from `stop` on."""
+    low, high = max(first, piece.start), min(piece.stop, piece.stop if stop is None else stop)
+    if (low, high) == (piece.start, piece.stop):
         return piece
-    if piece.coded is None:
-        assert piece.exact is not None
-        keys, values = piece.exact
-        return Piece(first, piece.stop, (keys[:, :, skip:], values[:, :, skip:]))
-    gone = skip // BLOCK
-    start, low = piece.coded.start + gone * BLOCK, piece.coded.low + gone
-    return Piece(first, piece.stop, None, replace(piece.coded, low=low, start=start))
+    some = slice(low - piece.start, high - piece.start)
+
+    def read() -> Pair:
+        keys, values = piece.read()
+        return keys[:, :, some], values[:, :, some]
+
+    if piece.coded is None or high < piece.stop:
+        return Piece(low, high, read)
+    coder, arena, first_block, last_block = piece.coded
+    start = piece.stop - (last_block - first_block) * BLOCK
+    return Piece(low, high, read, (coder, arena, first_block + (low - start) // BLOCK, last_block))

@@ -16,6 +16,12 @@ class Track:
         ] = []  # index where it starts, offset (batch or 1,)
         self.tokens = 0
 
+    def copy(self) -> Track:
+        """Another that starts as this."""
+        made = Track()
+        made.runs, made.tokens = list(self.runs), self.tokens
+        return made
+
     @property
     def nbytes(self) -> int:
         """Bytes of all runs."""
@@ -67,6 +73,28 @@ class Track:
         """Forget all but the first so many tokens."""
         self.tokens = min(self.tokens, tokens)
         self.runs = [run for run in self.runs if run[0] < self.tokens]
+
+    def splice(self, start: int, stop: int, count: int) -> None:
+        """Put `count` tokens in the place of tokens start to stop; later ones move by the difference.
+
+        Positions move as indices do, so that each run's offset stays; new tokens go on from those before.
+        """
+        if not self.runs:
+            return
+        before = [run for run in self.runs if run[0] < start] or [(0, self.runs[0][1])]
+        after = [(at, offset) for at, offset in self.runs if start <= at]
+        inside = [run for run in self.runs if run[0] <= stop]
+        moved = count - (stop - start)
+        runs = [*before, (stop + moved, inside[-1][1])]
+        runs += [(at + moved, offset) for at, offset in after if at > stop]
+        self.tokens += moved
+        kept: list[tuple[int, torch.Tensor]] = []
+        for at, offset in runs:
+            if kept and kept[-1][0] == at:
+                kept.pop()
+            if at < self.tokens and not (kept and torch.equal(offset, kept[-1][1])):
+                kept.append((at, offset))
+        self.runs = kept
 
     def rows(self, index: torch.Tensor) -> None:
         """Take rows of the batch."""

@@ -13,8 +13,8 @@ from typing import Self
 
 import torch
 
-from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.integers import from_integers, to_integers
 from waterfill.runtime.cache.method import Coded, Coder, Method, in_blocks, in_order, method
 from waterfill.runtime.cache.statistics import LayerStatistics
 from waterfill.types import SpecError
@@ -48,6 +48,8 @@ class Channel(Method):
 
 @dataclass(frozen=True, eq=False)
 class _Channel(Coder):
+    position_free = True
+
     facts: LayerFacts
     bits: int
 
@@ -63,22 +65,15 @@ class _Channel(Coder):
             keys = self.facts.rotary.turn(keys, positions, backwards=True)
         coded = {}
         for name, x, axis in (("keys", keys, 3), ("values", values.float(), 4)):
-            blocks = in_blocks(x)
-            low, high = blocks.amin(axis, True), blocks.amax(axis, True)
-            step = ((high - low) / (2**self.bits - 1)).clamp(1e-20, 6e4).half().float()
-            low = low.clamp(-6e4, 6e4).half().float()
-            codes = ((blocks - low) / step.clamp_min(6e-8)).round_().clamp_(0, 2**self.bits - 1)
-            # Tokens last: a multiple of 8 whatever the width.
-            coded[name] = pack(codes.transpose(3, 4), self.bits)
-            coded[f"{name}_step"], coded[f"{name}_low"] = step.half(), low.half()
+            parts = to_integers(in_blocks(x), axis, self.bits)
+            coded[name], coded[f"{name}_step"], coded[f"{name}_low"] = parts
         return coded
 
     def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out = []
         for name in ("keys", "values"):
-            codes = unpack(coded[name], self.bits).transpose(3, 4).float()
-            x = codes * coded[f"{name}_step"].float().clamp_min(6e-8) + coded[f"{name}_low"].float()
-            out.append(in_order(x))
+            scale = coded[f"{name}_step"], coded[f"{name}_low"]
+            out.append(in_order(from_integers(coded[name], *scale, self.bits)))
         keys, values = out
         if self.facts.rotary is not None:
             keys = self.facts.rotary.turn(keys, positions)

@@ -1,0 +1,107 @@
+"""KL at equal bytes against transformers' own quantised cache, and near-lossless at a quarter of the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+
+from bench.cache import _stock, folder_of, held_out, model_of, statistics_of, windows_of
+from bench.harness import Row
+from waterfill.evaluate.caching import CacheFidelity, cache_fidelity
+from waterfill.runtime.cache.cache import KVCache
+
+MODELS = ("english-7m", "demo", "stories260K")
+DEFAULT, SHORT = 128, 32  # tokens the stock cache leaves as they are: its default, and few
+LONGER = 4  # times the context, by YaRN
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """All claims of quality."""
+    count = 1 if quick else 4
+    for name in MODELS[:1] if quick else MODELS:
+        model = model_of(name, torch.bfloat16)
+        windows = held_out(name, count)
+        floor = _fidelity(name, model, windows, {"method": "exact"})
+        note = "exact blocks read piece by piece: bfloat16's own noise"
+        yield Row(f"{name}: KL of exact blocks", floor.kl_nats, "nats", note=note)
+        yield from _against_stock(name, model, windows)
+        yield _near_lossless(name, name, model, windows)
+    if not quick:
+        yield _longer("english-7m", 2)
+
+
+def _against_stock(name: str, model: Any, windows: torch.Tensor) -> Iterator[Row]:
+    if not _stock.backends():
+        yield Row(
+            f"{name}: stock quantised cache",
+            0.0,
+            "",
+            note="not run: pip install optimum-quanto or hqq",
+        )
+        return
+    for bits in (4, 2):
+        for residual in (DEFAULT, SHORT):
+            found = {
+                backend: cache_fidelity(
+                    model, windows, _stock.maker(model, backend, bits, residual), _stock.nbytes_of
+                )
+                for backend in _stock.backends()
+            }
+            best = min(found, key=lambda backend: found[backend].kl_nats)
+            stock = found[best]
+            own = _fidelity(name, model, windows, {"bytes_per_token": stock.bytes_per_token})
+            yield Row(
+                f"{name}: KL over stock's, {bits} bits, {residual} tokens exact",
+                own.kl_nats / stock.kl_nats,
+                "ratio",
+                0.5,
+                note=f"{own.kl_nats:.3g} nats in {own.bytes_per_token:,.0f} bytes a token, {best} "
+                f"{stock.kl_nats:.3g} in {stock.bytes_per_token:,.0f}",
+            )
+
+
+def _near_lossless(label: str, name: str, model: Any, windows: torch.Tensor, **options: Any) -> Row:
+    made = _fidelity(name, model, windows, {"bytes_per_token": _exact_nbytes(model) / 4, **options})
+    note = f"{made.bytes_per_token:,.0f} bytes a token, exact {_exact_nbytes(model):,}"
+    return Row(
+        f"{label}: KL at a quarter of bfloat16's bytes", made.kl_nats, "nats", 1e-3, note=note
+    )
+
+
+def _longer(name: str, count: int) -> Row:
+    """The same model at several times its context, its rotary positions stretched."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder_of(name))
+    context = config.max_position_embeddings
+    config.rope_parameters = {
+        **config.rope_parameters, "rope_type": "yarn", "factor": float(LONGER),
+        "original_max_position_embeddings": context,
+    }  # fmt: skip
+    config.max_position_embeddings = LONGER * context
+    model = AutoModelForCausalLM.from_pretrained(
+        folder_of(name), config=config, dtype=torch.bfloat16
+    ).eval()
+    windows = windows_of(name, "english_heldout.txt", 0, count, LONGER * context)
+    return _near_lossless(f"{name} at {LONGER * context} tokens (YaRN)", name, model, windows)
+
+
+def _fidelity(
+    name: str, model: Any, windows: torch.Tensor, options: dict[str, Any]
+) -> CacheFidelity:
+    return cache_fidelity(model, windows, _maker(name, model, windows, options), lambda c: c.nbytes)
+
+
+def _maker(
+    name: str, model: Any, windows: torch.Tensor, options: dict[str, Any]
+) -> Callable[[], Any]:
+    statistics = statistics_of(name)
+    return lambda: KVCache(model, statistics=statistics, tokens=windows.shape[1], **options)
+
+
+@cache
+def _exact_nbytes(model: Any) -> int:
+    return sum(one.token_nbytes for one in KVCache(model, method="exact").facts if one is not None)
