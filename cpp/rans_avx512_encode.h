@@ -161,15 +161,31 @@ template <int G> void push_panel(uint32_t* states, uint16_t*& at, const EncodePa
     else push_rows<G, SlotPieces::kMostSteps>(states, at, panel, tables, pieces, unknown);
 }
 
-bool encode_in_registers(uint32_t* states, uint16_t*& at, const EncodePanel& panel, const EncodeTables& encode, bool& unknown) {
+// What the last class of a block took long to make: panels of one class often follow each other.
+class RegisterTables {
+public:
+    RegisterTables() {}
+    void make(const EncodeTables& encode, size_t id) {
+        if (id == id_) return;
+        id_ = id;
+        const EncodeSymbol* symbols = encode.symbols + id * 256;
+        const SlotPieces* made = ::new (&pieces) SlotPieces(symbols, encode.slots + id * kTotal);
+        if (made->usable) ::new (&tables) SymbolTables(symbols, *made);
+    }
+    union { SlotPieces pieces; };
+    union { SymbolTables tables; };
+
+private:
+    size_t id_ = ~size_t(0);
+};
+
+bool encode_in_registers(uint32_t* states, uint16_t*& at, const EncodePanel& panel, const EncodeTables& encode, RegisterTables& made, bool& unknown) {
     constexpr size_t kFewRows = 32;  // whose tables take longer to make than they save
     if (panel.width % 32 || panel.width == 96 || panel.rows < kFewRows) return false;
-    const EncodeSymbol* symbols = encode.symbols + size_t(panel.uniform) * 256;
-    const SlotPieces pieces(symbols, encode.slots + size_t(panel.uniform) * kTotal);
-    if (!pieces.usable) return false;
-    const SymbolTables tables(symbols, pieces);
-    if (panel.width == 128) push_panel<8>(states, at, panel, tables, pieces, unknown);
-    else if (panel.width == 64) push_panel<4>(states, at, panel, tables, pieces, unknown);
-    else push_panel<2>(states, at, panel, tables, pieces, unknown);
+    made.make(encode, panel.uniform);
+    if (!made.pieces.usable) return false;
+    if (panel.width == 128) push_panel<8>(states, at, panel, made.tables, made.pieces, unknown);
+    else if (panel.width == 64) push_panel<4>(states, at, panel, made.tables, made.pieces, unknown);
+    else push_panel<2>(states, at, panel, made.tables, made.pieces, unknown);
     return true;
 }

@@ -1,6 +1,7 @@
 // rANS block coder, compiled once per instruction set. See rans.h for the tables and
 // docs/format/rans.md for the bitstream.
 #include <cstring>
+#include <new>
 
 #if defined(WATERFILL_ISA_avx2) || defined(WATERFILL_ISA_avx512)
 #include <immintrin.h>
@@ -177,9 +178,12 @@ size_t encode_block(const EncodeBlock& block) {
     for (uint32_t& state : x) state = kLower;
     uint16_t* at = block.words_end;
     bool unknown = false;
+#if defined(WATERFILL_ISA_avx512)
+    RegisterTables made;
+#endif
     const auto encode = [&](const EncodePanel& panel) {
 #if defined(WATERFILL_ISA_avx512)
-        if (block.tables->few && !panel.classes && encode_in_registers(x, at, panel, *block.tables, unknown)) return;
+        if (block.tables->few && !panel.classes && encode_in_registers(x, at, panel, *block.tables, made, unknown)) return;
 #endif
         encode_rows(x, at, panel, *block.tables, unknown);
     };

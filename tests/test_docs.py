@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 
 import waterfill
+from tests.coding.cache_arrays import write_example
 from tests.golden.make_codecs import all_cases
 from waterfill import registry
 from waterfill.cli import VERBS, build_parser
 from waterfill.coding import delta, gaussian, huffman
+from waterfill.coding.cachegen_file import Reader as StoredCache
+from waterfill.coding.cachegen_layer import read_layers
+from waterfill.coding.cachegen_symbols import bank
 from waterfill.coding.delta_numpy import Words
 from waterfill.coding.gaps import geometric
 from waterfill.coding.scales import encode_grid
@@ -102,6 +106,23 @@ def test_integer() -> None:
     assert hexed("integer", parts["scales"]) and hexed("integer", parts["codes"])
     assert hexed("integer", integer_example("coded")[0]["codes"])
     assert values.tolist() == [[-4, -2, 0, 1, 3, 1, 0, 2, 3, -4], [0, 0, 8, -16, 8, 0, 0, 4, 0.5, -2]]  # fmt: skip
+
+
+def test_cache(tmp_path: Path) -> None:
+    path = tmp_path / "example.kv"
+    write_example(path)
+    data = path.read_bytes()
+    assert hexed("cache", data)
+    with StoredCache(path) as stored:
+        assert hexed("cache", b"".join(stored.read(part) for part in stored.numbers))
+    page = (FORMAT / "cache.md").read_text()
+    [(_, *pair)] = read_layers(path)
+    for row in (0, 1):
+        cells = [" ".join(f"{x:g}" for x in (x[0, 0, 1 + row] / 0.99995).round(3)) for x in pair]
+        assert f"| {row} | {cells[0]} | {cells[1]} |" in page
+    for model, counts in zip((46, 79, 83, 86), bank()[0][[46, 79, 83, 86]], strict=True):
+        assert counts.sum() == 4096 and str(model) in page
+    assert f"The bank has {len(bank()[0])} models" in page
 
 
 def test_trellis() -> None:

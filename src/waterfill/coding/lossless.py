@@ -36,7 +36,9 @@ def words_of(x: NDArray[Any]) -> Words:
     return np.ascontiguousarray(x).reshape(-1).view(f"<u{x.dtype.itemsize}")
 
 
-def encode(source: Words, dtype: str, coder: str = "auto", threads: int | None = None) -> bytes:
+def encode(
+    source: Words, dtype: str, coder: str = "auto", threads: int | None = None, tries: bool = True
+) -> bytes:
     """Code words.
 
     Parameters
@@ -46,6 +48,8 @@ def encode(source: Words, dtype: str, coder: str = "auto", threads: int | None =
     coder : of fields: "rans", "huffman" (0.4 % larger for bf16, and several times as fast to
         decode without AVX-512), or "auto", whichever takes fewer bytes
     threads : threads over blocks; the bytes do not depend on it
+    tries : whether to look for a frequent word, and for repeats, which few tensors have and which takes
+        as long as all else
 
     Returns
     -------
@@ -57,6 +61,8 @@ def encode(source: Words, dtype: str, coder: str = "auto", threads: int | None =
     raw = source.view(np.uint8)
     if _is_constant(source):
         coded = bytes([CONSTANT]) + raw[: source.itemsize].tobytes()
+    elif not tries:
+        coded = split.encode(bytes([SPLIT]), source, dtype, coder, threads)
     else:
         coded = min(_candidates(source, dtype, coder, threads), key=len)
         coded = _encode_deflated(raw, len(coded)) or coded

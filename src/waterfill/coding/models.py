@@ -18,7 +18,16 @@ from waterfill.coding import gamma
 from waterfill.coding.rans import TOTAL
 from waterfill.types import FormatError
 
-__all__ = ["Alphabet", "Models", "exp2_of_minus", "fit", "parametric", "quantise", "read_models"]
+__all__ = [
+    "Alphabet",
+    "Models",
+    "exp2_of_minus",
+    "fit",
+    "parametric",
+    "parametric_weights",
+    "quantise",
+    "read_models",
+]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -110,7 +119,7 @@ def exp2_of_minus(exponent: Floats) -> Floats:
     return np.ldexp(power, -whole.astype(np.int32))
 
 
-def _weights(alphabet: Alphabet, shape: int, scale: Ints) -> Ints:
+def parametric_weights(alphabet: Alphabet, shape: int, scale: Ints) -> Ints:
     """Integer weights ``2**(40 - (|k| / s)**(shape / 4))``, one row per scale index.
 
     ``s = 2**(scale / 8 - 8)``. The escape gets the weight of one alphabet's length of values on
@@ -141,13 +150,13 @@ def parametric(alphabet: Alphabet, shape: Ints, scale: Ints) -> Table:
     weights = np.empty((len(shape), alphabet.size), np.int64)
     for one in np.unique(shape):
         rows = np.flatnonzero(shape == one)
-        weights[rows] = _weights(alphabet, int(one), scale[rows])
+        weights[rows] = parametric_weights(alphabet, int(one), scale[rows])
     return quantise(np.maximum(weights, 1))
 
 
 def _bits(alphabet: Alphabet, shape: int, scales: Ints) -> Floats:
     """Bits of each symbol under parametric models, before rounding to frequencies; (scales, A)."""
-    weights = _weights(alphabet, shape, scales).astype(np.float64)
+    weights = parametric_weights(alphabet, shape, scales).astype(np.float64)
     share = weights / weights.sum(axis=1, keepdims=True)
     bits: Floats = -np.log2(share * ((TOTAL - alphabet.size) / TOTAL) + 1.0 / TOTAL)
     return bits

@@ -153,6 +153,9 @@ def _of_cache(
     positions = kwargs.get("position_ids")
     if positions is not None and (positions.dim() != 2 or positions.shape[1] != query.shape[2]):
         positions = None
+    plain_scale = query.shape[-1] ** -0.5
+    if scaling is not None and scaling != plain_scale:
+        query = query * (scaling / plain_scale)
     view.commit(query, positions)
     return out, None
 

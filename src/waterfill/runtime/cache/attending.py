@@ -17,6 +17,8 @@ __all__ = ["attend"]
 
 SCORES = 1 << 24  # at once, at most: bounds what a long prompt takes
 
+Seen = tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
 
 def attend(
     view: View, queries: torch.Tensor, mask: torch.Tensor | None, scale: float
@@ -55,10 +57,14 @@ def _attend(
     top = q.new_full((*q.shape[:-1], 1), -torch.inf)
     total = torch.zeros_like(top)
     sums = q.new_zeros((*q.shape[:-1], view.values.shape[3]))
-    for start, keys, values in _tensors(view):
+    for seen, keys, values, bias in _tensors(view):
         scores = q @ keys.float()[:, :, None].transpose(3, 4)
-        seen = slice(start, start + keys.shape[2])
-        scores = _masked(scores, mask, seen, view.tokens - later)
+        if isinstance(seen, slice):
+            scores = _masked(scores, mask, seen, view.tokens - later)
+        else:
+            scores = _masked_by_index(scores, mask, seen)
+        if bias is not None:
+            scores = scores.add_(bias[:, :, None, None])
         new = torch.maximum(top, scores.amax(-1, keepdim=True))
         safe = torch.where(new == -torch.inf, 0.0, new)
         weights = (scores - safe).exp_()
@@ -70,11 +76,15 @@ def _attend(
     return out.reshape(batch, heads, m, -1).transpose(1, 2).to(queries.dtype)
 
 
-def _tensors(view: View) -> Iterable[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Index among the view's tokens, keys and values, of one piece after another."""
+def _tensors(view: View) -> Iterable[Seen]:
+    """Which of the view's tokens, their keys and values, and what their scores get added."""
     for piece in view.past:
-        yield piece.start - view.first, *piece.read()
-    yield view.tokens - view.keys.shape[2], view.keys, view.values
+        if piece.index is not None:
+            yield piece.index - view.first, *piece.read(), piece.bias
+        else:
+            start = piece.start - view.first
+            yield slice(start, start + piece.stop - piece.start), *piece.read(), None
+    yield slice(view.tokens - view.keys.shape[2], view.tokens), view.keys, view.values, None
 
 
 def _masked(
@@ -92,6 +102,24 @@ def _masked(
     part = (
         part[:, :, None] if part.shape[1] == 1 else part.reshape(-1, shared, group, *part.shape[2:])
     )
+    if mask.dtype == torch.bool:
+        return scores.masked_fill_(~part, -torch.inf)
+    return scores.add_(part)
+
+
+def _masked_by_index(
+    scores: torch.Tensor, mask: torch.Tensor | None, seen: torch.Tensor
+) -> torch.Tensor:
+    """Scores of past tokens that each head has its own of: `seen` (batch, shared, keys), below 0: none."""
+    batch, shared, group, _, n = scores.shape
+    scores = scores.masked_fill_((seen < 0)[:, :, None, None], -torch.inf)
+    if mask is None:
+        return scores
+    own = (shared, group) if mask.shape[1] == shared * group else (1, 1)
+    part = mask.reshape(-1, *own, *mask.shape[2:])
+    part = part.expand(batch, shared, *part.shape[2:])
+    at = seen.clamp_min(0).long()[:, :, None, None]
+    part = part.gather(4, at.expand(-1, -1, part.shape[2], part.shape[3], n))
     if mask.dtype == torch.bool:
         return scores.masked_fill_(~part, -torch.inf)
     return scores.add_(part)

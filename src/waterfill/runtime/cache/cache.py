@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,17 @@ from transformers import Cache, DynamicCache
 
 from waterfill.plan.budget import parse_size
 from waterfill.runtime.cache.composing import compose
+from waterfill.runtime.cache.evicting import refuse_other_attention
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
 from waterfill.runtime.cache.guard import Guard, Sentry
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
+from waterfill.runtime.cache.levels import level_of
+from waterfill.runtime.cache.loading import CacheStream
+from waterfill.runtime.cache.loading import load as load_cache
 from waterfill.runtime.cache.planning import Budget, Choice, plan
+from waterfill.runtime.cache.saving import LEVEL, save, saving_of
 from waterfill.runtime.cache.splicing import splice
 from waterfill.runtime.cache.statistics import FILE_NAME, CacheStatistics, load_statistics
-from waterfill.runtime.cache.store import Store
 from waterfill.runtime.cache.track import Track
 from waterfill.runtime.quick import swap_attention
 from waterfill.types import BudgetError, WaterfillError
@@ -91,6 +96,10 @@ class KVCache(Cache):  # type: ignore[misc]
         super().__init__(layers=list(DynamicCache(config=model.config).layers))
         self.open_stores()
         swap_attention(model)
+        if any(choice.method.evicts for choice in self.choices.values()):
+            refuse_other_attention(model)
+            if isinstance(guard, Guard):
+                raise WaterfillError(f"{method} evicts tokens, which a guard cannot bring back")
         if guard == "auto":
             guard = Guard() if method == "auto" else None
         self.guard = None if guard is None else Sentry(self, guard)
@@ -103,7 +112,7 @@ class KVCache(Cache):  # type: ignore[misc]
             if one is not None:
                 choice = self.choices[one.index]
                 budget = self.budget
-                store = Store(one, choice.coders, self.track, budget.sinks, budget.recent)
+                store = choice.method.store(one, choice.coders, self.track, budget)
                 store.most_nbytes = None if budget.nbytes is None else choice.nbytes
                 self.layers[one.index] = coded_layer(store)
 
@@ -141,6 +150,91 @@ class KVCache(Cache):  # type: ignore[misc]
                 tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
                 held += sum(t.numel() * t.element_size() for t in tensors)
         return held
+
+    def save(
+        self,
+        path: str | Path,
+        token_ids: Any,
+        level: float | str | Sequence[float | str] = LEVEL,
+        *,
+        tokenizer: Any = None,
+    ) -> int:
+        """Store the cache, to be loaded elsewhere; returns the bytes of the file.
+
+        Parameters
+        ----------
+        token_ids : int (tokens,) or (batch, tokens), what the cache was computed from
+        level : of quality, or several: ``"exact"``; nats per number (0.000001); bytes of the file
+            (1000000 or ``"1MB"``); ``"2.5bits"`` for each number, everything counted
+        tokenizer : that made the ids; only the same one may load the file then
+
+        Raises
+        ------
+        WaterfillError
+            If there are other tokens in the cache, or layers of a kind that cannot be stored.
+        BudgetError
+            If a size is too small.
+        """
+        saving = saving_of(self, self._model(), token_ids, tokenizer)
+        named = [level] if isinstance(level, (str, float, int)) else list(level)
+        levels = tuple(level_of(one, saving) for one in named)
+        return save(Path(path), replace(saving, levels=levels))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: Any,
+        *,
+        level: str | None = None,
+        token_ids: Any = None,
+        tokenizer: Any = None,
+        positions: Any = None,
+        **options: Any,
+    ) -> KVCache:
+        """What `save` stored, ready to go on from.
+
+        Parameters
+        ----------
+        model : that computed it
+        level : name of a level; None: the finest
+        token_ids : of a text that must begin with the one stored; None: not looked at
+        tokenizer, positions : that must be those stored; None: not looked at
+        options : as for `KVCache`; without a size or method the cache is held exactly as loaded
+
+        Raises
+        ------
+        FormatError
+            If the file is damaged.
+        WaterfillError
+            If it was stored by another model or tokenizer, or for another text or other positions.
+        """
+        stream = cls.stream(
+            model, level=level, token_ids=token_ids, tokenizer=tokenizer, positions=positions,
+            name=str(path), **options,
+        )  # fmt: skip
+        load_cache(Path(path), stream)
+        return stream.cache
+
+    @classmethod
+    def stream(
+        cls,
+        model: Any,
+        *,
+        level: str | None = None,
+        token_ids: Any = None,
+        tokenizer: Any = None,
+        positions: Any = None,
+        name: str = "stream",
+        **options: Any,
+    ) -> CacheStream:
+        """As `load`, of bytes that are fed as they arrive."""
+        if not options.keys() & {"size", "bytes_per_token", "bits", "method"}:
+            options["method"] = "exact"
+        return CacheStream(
+            cls(model, **options), model, level=level, token_ids=token_ids, tokenizer=tokenizer,
+            positions=positions, name=name,
+        )  # fmt: skip
 
     def update(
         self,

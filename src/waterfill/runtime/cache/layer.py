@@ -67,6 +67,16 @@ class _Remembering:
     def _count(self, tokens: int) -> None:
         """Take note of new tokens."""
 
+    def resume(self, dtype: torch.dtype, device: torch.device, start: int) -> None:
+        """Begin with what was remembered elsewhere, from token `start` on; the store is given it next."""
+        self.reset()
+        self.dtype, self.device, self.is_initialized = dtype, device, True
+        self.store.dropped = start
+
+    def resumed(self) -> None:
+        """That was all of it."""
+        self._count(self.store.tokens)
+
     def reset(self) -> None:
         """Forget everything."""
         self._count(-self.get_seq_length())

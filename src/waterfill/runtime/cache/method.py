@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import torch
 
@@ -20,6 +20,11 @@ from waterfill.coding.cached_attention import CodedStream
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.statistics import LayerStatistics
 from waterfill.types import Spec, SpecError
+
+if TYPE_CHECKING:
+    from waterfill.runtime.cache.planning import Budget
+    from waterfill.runtime.cache.store import Store
+    from waterfill.runtime.cache.track import Track
 
 __all__ = [
     "BLOCK",
@@ -109,6 +114,7 @@ class Method:
     id: ClassVar[str]
     calibrated: ClassVar[bool] = False  # whether it needs statistics of the model's own cache
     usual: ClassVar[bool] = False  # whether `auto` weighs it
+    evicts: ClassVar[bool] = False  # whether it forgets tokens, and has no blocks: see `evicting`
 
     @classmethod
     def ladder(cls, facts: LayerFacts, statistics: LayerStatistics | None) -> Iterator[Self]:
@@ -118,6 +124,19 @@ class Method:
     def open(self, facts: LayerFacts, statistics: LayerStatistics | None) -> Coder:
         """Ready to code blocks of a layer."""
         raise NotImplementedError
+
+    def store(
+        self,
+        facts: LayerFacts,
+        coders: list[tuple[Coder, int | None]],
+        track: Track,
+        budget: Budget,
+    ) -> Store:
+        """What a layer remembers in, empty."""
+        # The store is made of coders, so it comes after this module.
+        from waterfill.runtime.cache.store import Store
+
+        return Store(facts, coders, track, budget.sinks, budget.recent)
 
     def tiers(self) -> tuple[Tier, ...]:
         """How blocks age, newest first; most methods leave them as they are."""

@@ -71,7 +71,8 @@ def _fits(view: View, queries: torch.Tensor, mask: torch.Tensor | None) -> bool:
     ):
         return False
     return (
-        0 < m <= min(MAX_QUERIES, new)
+        all(piece.index is None and piece.bias is None for piece in view.past)
+        and 0 < m <= min(MAX_QUERIES, new)
         and queries.is_cpu
         and queries.dtype in DTYPES
         and view.keys.dtype == view.values.dtype == queries.dtype

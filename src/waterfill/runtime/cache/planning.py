@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from waterfill.plan.hull import Curves, at_level, cheapest, curves, point_on, solve_level
+from waterfill.runtime.cache.evicting import fit
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import (
     BLOCK,
@@ -88,6 +89,13 @@ def plan(
     BudgetError
         If even the cheapest rungs do not fit.
     """
+    kept = fit(method, facts, budget)
+    if kept is not None:
+        evictor, sizes = kept
+        return {
+            one.index: Choice(evictor, [], nbytes, None)
+            for one, nbytes in zip(facts, sizes, strict=True)
+        }
     own = {
         one.index: None if statistics is None else statistics.layers.get(one.index) for one in facts
     }

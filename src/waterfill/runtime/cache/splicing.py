@@ -90,6 +90,8 @@ def editable(cache: KVCache) -> list[Store]:
         layer.commit()
         if layer.store.facts.rotary is None:
             raise WaterfillError(f"keys of layer {index} do not turn with positions in a known way")
+        if not layer.store.whole:
+            raise WaterfillError(f"layer {index} has evicted tokens, so it cannot be edited")
         stores.append(layer.store)
     return stores
 

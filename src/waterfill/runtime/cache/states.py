@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from waterfill.runtime.cache.store import Piece, Store
+from waterfill.types import WaterfillError
 
 __all__ = ["States", "View"]
 
@@ -37,7 +38,19 @@ class View:
         self._dense: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values as tensors."""
+        """All keys and values as tensors.
+
+        Raises
+        ------
+        WaterfillError
+            If each head has tokens of its own, which one tensor of all cannot say.
+        """
+        if any(piece.index is not None for piece in self.past):
+            raise WaterfillError(
+                "this cache keeps other tokens for each head, which only attention of waterfill can read: "
+                'load the model with attn_implementation="sdpa" and without attention weights, dropout '
+                "or capped scores, or choose a method that keeps every token"
+            )
         if self._dense is None:
             parts = [*(piece.read() for piece in self.past), (self.keys, self.values)]
             if len(parts) == 1:

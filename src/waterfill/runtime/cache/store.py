@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -26,13 +27,23 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """Some consecutive tokens: their index, and how to get at their keys and values."""
+    """Some tokens: their index, and how to get at their keys and values.
+
+    Attributes
+    ----------
+    start, stop : index of the first, and after the last
+    read : gives keys and values
+    coded : blocks first to last of an arena, if they are that; the first may begin before the piece
+    index : int32 (batch, heads, n), each head's own tokens, -1: none; None: all from start to stop
+    bias : float32 (batch, heads, n), to be added to the scores of `index`
+    """
 
     start: int
     stop: int
     read: Callable[[], Pair]
-    # Blocks first to last of an arena; the first may begin before the piece does.
     coded: tuple[Coder, Arena, int, int] | None = None
+    index: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 @dataclass
@@ -74,9 +85,11 @@ class Store:
     Attributes
     ----------
     most_nbytes : that patches may bring this store to; beyond, tokens after the last are coded again; None: any
+    whole : whether every token is here that the layer may attend to
     """
 
     most_nbytes: int | None = None
+    whole: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -69,6 +69,10 @@ class Track:
         ]
         return found
 
+    def padding(self) -> torch.Tensor:
+        """int64 (batch or 1,): tokens of padding that each row begins with."""
+        return (-self.runs[0][1]).clamp_min(0) if self.runs else torch.zeros(1, dtype=torch.int64)
+
     def keep(self, tokens: int) -> None:
         """Forget all but the first so many tokens."""
         self.tokens = min(self.tokens, tokens)
