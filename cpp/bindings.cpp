@@ -8,6 +8,7 @@
 namespace nb = nanobind;
 
 void bind_attention(nb::module_& m);
+void bind_cache(nb::module_& m);
 void bind_cachegen(nb::module_& m);
 void bind_coded(nb::module_& m);
 void bind_delta(nb::module_& m);
@@ -30,6 +31,7 @@ NB_MODULE(_core, m) {
         return names;
     }, "The instruction sets this machine can be forced to by WATERFILL_SIMD.");
     bind_attention(m);
+    bind_cache(m);
     bind_cachegen(m);
     bind_coded(m);
     bind_delta(m);

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
+from waterfill.runtime.cache.native import attend_natively
 from waterfill.runtime.cache.states import View
 
 __all__ = ["attend"]
@@ -33,6 +34,9 @@ def attend(
     -------
     (batch, m, heads, value width), the dtype of the queries
     """
+    quick = attend_natively(view, queries, mask, scale)
+    if quick is not None:
+        return quick
     batch, heads, m, _ = queries.shape
     most = max(1, SCORES // max(1, batch * heads * 1024))
     parts = []

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transf
 
 import torch
 
+from waterfill.coding.cached_attention import CodedStream
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.statistics import LayerStatistics
 from waterfill.types import Spec, SpecError
@@ -93,6 +94,10 @@ class Coder:
     def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of coded blocks, (batch, heads, blocks * BLOCK, width), in the layer's dtype."""
         raise NotImplementedError
+
+    def streams(self) -> tuple[CodedStream, CodedStream] | None:
+        """How kernels may read the parts "keys", before their rotation, and "values"; None: they cannot."""
+        return None
 
 
 @dataclass(frozen=True)

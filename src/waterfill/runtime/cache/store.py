@@ -34,7 +34,7 @@ class Piece:
     ----------
     start, stop : index of the first, and after the last
     read : gives keys and values
-    coded : blocks first to last of an arena, if they are that
+    coded : blocks first to last of an arena, if they are that; the first may begin before the piece
     index : int32 (batch, heads, n), each head's own tokens, -1: none; None: all from start to stop
     bias : float32 (batch, heads, n), to be added to the scores of `index`
     """
@@ -476,4 +476,8 @@ def between(piece: Piece, first: int, stop: int | None = None) -> Piece:
         keys, values = piece.read()
         return keys[:, :, some], values[:, :, some]
 
-    return Piece(low, high, read)
+    if piece.coded is None or high < piece.stop:
+        return Piece(low, high, read)
+    coder, arena, first_block, last_block = piece.coded
+    start = piece.stop - (last_block - first_block) * BLOCK
+    return Piece(low, high, read, (coder, arena, first_block + (low - start) // BLOCK, last_block))

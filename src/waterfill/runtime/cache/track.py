@@ -58,6 +58,17 @@ class Track:
                 out[:, some] = index[some] + offset[:, None]
         return out
 
+    def offsets(self, start: int, stop: int) -> list[tuple[int, torch.Tensor]]:
+        """Indices from start on where positions begin to be so much, int64 (batch or 1,), ahead of them."""
+        runs = self.runs or [(0, torch.zeros(1, dtype=torch.int64))]
+        ends = [at for at, _ in runs[1:]] + [stop]
+        found = [
+            (max(at, start), offset)
+            for (at, offset), end in zip(runs, ends, strict=True)
+            if at < stop and end > start
+        ]
+        return found
+
     def padding(self) -> torch.Tensor:
         """int64 (batch or 1,): tokens of padding that each row begins with."""
         return (-self.runs[0][1]).clamp_min(0) if self.runs else torch.zeros(1, dtype=torch.int64)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from waterfill.coding.cached_attention import CodedStream
 from waterfill.coding.components import Basis, basis_of, components_kept
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
@@ -150,6 +151,13 @@ class _Stream:
         """All that is held."""
         return self.mean, self.place, *(t for x in (self.down, self.up) for t in (x.codes, x.scale))
 
+    @functools.cached_property
+    def coded(self) -> CodedStream:
+        """The same memory, for kernels."""
+        mean, place = self.mean.numpy(), self.place.numpy()
+        rows, scale = self.up.codes.numpy(), self.up.scale.numpy()
+        return CodedStream(self.kept, mean, place, rows, scale, self.groups)
+
     def by_head(self, table: _Table) -> torch.Tensor:
         """A table's rows as float32 (heads, kept, width), zero where a component is not coded."""
         rows = table.rows()
@@ -191,6 +199,9 @@ class _Transform(Coder):
     facts: LayerFacts
     keys: _Stream
     values: _Stream
+
+    def streams(self) -> tuple[CodedStream, CodedStream]:
+        return self.keys.coded, self.values.coded
 
     @property
     def tables(self) -> Mapping[str, torch.Tensor]:

@@ -1,0 +1,359 @@
+// Attention over coded blocks. Compiled once per instruction set; see dispatch.h.
+#include "cache.h"
+
+#include <algorithm>
+
+#include "cache_codes.h"
+
+namespace waterfill::WATERFILL_ISA {
+namespace {
+
+using namespace cache;
+using attention::Call;
+using attention::MaskKind;
+
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+#if defined(WATERFILL_ISA_avx512)
+constexpr size_t kAtOnce = 8;  // columns whose sums are in registers, of two registers of tokens
+#else
+constexpr size_t kAtOnce = 4;
+#endif
+
+const Component& component_of(const Stream& stream, size_t head, size_t component) { return stream.components[stream.first[head] + component]; }
+
+// Entries have fifteen bits under the largest of their column, and a power of two as scale: all but the
+// smallest are as exact as what they come from. 512 components of 8 bits sum up within 32 bits.
+void prepare(const Arena& arena, size_t head, const Table& table) {
+    const Stream& keys = arena.keys;
+    const Turn& turn = arena.turn;
+    const size_t count = keys.count(head), pairs = (count + 1) / 2;
+    std::fill_n(table.entries, pairs * turn.columns(), 0);
+    for (size_t j = 0; j < turn.columns(); ++j) {
+        table.scale[j] = table.shift[j] = 0;
+        if (j / 2 >= turn.pairs) continue;
+        const size_t column = size_t((j % 2 ? turn.second : turn.first)[j / 2]);
+        const auto entry_of = [&](size_t k) {
+            const uint32_t row = component_of(keys, head, k).row;
+            return float(keys.rows[row * keys.width + column]) * from_half(keys.scales[row]);
+        };
+        float greatest = 0, half = 0;
+        for (size_t k = 0; k < count; ++k) {
+            const float entry = entry_of(k);
+            greatest = std::max(greatest, entry < 0 ? -entry : entry);
+            half += entry;
+        }
+        table.shift[j] = from_half(keys.mean[head * keys.width + column]) + 0.5f * half;
+        if (!(greatest > 0)) continue;
+        // 2^(exponent of the greatest - 14), and its inverse.
+        const uint32_t exponent = bits_of(greatest) >> 23;
+        table.scale[j] = float_of((exponent - 14) << 23);
+        const float inverse = float_of((254 + 14 - exponent) << 23);
+        int32_t* out = table.entries + j / kColumns * pairs * kColumns + j % kColumns;
+        for (size_t k = 0; k < count; ++k) {
+            const float scaled = entry_of(k) * inverse;
+            // Added to 1.5 * 2^23, the lowest bits are the nearest integer.
+            const uint16_t entry = uint16_t(bits_of(scaled + 12582912.0f));
+            uint32_t word = uint32_t(out[k / 2 * kColumns]);
+            word |= k % 2 ? uint32_t(entry) << 16 : entry;
+            out[k / 2 * kColumns] = int32_t(word);
+        }
+    }
+}
+
+// All rows of a group against one span.
+template <Float Type> class Pass {
+    using T = typename Stored<Type>::type;
+
+public:
+    Pass(const Call& call, const Span& span, size_t group, float* scratch)
+        : call_(call), span_(span), arena_(*span.arena), turn_(arena_.turn), keys_(arena_.keys), values_(arena_.values), batch_(group / call.shared),
+          head_(group % call.shared), rows_(call.rows()), key_count_(keys_.count(head_)), value_count_(values_.count(head_)), sums_width_((values_.kept + 15) / 16 * 16) {
+        const auto take = [&](size_t floats) {
+            float* at = scratch;
+            scratch += (floats + 15) / 16 * 16;
+            return at;
+        };
+        queries_ = take(rows_ * 2 * turn_.padded), turned_ = take(rows_ * 2 * turn_.padded);
+        phases_ = reinterpret_cast<double*>(take(4 * turn_.padded));
+        still_ = take(rows_ * keys_.kept), constant_ = take(rows_), top_ = take(rows_), total_ = take(rows_);
+        weights_ = take(rows_ * kTokens), sums_ = take(rows_ * sums_width_), whole_ = take(rows_ * call.key_width);
+        words_ = reinterpret_cast<int32_t*>(take((keys_.kept + 1) / 2 * kBlock));
+        codes_ = reinterpret_cast<int8_t*>(take((keys_.kept + 1) * kBlock / 4));
+    }
+
+    void run(float* partial) {
+        begin();
+        for (size_t low = 0; low < span_.count; low += kChunk) chunk(low, std::min(kChunk, span_.count - low));
+        finish(partial);
+    }
+
+private:
+    size_t head_of(size_t r) const { return head_ * (call_.heads / call_.shared) + r / call_.queries; }
+    size_t query_of(size_t r) const { return r % call_.queries; }
+
+    void begin() {
+        const attention::Tensor& q = call_.q;
+        const size_t padded = turn_.padded;
+        std::fill_n(queries_, rows_ * 2 * padded, 0.0f);
+        for (size_t r = 0; r < rows_; ++r) {
+            const T* from = static_cast<const T*>(q.at) + ptrdiff_t(batch_) * q.strides[0] + ptrdiff_t(head_of(r)) * q.strides[1] + ptrdiff_t(query_of(r)) * q.strides[2];
+            float *whole = whole_ + r * call_.key_width, *query = queries_ + r * 2 * padded;
+            for (size_t j = 0; j < call_.key_width; ++j) whole[j] = Stored<Type>::read(from[j]) * call_.scale;
+            for (size_t i = 0; i < turn_.pairs; ++i) query[i] = whole[turn_.first[i]], query[padded + i] = whole[turn_.second[i]];
+            constant_[r] = 0;
+            if (turn_.still) stand(r, whole);
+        }
+        const size_t row = span_.phase_rows == 1 ? 0 : batch_;
+        std::copy_n(span_.cos + row * padded, padded, phases_);
+        std::copy_n(span_.sin + row * padded, padded, phases_ + padded);
+        std::fill_n(top_, rows_, kNone), std::fill_n(total_, rows_, 0.0f), std::fill_n(sums_, rows_ * sums_width_, 0.0f);
+    }
+
+    // What columns that do not turn add to a score, as weights of the components. Changes the query.
+    void stand(size_t r, float* query) {
+        const size_t width = keys_.width, whole = width / kLanes * kLanes;
+        for (size_t i = 0; i < turn_.pairs; ++i) query[turn_.first[i]] = query[turn_.second[i]] = 0;
+        const auto times = [&](const auto& load) {
+            Lanes16 sum = Lanes16::of(0);
+            for (size_t j = 0; j < whole; j += kLanes) sum = sum + Lanes16::load(query + j) * load(j, kLanes);
+            if (whole < width) sum = sum + Lanes16::load<Float::f32>(query + whole, width - whole) * load(whole, width - whole);
+            return sum.sum();
+        };
+        float constant = times([&](size_t j, size_t n) { return Lanes16::load<Float::f16>(keys_.mean + head_ * width + j, n); });
+        for (size_t k = 0; k < key_count_; ++k) {
+            const uint32_t row = component_of(keys_, head_, k).row;
+            const float sum = from_half(keys_.scales[row]) * times([&](size_t j, size_t n) {
+                int8_t padded[kLanes] = {};
+                std::memcpy(padded, keys_.rows + row * width + j, n);
+                return lanes(padded);
+            });
+            still_[r * keys_.kept + k] = sum;
+            constant += 0.5f * sum;
+        }
+        constant_[r] = constant;
+    }
+
+    void chunk(size_t low, size_t count) {
+        const size_t tokens = count * kBlock;
+        for (size_t b = 0; b < count; ++b) {
+            score(low + b, weights_ + b * kBlock);
+            advance();
+        }
+        bool seen = false;
+        for (size_t r = 0; r < rows_; ++r) {
+            hide(r, low, tokens);
+            seen |= weigh(r, tokens);
+        }
+        if (seen) add_values(low, count);
+    }
+
+    // Scores of a block's tokens, at weights_ of each row.
+    void score(size_t b, float* out) {
+        const Block& block = arena_.blocks[span_.first + b];
+        const uint8_t* keys = block.keys + ptrdiff_t(batch_) * block.key_row;
+        const Component* components = keys_.components + keys_.first[head_];
+        for (size_t k = 0; k < key_count_; ++k) unpack(keys + components[k].offset, components[k].bits, codes_ + k * kBlock);
+        for (size_t r = 0; r < rows_; ++r) std::fill_n(out + r * kTokens, kBlock, constant_[r]);
+        if (turn_.still) add_still(out);
+        if (!turn_.pairs) return;
+        if (key_count_ % 2) std::fill_n(codes_ + key_count_ * kBlock, kBlock, int8_t(0));
+        const size_t pairs = (key_count_ + 1) / 2;
+        for (size_t p = 0; p < pairs; ++p)
+            for (size_t t = 0; t < kBlock; t += kWide) {
+                const WideInts even = ints(codes_ + 2 * p * kBlock + t), odd = ints(codes_ + (2 * p + 1) * kBlock + t), both = (even & 0xFFFF) | (odd << 16);
+                std::memcpy(words_ + p * kBlock + t, &both, sizeof both);
+            }
+        turn_queries();
+        for (size_t t = 0; t < kBlock; t += 2 * kWide)
+            for (size_t j = 0; j < turn_.columns(); j += kAtOnce) add_turning(j, t, pairs, out + t);
+    }
+
+    void add_still(float* out) const {
+        for (size_t r = 0; r < rows_; ++r)
+            for (size_t t = 0; t < kBlock; t += kLanes) {
+                Lanes16 sum = Lanes16::load(out + r * kTokens + t);
+                for (size_t k = 0; k < key_count_; ++k) sum = sum + Lanes16::of(still_[r * keys_.kept + k]) * lanes(codes_ + k * kBlock + t);
+                sum.store(out + r * kTokens + t);
+            }
+    }
+
+    // Queries as if the block's first token were at position zero.
+    void turn_queries() {
+        const size_t padded = turn_.padded;
+        for (size_t r = 0; r < rows_; ++r) {
+            const float *a = queries_ + r * 2 * padded, *b = a + padded;
+            float *to_a = turned_ + r * 2 * padded, *to_b = to_a + padded;
+            for (size_t i = 0; i < padded; ++i) {
+                const float cos = float(phases_[i]), sin = float(phases_[padded + i]);
+                to_a[i] = a[i] * cos + b[i] * sin;
+                to_b[i] = b[i] * cos - a[i] * sin;
+            }
+        }
+    }
+
+    void advance() {
+        const size_t padded = turn_.padded;
+        for (size_t i = 0; i < padded; ++i) {
+            const double cos = phases_[i], sin = phases_[padded + i];
+            phases_[i] = cos * turn_.ahead_cos[i] - sin * turn_.ahead_sin[i];
+            phases_[padded + i] = sin * turn_.ahead_cos[i] + cos * turn_.ahead_sin[i];
+        }
+    }
+
+    // What kAtOnce columns from j add to the scores of two registers of tokens from t.
+    void add_turning(size_t j, size_t t, size_t pairs, float* out) const {
+        WideInts sums[kAtOnce][2] = {};
+        const int32_t* entries = arena_.tables[head_].entries + j / kColumns * pairs * kColumns + j % kColumns;
+        for (size_t p = 0; p < pairs; ++p) {
+            WideInts near, far;
+            std::memcpy(&near, words_ + p * kBlock + t, sizeof near), std::memcpy(&far, words_ + p * kBlock + t + kWide, sizeof far);
+#pragma GCC unroll 8
+            for (size_t i = 0; i < kAtOnce; ++i) {
+                const WideInts entry = WideInts{} + entries[p * kColumns + i];
+                sums[i][0] = dot_pairs(sums[i][0], near, entry), sums[i][1] = dot_pairs(sums[i][1], far, entry);
+            }
+        }
+        const float *scale = arena_.tables[head_].scale + j, *shift = arena_.tables[head_].shift + j;
+        Wide keys[kAtOnce][2];
+#pragma GCC unroll 8
+        for (size_t i = 0; i < kAtOnce; i += 2)
+#pragma GCC unroll 2
+            for (size_t h = 0; h < 2; ++h) {
+                Wide cos, sin;
+                widen(cos, turn_.cos + (j + i) / 2 * kBlock + t + h * kWide), widen(sin, turn_.sin + (j + i) / 2 * kBlock + t + h * kWide);
+                const Wide a = floats(sums[i][h]) * scale[i] + shift[i], b = floats(sums[i + 1][h]) * scale[i + 1] + shift[i + 1];
+                keys[i][h] = a * cos - b * sin;
+                keys[i + 1][h] = a * sin + b * cos;
+            }
+        for (size_t r = 0; r < rows_; ++r) {
+            const float *a = turned_ + r * 2 * turn_.padded + j / 2, *b = a + turn_.padded;
+#pragma GCC unroll 2
+            for (size_t h = 0; h < 2; ++h) {
+                float* at = out + r * kTokens + h * kWide;
+                Wide sum;
+                widen(sum, at);
+#pragma GCC unroll 8
+                for (size_t i = 0; i < kAtOnce; i += 2) sum = sum + keys[i][h] * a[i / 2] + keys[i + 1][h] * b[i / 2];
+                std::memcpy(at, &sum, sizeof sum);
+            }
+        }
+    }
+
+    void hide(size_t r, size_t low, size_t tokens) {
+        float* row = weights_ + r * kTokens;
+        const size_t first = low * kBlock, hidden = span_.hidden > first ? std::min(tokens, span_.hidden - first) : 0;
+        std::fill_n(row, hidden, kNone);
+        const attention::Mask& mask = call_.mask;
+        if (!span_.masked || mask.kind == MaskKind::none) return;
+        const ptrdiff_t step = mask.strides[3];
+        const ptrdiff_t at = ptrdiff_t(batch_) * mask.strides[0] + ptrdiff_t(head_of(r)) * mask.strides[1] + ptrdiff_t(query_of(r)) * mask.strides[2] + (span_.key + ptrdiff_t(first)) * step;
+        if (mask.kind == MaskKind::boolean) {
+            const uint8_t* from = static_cast<const uint8_t*>(mask.at) + at;
+            for (size_t t = hidden; t < tokens; ++t) row[t] = from[ptrdiff_t(t) * step] ? row[t] : kNone;
+        } else {
+            const T* from = static_cast<const T*>(mask.at) + at;
+            for (size_t t = hidden; t < tokens; ++t) row[t] += Stored<Type>::read(from[ptrdiff_t(t) * step]);
+        }
+    }
+
+    // Scores become weights e^(score - greatest so far); false where none is seen.
+    bool weigh(size_t r, size_t tokens) {
+        float* row = weights_ + r * kTokens;
+        Lanes16 all = Lanes16::of(kNone);
+        for (size_t t = 0; t < tokens; t += kLanes) all = all.greater(Lanes16::load(row + t));
+        const float before = top_[r], greatest = std::max(before, all.greatest());
+        const Lanes16 shift = Lanes16::of(greatest == kNone ? 0.0f : -greatest);
+        Lanes16 sum = Lanes16::of(0);
+        for (size_t t = 0; t < tokens; t += kLanes) {
+            const Lanes16 weight = exponential(Lanes16::load(row + t) + shift);
+            weight.store(row + t);
+            sum = sum + weight;
+        }
+        if (greatest > before) {
+            float decay[kLanes];
+            exponential(Lanes16::of(before) + shift).store(decay);
+            top_[r] = greatest, total_[r] *= decay[0];
+            for (size_t k = 0; k < sums_width_; ++k) sums_[r * sums_width_ + k] *= decay[0];
+        }
+        const float more = sum.sum();
+        total_[r] += more;
+        return more != 0;
+    }
+
+    // Weighted sums of the values' codes.
+    void add_values(size_t low, size_t count) {
+        const Component* components = values_.components + values_.first[head_];
+        const Block* blocks = arena_.blocks + span_.first + low;
+        for (size_t first = 0; first < value_count_; first += kLanes) {
+            const size_t some = std::min(kLanes, value_count_ - first);
+            for (size_t k = 0; k < some; ++k)
+                for (size_t b = 0; b < count; ++b)
+                    unpack(blocks[b].values + ptrdiff_t(batch_) * blocks[b].value_row + components[first + k].offset, components[first + k].bits,
+                           bytes_ + k * kTokens + b * kBlock);
+            size_t r = 0;
+            for (; r + 4 <= rows_; r += 4) add_components<4>(r, first, some, count * kBlock);
+            for (; r < rows_; ++r) add_components<1>(r, first, some, count * kBlock);
+        }
+    }
+
+    template <size_t R> void add_components(size_t r, size_t first, size_t some, size_t tokens) {
+        Lanes16 all[R][kLanes];
+        for (size_t k = 0; k < kLanes; ++k) {
+            Lanes16 sums[R];
+            for (Lanes16& sum : sums) sum = Lanes16::of(0);
+            for (size_t t = 0; t < tokens && k < some; t += kLanes) {
+                const Lanes16 code = lanes(bytes_ + k * kTokens + t);
+                for (size_t i = 0; i < R; ++i) sums[i] = sums[i] + Lanes16::load(weights_ + (r + i) * kTokens + t) * code;
+            }
+            for (size_t i = 0; i < R; ++i) all[i][k] = sums[i];
+        }
+        for (size_t i = 0; i < R; ++i) {
+            float* to = sums_ + (r + i) * sums_width_ + first;
+            (Lanes16::load(to) + sums_of(all[i])).store(to);
+        }
+    }
+
+    // Sums of codes become sums of values.
+    void finish(float* partial) const {
+        const size_t width = values_.width;
+        for (size_t r = 0; r < rows_; ++r) {
+            float *out = partial + r * call_.row_floats(), *value = out + attention::kHead;
+            out[0] = top_[r], out[1] = total_[r];
+            const uint16_t* mean = values_.mean + head_ * width;
+            std::fill_n(out + 2, call_.row_floats() - 2, 0.0f);
+            for (size_t j = 0; j < width; ++j) value[j] = total_[r] * from_half(mean[j]);
+            for (size_t k = 0; k < value_count_; ++k) {
+                const uint32_t component = component_of(values_, head_, k).row;
+                const int8_t* row = values_.rows + component * width;
+                const float sum = (sums_[r * sums_width_ + k] + 0.5f * total_[r]) * from_half(values_.scales[component]);
+                for (size_t j = 0; j < width; ++j) value[j] += sum * float(row[j]);
+            }
+        }
+    }
+
+    const Call& call_;
+    const Span& span_;
+    const Arena& arena_;
+    const Turn& turn_;
+    const Stream &keys_, &values_;
+    size_t batch_, head_, rows_, key_count_, value_count_, sums_width_;
+    float *queries_, *turned_, *still_, *constant_, *top_, *total_, *weights_, *sums_, *whole_;
+    double* phases_;
+    int32_t* words_;
+    int8_t* codes_;
+    alignas(64) int8_t bytes_[kLanes * kTokens];
+};
+
+void attend(const Call& call, const Span& span, size_t group, float* scratch, float* partial) {
+    if (call.type == Float::f32) Pass<Float::f32>(call, span, group, scratch).run(partial);
+    else if (call.type == Float::bf16) Pass<Float::bf16>(call, span, group, scratch).run(partial);
+    else Pass<Float::f16>(call, span, group, scratch).run(partial);
+}
+
+const Kernels kTable{prepare, attend};
+
+}  // namespace
+
+const cache::Kernels& cache_kernels() { return kTable; }
+
+}  // namespace waterfill::WATERFILL_ISA
