@@ -25,7 +25,8 @@ from waterfill.runtime.cache.store import Store
 from waterfill.runtime.cache.track import Track
 
 needs_kernel = pytest.mark.skipif(native.core() is None, reason="the native core is not built")
-NEAR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# The kernel holds rows of a basis as 16-bit integers.
+NEAR = {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def learned(heads: int, key_width: int, value_width: int, seed: int) -> LayerStatistics:

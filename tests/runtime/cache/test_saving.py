@@ -39,6 +39,10 @@ def test_exact_goes_on_as_if_never_stored(family: str, count: int, tmp_path: Pat
     model, ids = decoder(family), tokens(2, count + 25)
     cache = read(model, ids[:, :count])
     path = tmp_path / "prefix.kv"
+    if any(one is None for one in cache.facts):
+        with pytest.raises(WaterfillError, match="something else than keys and values"):
+            cache.save(path, ids[:, :count], "exact")
+        return
     assert cache.save(path, ids[:, :count], "exact") == path.stat().st_size
     loaded = KVCache.load(path, model, token_ids=ids)
     assert loaded.get_seq_length() == count

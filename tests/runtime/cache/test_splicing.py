@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.runtime.cache.models import decoder, statistics, tokens
+from tests.runtime.cache.models import decoder, tokens
 from waterfill.runtime.cache.cache import KVCache
+from waterfill.runtime.cache.calibrating import calibrate_cache
 from waterfill.runtime.cache.patching import Turned
 from waterfill.types import BudgetError, WaterfillError
 
@@ -62,7 +63,7 @@ def test_one_layer_after_splices_is_a_full_reading(family: str, rows: int) -> No
 @pytest.mark.parametrize("method", ["token:bits=8", "channel:bits=8", "transform:level=1e-9"])
 def test_coded_blocks_that_stay_whole_are_not_coded_again(method: str) -> None:
     model, ids = decoder(layers=1), tokens(2, 300)
-    own = statistics() if method.startswith("transform") else None
+    own = calibrate_cache(model, tokens(8, 128)) if method.startswith("transform") else None
     cache = KVCache(model, method=method, statistics=own)
     read(model, ids, cache)
     store = cache.coded_layers[0].store

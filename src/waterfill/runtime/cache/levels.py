@@ -63,14 +63,26 @@ def _step_for(saving: Saving, nbytes: int) -> float:
             f"{nbytes:,} bytes are too few for this cache: it takes {least:,} at least"
         )
     step, aim = math.sqrt(12 * LEVEL), (1 + CLOSE) / 2 * nbytes
-    for some in (*(SOME,) * TRIES, *(None,) * TRIES):
-        got = size(step, some)
+
+    def other(step: float, got: int) -> float:
+        change = max(-4.0, min(4.0, (got - aim) / (SIZES * saving.numbers / 8)))
+        return min(step * math.exp2(change), COARSEST)
+
+    for _ in range(TRIES):
+        got = size(step, SOME)
         if CLOSE * nbytes <= got <= nbytes:
-            if some is None:
-                return step
-            continue
-        step *= 2.0 ** max(-4.0, min(4.0, (got - aim) / (SIZES * saving.numbers / 8)))
-        step = min(step, COARSEST)
-    while size(step, None) > nbytes:
-        step *= 1.02
-    return step
+            break
+        step = other(step, got)
+    fine, coarse = 0.0, COARSEST  # too large at the one, small enough at the other
+    for _ in range(2 * TRIES):
+        got = size(step, None)
+        if got > nbytes:
+            fine = max(fine, step)
+        else:
+            coarse = min(coarse, step)
+            if got >= CLOSE * nbytes:
+                break
+        step = other(step, got)
+        if not fine < step < coarse:
+            step = math.sqrt(max(fine, coarse / 16) * coarse)
+    return coarse

@@ -42,7 +42,7 @@ def attend_natively(
             return None
         coded.append(tokens)
     pairs = [(piece.start, *piece.read()) for piece in view.past if piece.coded is None]
-    exact = [ExactTokens(at, _array(keys), _array(values)) for at, keys, values in pairs]
+    exact = [ExactTokens(at, _rows(keys), _rows(values)) for at, keys, values in pairs]
     m, stop = queries.shape[2], view.first + view.tokens
     new = view.keys.shape[2]
     exact.append(ExactTokens(stop - new, _array(view.keys), _array(view.values)))
@@ -134,6 +134,11 @@ def _coded(blocks: _Blocks, track: Track, rotary: Rotary | None) -> CodedTokens 
 @functools.lru_cache(maxsize=1024)
 def _turn(rotary: Rotary) -> Turn:
     return Turn(rotary.first.numpy(), rotary.second.numpy(), rotary.frequencies.numpy())
+
+
+def _rows(tensor: torch.Tensor) -> Array:
+    """As `_array`, each row in one piece: what a coder has decoded may lie otherwise."""
+    return _array(tensor if tensor.stride(3) == 1 else tensor.contiguous())
 
 
 def _array(tensor: torch.Tensor) -> Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -92,9 +92,11 @@ class _Stream:
 
 @dataclass(frozen=True, eq=False)
 class _Entropy(Coder):
+    position_free: ClassVar[bool] = True
+
     facts: LayerFacts
     step: float
-    streams: tuple[_Stream, _Stream]  # keys and values
+    both: tuple[_Stream, _Stream]  # keys and values
     columns: Columns
     block_nbytes: int
 
@@ -106,7 +108,7 @@ class _Entropy(Coder):
             one.components(torch.from_numpy(s.samples)).numpy()
             for one, s in zip(streams, both, strict=True)
         ]
-        made = cls(facts, step, streams, fit_columns(samples, step), 0)
+        made = cls(facts, step, streams, fit_columns([z.swapaxes(1, 2) for z in samples], step), 0)
         blocks = range(0, samples[0].shape[1], BLOCK)
         nbytes = [
             len(made._pack([z[:, at : at + BLOCK] for z in samples], MIDDLE)) for at in blocks
@@ -119,7 +121,7 @@ class _Entropy(Coder):
             "shifts": torch.from_numpy(self.columns.shifts),
             "models": torch.from_numpy(self.columns.models),
         }
-        for name, one in zip(("keys", "values"), self.streams, strict=True):
+        for name, one in zip(("keys", "values"), self.both, strict=True):
             parts = one.mean, *one.down.parts, *one.up.parts
             found |= {f"{name}.{i}": part for i, part in enumerate(parts)}
         return found
@@ -136,16 +138,15 @@ class _Entropy(Coder):
             keys = self.facts.rotary.turn(keys, positions, backwards=True)
         z = [
             one.components(x.float()).cpu().numpy()
-            for one, x in zip(self.streams, (keys, values), strict=True)
+            for one, x in zip(self.both, (keys, values), strict=True)
         ]
         batch, _, tokens, _ = z[0].shape
         out = np.zeros((batch, tokens // BLOCK, HEAD + self.block_nbytes), np.uint8)
-        guess = MIDDLE
         for row in range(batch):
             for block in range(tokens // BLOCK):
                 some = slice(block * BLOCK, (block + 1) * BLOCK)
-                guess, data = self._fit([x[row][:, some] for x in z], guess)
-                out[row, block, :HEAD] = guess, *len(data).to_bytes(2, "little")
+                index, data = self._fit([x[row][:, some] for x in z])
+                out[row, block, :HEAD] = index, *len(data).to_bytes(2, "little")
                 out[row, block, HEAD : HEAD + len(data)] = np.frombuffer(data, np.uint8)
         return {"codes": torch.from_numpy(out)}
 
@@ -155,15 +156,15 @@ class _Entropy(Coder):
     def _pack(self, z: Sequence[Floats], index: int) -> bytes:
         # What no step can hold is cut off: an outlier may not cost the block.
         reach = np.float32(FURTHEST * self._step(index))
-        cut = [np.ascontiguousarray(np.clip(x, -reach, reach)) for x in z]
-        offsets = [np.zeros(x.shape[0] * x.shape[2], np.float32) for x in z]
+        cut = [np.clip(x, -reach, reach).swapaxes(1, 2) for x in z]
+        offsets = [np.zeros(x.shape[0] * x.shape[1], np.float32) for x in cut]
         return encode_chunk(cut, offsets, self._step(index), self.columns)
 
-    def _fit(self, z: Sequence[Floats], guess: int) -> tuple[int, bytes]:
+    def _fit(self, z: Sequence[Floats]) -> tuple[int, bytes]:
         """The finest step at which a block fits, near enough, and its bytes there."""
         low, high = 0, 256  # too many bytes at low - 1, few enough at high
         best: tuple[int, bytes] | None = None
-        index = guess
+        index = MIDDLE
         for _ in range(TRIES):
             data = self._pack(z, index)
             spare = self.block_nbytes - len(data)
@@ -190,7 +191,7 @@ class _Entropy(Coder):
         heads = self.facts.heads
         z = [
             np.empty((batch, heads, blocks * BLOCK, one.up.codes.shape[1]), np.float32)
-            for one in self.streams
+            for one in self.both
         ]
         for row in range(batch):
             for block in range(blocks):
@@ -200,9 +201,9 @@ class _Entropy(Coder):
                     one[HEAD:stop].tobytes(), BLOCK, self._step(int(one[0])), self.columns, heads
                 )
                 for x, part in zip(z, found, strict=True):
-                    x[row, :, block * BLOCK : (block + 1) * BLOCK] = part
+                    x[row, :, block * BLOCK : (block + 1) * BLOCK] = part.swapaxes(1, 2)
         keys, values = (
-            one.vectors(torch.from_numpy(x)) for one, x in zip(self.streams, z, strict=True)
+            one.vectors(torch.from_numpy(x)) for one, x in zip(self.both, z, strict=True)
         )
         if self.facts.rotary is not None:
             keys = self.facts.rotary.turn(keys, positions)
