@@ -144,7 +144,7 @@ def _of_cache(
 ) -> tuple[torch.Tensor, None]:
     """Attention over a cache of this package, which then remembers the new tokens."""
     view = key.source
-    plain = not view.past or dropout or any(kwargs.get(name) is not None for name in NOT_PLAIN)
+    plain = not view.runs or dropout or any(kwargs.get(name) is not None for name in NOT_PLAIN)
     if plain or kwargs.get("output_attentions"):
         out, _ = attention_forward(
             module, query, *view.dense(), attention_mask, dropout, scaling, **kwargs

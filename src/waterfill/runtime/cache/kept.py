@@ -191,7 +191,7 @@ class KeptStore(Store):
 
     # -- reading -------------------------------------------------------------------------------
 
-    def pieces(self, first: int = 0) -> tuple[Piece, ...]:
+    def runs(self, first: int = 0) -> tuple[Piece, ...]:
         """All slots as one piece, whatever `first`: attention hides what lies before it."""
         kept = self.kept
         if kept is None or not self.used:

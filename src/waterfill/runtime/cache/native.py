@@ -41,7 +41,7 @@ def attend_natively(
         if tokens is None:
             return None
         coded.append(tokens)
-    pairs = [(piece.start, *piece.read()) for piece in view.past if piece.coded is None]
+    pairs = [(piece.start, *piece.read()) for piece in view.runs if piece.coded is None]
     exact = [ExactTokens(at, _rows(keys), _rows(values)) for at, keys, values in pairs]
     m, stop = queries.shape[2], view.first + view.tokens
     new = view.keys.shape[2]
@@ -71,7 +71,7 @@ def _fits(view: View, queries: torch.Tensor, mask: torch.Tensor | None) -> bool:
     ):
         return False
     return (
-        all(piece.index is None and piece.bias is None for piece in view.past)
+        all(piece.index is None and piece.bias is None for piece in view.runs)
         and 0 < m <= min(MAX_QUERIES, new)
         and queries.is_cpu
         and queries.dtype in DTYPES
@@ -104,7 +104,7 @@ class _Blocks:
 def _blocks(view: View) -> list[_Blocks]:
     """All coded pieces of a view, joined where one goes on from another."""
     found: list[_Blocks] = []
-    for piece in view.past:
+    for piece in view.runs:
         if piece.coded is None:
             continue
         coder, arena, low, high = piece.coded

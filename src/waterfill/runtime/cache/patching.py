@@ -235,8 +235,8 @@ def _from_block(store: Store, block: int) -> Iterator[tuple[StoreTier, int, int,
             continue
         tier, low, high = part
         skip = min(max(0, block - done), high - low)
-        if low + skip < high:
-            yield tier, low + skip, high, at + skip * BLOCK
+        for some in range(low + skip, high, CHUNK):
+            yield tier, some, min(some + CHUNK, high), at + (some - low) * BLOCK
         at, done = at + (high - low) * BLOCK, done + high - low
 
 

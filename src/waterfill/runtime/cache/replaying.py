@@ -7,7 +7,7 @@ tokens that others hold, and keeps the new ones to itself.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,11 @@ class Past(Store):
         """Tokens seen so far."""
         return self.shown[-1].stop if self.shown else 0
 
-    def pieces(self, first: int = 0) -> tuple[Piece, ...]:
+    def split(self, run: Piece) -> Iterator[Piece]:
+        """What is shown is in parts already, and where it is others know."""
+        yield run
+
+    def runs(self, first: int = 0) -> tuple[Piece, ...]:
         """As of any store."""
         return tuple(between(piece, first) for piece in self.shown if piece.stop > first)
 

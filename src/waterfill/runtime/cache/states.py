@@ -6,7 +6,7 @@ with a tensor: at the first operation it becomes one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,9 +33,14 @@ class View:
     ) -> None:
         self.store, self.keys, self.values = store, keys.detach(), values.detach()
         self.first, self.tokens = first, store.tokens - first + keys.shape[2]
-        self.past: tuple[Piece, ...] = store.pieces(first)
+        self.runs: tuple[Piece, ...] = store.runs(first)
         self.committed = False
         self._dense: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def past(self) -> Iterator[Piece]:
+        """The past in parts that are read at once."""
+        return (part for run in self.runs for part in self.store.split(run))
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values as tensors.
@@ -45,7 +50,7 @@ class View:
         WaterfillError
             If each head has tokens of its own, which one tensor of all cannot say.
         """
-        if any(piece.index is not None for piece in self.past):
+        if any(run.index is not None for run in self.runs):
             raise WaterfillError(
                 "this cache keeps other tokens for each head, which only attention of waterfill can read: "
                 'load the model with attn_implementation="sdpa" and without attention weights, dropout '

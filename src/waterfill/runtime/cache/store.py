@@ -162,7 +162,11 @@ class Store:
     # -- reading -------------------------------------------------------------------------------
 
     def pieces(self, first: int = 0) -> tuple[Piece, ...]:
-        """All tokens from index `first` on, in order; stays valid while tokens are appended."""
+        """All tokens from index `first` on, in order, few enough in each to be read at once."""
+        return tuple(part for run in self.runs(first) for part in self.split(run))
+
+    def runs(self, first: int = 0) -> tuple[Piece, ...]:
+        """As `pieces`, blocks of a kind all in one; stays valid while tokens are appended."""
         found, at = [], 0
         if self.sinks is not None:
             found.append(exact_piece(at, self.sinks))
@@ -172,13 +176,25 @@ class Store:
             if isinstance(part, Patch):
                 found.append(exact_piece(at, part.pair))
             else:
-                found.append(self._coded(part[0], at, *part[1:]))
+                tier, low, high = part
+                found.append(self._coded(tier.coder, tier.arena, at, low, high))
             at = found[-1].stop
         if self.held:
             recent = self.recent_states()
             assert recent is not None
             found.append(exact_piece(at, recent))
         return tuple(between(piece, first) for piece in found if piece.stop > first)
+
+    def split(self, run: Piece) -> Iterator[Piece]:
+        """A run in parts that are read at once."""
+        if run.coded is None:
+            yield run
+            return
+        coder, arena, first, last = run.coded
+        start = run.stop - (last - first) * BLOCK
+        for low in range(first, last, CHUNK):
+            at = start + (low - first) * BLOCK
+            yield between(self._coded(coder, arena, at, low, min(low + CHUNK, last)), run.start)
 
     def middle(self) -> Iterator[Patch | tuple[StoreTier, int, int]]:
         """What lies between sinks and recent tokens, in order: patches, and some blocks of a tier."""
@@ -190,13 +206,12 @@ class Store:
                     yield waiting.pop(0)
                     continue
                 cut = low + waiting[0].after - done if waiting else tier.arena.count
-                high = min(low + CHUNK, cut, tier.arena.count)
+                high = min(cut, tier.arena.count)
                 yield tier, low, high
                 low, done = high, done + high - low
 
-    def _coded(self, tier: StoreTier, start: int, low: int, high: int) -> Piece:
+    def _coded(self, coder: Coder, arena: Arena, start: int, low: int, high: int) -> Piece:
         stop = start + (high - low) * BLOCK
-        coder, arena = tier.coder, tier.arena
 
         def read() -> Pair:
             return coder.decode(arena.blocks(low, high), self.track.positions(start, stop))
