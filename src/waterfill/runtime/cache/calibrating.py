@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from waterfill.runtime.cache.facts import LayerFacts, facts_of
-from waterfill.runtime.cache.measuring import to_scale
+from waterfill.runtime.cache.measuring import still_exact, to_scale
 from waterfill.runtime.cache.method import BLOCK
 from waterfill.runtime.cache.statistics import CacheStatistics, LayerStatistics, StreamStatistics
 from waterfill.runtime.quick import ATTENTION, attention_forward, swap_attention
@@ -222,10 +222,12 @@ class _Watch:
         value_harm = v.new_zeros((v.shape[0], v.shape[2], v.shape[2]))
         gap = positions[:, None] - positions[None]
         hidden = (gap < 0) if window is None else (gap < 0) | (gap >= window)
+        exact = still_exact(n)
         readers = torch.linspace(0, n - 1, min(READERS, n)).long()
         for head in range(heads):
             own = head // group
             p = (q[head] @ k[own].T * scale).masked_fill(hidden, -torch.inf).softmax(-1)
+            p = p.masked_fill(exact, 0.0)
             pull = g[head] @ v[own].T - (g[head] * o[head]).sum(-1, keepdim=True)
             w = 0.5 * (scale * p * pull).square_()  # of reader m and key n
             value_harm[own] += 0.5 * (g[head].T * p.square().sum(1)) @ g[head] / n

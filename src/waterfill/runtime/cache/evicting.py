@@ -25,7 +25,6 @@ __all__ = ["Evictor", "fit", "refuse_other_attention"]
 
 LEAST = 8  # slots beside sinks and recent tokens, at least
 ROUNDS = 40
-RUNS = 4  # of positions, that a size leaves room for
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,9 @@ def fit(
     def sizes(rung: Evictor) -> list[int]:
         return [rung.nbytes(one, budget) for one in facts]
 
-    if budget.nbytes is None:
+    if budget.nbytes is None or budget.layers_nbytes is None:
         return named, sizes(named)
-    room = budget.nbytes - RUNS * 8 * (1 + budget.batch)
+    room = budget.layers_nbytes
     low = named if options else replace(named, share=1e-9)
     if sum(sizes(low)) > room:
         raise BudgetError(

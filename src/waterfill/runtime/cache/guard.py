@@ -297,7 +297,7 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
         for index in layers:
             choice = self._safer(index)
             others = sum(c.nbytes for i, c in choices.items() if i != index)
-            room = cache.budget.nbytes
+            room = cache.budget.layers_nbytes
             if choice is not None and (room is None or others + choice.nbytes <= room):
                 choices[index], gained = choice, True
         return choices if gained else None
@@ -309,15 +309,16 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
         for index in layers:
             choices[index] = self._safer(index) or choices[index]
         total = sum(choice.nbytes for choice in choices.values())
-        room = cache.budget.nbytes
+        room = cache.budget.layers_nbytes
         if room is None or total <= room:
             return choices
         self.raised |= layers
         held = {i: c for i, c in choices.items() if i in self.raised}
         rest = [one for one in cache.facts if one is not None and one.index not in held]
-        left = dataclasses.replace(cache.budget, nbytes=room - sum(c.nbytes for c in held.values()))
-        if not rest or left.nbytes is None or left.nbytes < 0:
+        taken = sum(c.nbytes for c in held.values())
+        if not rest or taken > room or cache.budget.nbytes is None:
             return None
+        left = dataclasses.replace(cache.budget, nbytes=cache.budget.nbytes - taken)
         try:
             return held | plan(rest, left, cache.method, cache.statistics)
         except BudgetError:

@@ -18,17 +18,30 @@ from transformers.modeling_utils import AttentionInterface
 
 from waterfill.coding.components import basis_of
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.method import BLOCK
 from waterfill.runtime.cache.rotary import Rotary
 from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.quick import ATTENTION, attention_forward
 
-__all__ = ["to_scale"]
+__all__ = ["still_exact", "to_scale"]
 
 TARGET_NATS = 3e-3  # predicted of a stream as it is coded here: seen well, and still small
 TOKENS = 512  # of a window, at most
 LEAST, MOST = 1 / 8, 8.0  # a ratio beyond is noise
 
+YOUNG, SINKS = (
+    BLOCK // 2 + 8,
+    4,
+)  # tokens that a cache still has as they were: the last, about, and the first
+
 Layer = tuple[int, str]
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def still_exact(tokens: int) -> torch.Tensor:
+    """Which keys (columns) a cache has as they were when a query (row) comes: bool (tokens, tokens)."""
+    index = torch.arange(tokens)
+    return (index[:, None] - index < YOUNG) | (index < SINKS)
 
 
 def to_scale(
@@ -111,12 +124,31 @@ class _Coarse:
         mask: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        if getattr(module, "layer_idx", None) == self.facts.index:
-            if self.stream == "keys":
-                key = self._coded(key, self.facts.rotary)
-            else:
-                value = self._coded(value, None)
-        return attention_forward(module, query, key, value, mask, **kwargs)
+        if getattr(module, "layer_idx", None) != self.facts.index:
+            return attention_forward(module, query, key, value, mask, **kwargs)
+        coded_key, coded_value = key, value
+        if self.stream == "keys":
+            coded_key = self._coded(key, self.facts.rotary)
+        else:
+            coded_value = self._coded(value, None)
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        exact = (key, value)
+        return self._attend(query, exact, (coded_key, coded_value), scale).to(query.dtype), None
+
+    def _attend(self, query: torch.Tensor, exact: Pair, coded: Pair, scale: float) -> torch.Tensor:
+        """Attention to tokens as they were where they still are exact, else as they are coded."""
+        batch, heads, n, _ = query.shape
+        shared = exact[0].shape[1]
+        q = query.float().reshape(batch, shared, heads // shared * n, -1) * scale
+        gap = torch.arange(n)[:, None] - torch.arange(n)
+        window = self.facts.window
+        hidden = (gap < 0) if window is None else (gap < 0) | (gap >= window)
+        new, hidden = (x.repeat(heads // shared, 1) for x in (still_exact(n), hidden))
+        as_was, as_coded = (q @ pair[0].float().transpose(2, 3) for pair in (exact, coded))
+        p = torch.where(new, as_was, as_coded).masked_fill_(hidden, -torch.inf).softmax(-1)
+        out = (p * new) @ exact[1].float() + p.masked_fill(new, 0.0) @ coded[1].float()
+        seen: torch.Tensor = out.reshape(batch, heads, n, -1).transpose(1, 2)
+        return seen
 
     def _coded(self, x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
         positions = torch.arange(x.shape[2])[None]

@@ -31,6 +31,7 @@ __all__ = ["Budget", "Choice", "choice_of", "plan"]
 
 UNKNOWN_DECAY = 4.0  # harm falls by so much for each bit where nothing was measured
 ROUNDS = 24
+RUNS = 4  # of positions, that a size leaves room for
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Budget:
     batch: int
     sinks: int
     recent: int
+
+    @property
+    def layers_nbytes(self) -> int | None:
+        """What all layers may take; the rest is for the positions of their tokens."""
+        return None if self.nbytes is None else self.nbytes - RUNS * 8 * (1 + self.batch)
 
     def coded_tokens(self, facts: LayerFacts) -> int:
         """Tokens of a layer that are coded when the cache is full, at most."""
@@ -110,11 +116,11 @@ def plan(
             one.index: _open(points[str(one.index)], one, own[one.index], budget) for one in facts
         }
 
-    if budget.nbytes is None:
+    if budget.layers_nbytes is None:
         return choose(
             {n: min(points, key=lambda p: p.distortion_nats) for n, points in prices.items()}
         )
-    return _fill(c, budget.nbytes, choose)
+    return _fill(c, budget.layers_nbytes, choose)
 
 
 def _fill(c: Curves, nbytes: int, choose: object) -> dict[int, Choice]:
