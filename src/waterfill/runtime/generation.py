@@ -298,6 +298,8 @@ class Continuation:
             if self.writer.cache is not None:
                 self.open_cache()
                 options |= as_argument(model, self.cache)
+                if self.cache.guard is not None:
+                    options["logits_processor"] = [self.cache.guard]
             self._start = time.perf_counter()
             inputs = {name: tensor.to(model.device) for name, tensor in self.inputs.items()}
             model.generate(**inputs, **options, streamer=listener)
