@@ -90,7 +90,7 @@ def crop(run: Run, random_: random.Random) -> None:
     before = run.cache.get_seq_length()
     try:
         run.cache.crop(random_.choice((kept, kept - before)) if kept < before else kept)
-    except ValueError:
+    except WaterfillError:
         run.refused += 1  # a window has forgotten
         return
     run.ids, run.positions = run.ids[:, :kept], run.positions[:, :kept]

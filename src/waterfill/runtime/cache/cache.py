@@ -299,6 +299,8 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens`, or, where negative, forget the last so many."""
+        for coded in self.coded_layers:
+            coded.check_crop(tokens)  # all or none
         for layer in self.layers:
             layer.crop(tokens)
 

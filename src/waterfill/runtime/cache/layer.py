@@ -90,13 +90,18 @@ class _Remembering:
 
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens`, or, where negative, forget the last so many."""
+        self.check_crop(tokens)
+        if tokens:
+            before = self.store.tokens
+            self.store.keep(tokens if tokens > 0 else max(0, before + tokens))
+            self._count(self.store.tokens - before)
+
+    def check_crop(self, tokens: int) -> None:
+        """WaterfillError if `crop` would have to bring back what is gone."""
         self.commit()
         if tokens:
-            kept = tokens if tokens > 0 else max(0, self.store.tokens + tokens)
             before = self.store.tokens
-            self._check_crop(min(kept, before))
-            self.store.keep(kept)
-            self._count(self.store.tokens - before)
+            self._check_crop(min(before, tokens if tokens > 0 else max(0, before + tokens)))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take rows of the batch in this order."""
