@@ -6,13 +6,15 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from bench.cache import _stock, held_out, model_of, statistics_of
+from bench.cache import held_out, model_of, statistics_of
 from bench.harness import Row
 from waterfill.evaluate.caching import CacheFidelity, cache_fidelity
+from waterfill.evaluate.stock import backends, cache_nbytes, stock_cache
 from waterfill.runtime.cache.cache import KVCache
 from waterfill.runtime.cache.method import Coded, Coder
 
@@ -33,7 +35,7 @@ OURS = {f"channel, {bits} bits": f"channel:bits={bits}" for bits in (2, 3, 4)}
 
 def rows(quick: bool) -> Iterator[Row]:
     """Each method's KL over the stock cache's at the same bytes."""
-    if not _stock.backends():
+    if not backends():
         yield Row(
             "stock quantised cache", 0.0, "", note="not run: pip install optimum-quanto or hqq"
         )
@@ -97,9 +99,9 @@ def _stock_point(bits: int, count: int) -> CacheFidelity:
     model, windows = _subject(count)
     found = [
         cache_fidelity(
-            model, windows, _stock.maker(model, backend, bits, RESIDUAL), _stock.nbytes_of
+            model, windows, partial(stock_cache, model, backend, bits, RESIDUAL), cache_nbytes
         )
-        for backend in _stock.backends()
+        for backend in backends()
     ]
     return min(found, key=lambda one: one.kl_nats)
 

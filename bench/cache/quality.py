@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
-from bench.cache import _stock, folder_of, held_out, model_of, statistics_of, windows_of
+from bench.cache import folder_of, held_out, model_of, statistics_of, windows_of
 from bench.harness import Row
 from waterfill.evaluate.caching import CacheFidelity, cache_fidelity
+from waterfill.evaluate.stock import backends, cache_nbytes, stock_cache
 from waterfill.runtime.cache.cache import KVCache
 
 OURS = ("transform", "entropy")
@@ -35,7 +36,7 @@ def rows(quick: bool) -> Iterator[Row]:
 
 
 def _against_stock(name: str, model: Any, windows: torch.Tensor) -> Iterator[Row]:
-    if not _stock.backends():
+    if not backends():
         yield Row(
             f"{name}: stock quantised cache",
             0.0,
@@ -47,9 +48,12 @@ def _against_stock(name: str, model: Any, windows: torch.Tensor) -> Iterator[Row
         for residual in (DEFAULT, SHORT):
             found = {
                 backend: cache_fidelity(
-                    model, windows, _stock.maker(model, backend, bits, residual), _stock.nbytes_of
+                    model,
+                    windows,
+                    partial(stock_cache, model, backend, bits, residual),
+                    cache_nbytes,
                 )
-                for backend in _stock.backends()
+                for backend in backends()
             }
             best = min(found, key=lambda backend: found[backend].kl_nats)
             stock = found[best]

@@ -11,6 +11,7 @@ from waterfill.coding.cachegen import analysis_of, components, fit_table, pack_t
 from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer
 from waterfill.coding.cachegen_rows import read_rows, turn_of
 from waterfill.coding.cachegen_symbols import encode_chunk, fit_columns, pack_columns
+from waterfill.coding.components import basis_of
 from waterfill.coding.sections import join
 from waterfill.types import Array, Floats
 
@@ -42,7 +43,7 @@ def exact(pair: tuple[Array, Array]) -> bytes:
 def write(path: Path, of: Header) -> None:
     """The file of these states; its basis is the axes themselves, so that every machine writes it alike."""
     eye = np.broadcast_to(np.eye(WIDTH, dtype=np.float32), (HEADS, WIDTH, WIDTH)).copy()
-    table = fit_table(np.zeros((HEADS, WIDTH), np.float32), eye, eye, 0.0625)
+    table = fit_table(np.zeros((HEADS, WIDTH), np.float32), basis_of(eye, eye), 0.0625)
     analysis = analysis_of(table, eye)
     offset = np.zeros(HEADS * WIDTH, np.float32)
     with Writer(path, of) as writer:
@@ -85,9 +86,8 @@ def write_example(path: Path) -> None:
     keys = np.array([[[[1, 2], [3, -1.5], [0.5, 20]]]], np.float32)
     values = np.array([[[[1, 1], [0.5, 0], [-1, 0.5]]]], np.float32)
     eye = np.eye(2, dtype=np.float32)[None]
-    table = fit_table(
-        np.zeros((1, 2), np.float32), np.diag([4, 1]).astype(np.float32)[None], eye, 0.5
-    )
+    basis = basis_of(np.diag([4, 1]).astype(np.float32)[None], eye)
+    table = fit_table(np.zeros((1, 2), np.float32), basis, 0.5)
     analysis, offset = analysis_of(table, eye), np.zeros(2, np.float32)
     z = [components(read_rows(x[:, :, 1:], "F32"), analysis) for x in (keys, values)]
     columns = fit_columns([x[:, :, :1] for x in z], 0.5)

@@ -25,6 +25,7 @@ from waterfill.coding.cachegen_symbols import (
     pack_columns,
     read_columns,
 )
+from waterfill.coding.components import basis_of
 from waterfill.types import Floats, FormatError, from_float32, to_float32
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cache"
@@ -119,7 +120,8 @@ def test_a_table_is_what_its_bytes_say_and_its_analysis_undoes_it() -> None:
     square = rng.standard_normal((2, 6, 6))
     covariance = (square @ square.swapaxes(1, 2)).astype(np.float32)
     harm = np.broadcast_to(np.diag(np.arange(1.0, 7)), (2, 6, 6)).astype(np.float32)
-    table = fit_table(rng.standard_normal((2, 6)).astype(np.float32), covariance, harm, 1e-3)
+    mean = rng.standard_normal((2, 6)).astype(np.float32)
+    table = fit_table(mean, basis_of(covariance, harm), 1e-3)
     again = read_table(pack_table(table), 2, 6)
     np.testing.assert_array_equal(again.synthesis, table.synthesis)
     np.testing.assert_array_equal(again.mean, table.mean)

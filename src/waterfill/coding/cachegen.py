@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from waterfill.coding.components import basis_of, components_kept
+from waterfill.coding.components import Basis, components_kept
 from waterfill.coding.entropy import decode_ints, encode_ints
 from waterfill.coding.sections import join, split
 from waterfill.types import Floats, FormatError
@@ -50,16 +50,15 @@ class Table:
         return int(self.synthesis.shape[0] * self.synthesis.shape[1])
 
 
-def fit_table(mean: Floats, covariance: Floats, harm: Floats, step: float) -> Table:
+def fit_table(mean: Floats, basis: Basis, step: float) -> Table:
     """The table that serves vectors with these moments down to a step.
 
     Parameters
     ----------
     mean : float32 (heads, width)
-    covariance, harm : float32 (heads, width, width)
+    basis : of their covariance and the harm of an error
     step : the finest that will be used, in roots of a nat
     """
-    basis = basis_of(covariance, harm)
     kept = components_kept(basis.variances > LEAST * step * step)
     return _rounded(mean, basis.synthesis[:, :kept])
 

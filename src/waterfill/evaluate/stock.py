@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-__all__ = ["cache_nbytes", "exact_cache", "stock_caches"]
+__all__ = ["backends", "cache_nbytes", "exact_cache", "stock_cache", "stock_caches"]
 
 BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq.core.quantize"}
 BITS = (4, 2)
@@ -17,19 +18,23 @@ GROUP, RECENT = 64, 128  # transformers' own defaults
 
 def stock_caches(model: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and maker of each `QuantizedCache` that can be made here, at 4 and 2 bits."""
+    for backend in backends():
+        for bits in BITS:
+            yield f"transformers {backend}, {bits} bits", partial(stock_cache, model, backend, bits)
+
+
+def backends() -> list[str]:
+    """Those that are installed."""
+    return [name for name, package in BACKENDS.items() if _installed(package)]
+
+
+def stock_cache(model: Any, backend: str, bits: int, recent: int = RECENT) -> Any:
+    """A `QuantizedCache`, all but its bits and its exact tokens as transformers has it."""
     from transformers import QuantizedCache
 
-    for backend, package in BACKENDS.items():
-        if not _installed(package):
-            continue
-        for bits in BITS:
-
-            def make(backend: str = backend, bits: int = bits) -> Any:
-                return QuantizedCache(
-                    backend, model.config, nbits=bits, q_group_size=GROUP, residual_length=RECENT
-                )
-
-            yield f"transformers {backend}, {bits} bits", make
+    return QuantizedCache(
+        backend, model.config, nbits=bits, q_group_size=GROUP, residual_length=recent
+    )
 
 
 def exact_cache(model: Any) -> Any:

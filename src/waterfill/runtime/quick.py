@@ -7,9 +7,11 @@ once random input has shown which formula is its own (`waterfill.runtime.norms`)
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +27,14 @@ from waterfill.runtime.cache.states import States, dense
 from waterfill.runtime.norms import quicken_norm
 from waterfill.runtime.weights import KERNEL_DTYPES
 
-__all__ = ["ATTENTION", "MAX_QUERIES", "attention_forward", "quicken", "swap_attention"]
+__all__ = [
+    "ATTENTION",
+    "MAX_QUERIES",
+    "attention_forward",
+    "quicken",
+    "standing_in",
+    "swap_attention",
+]
 
 ATTENTION = "waterfill"  # the name in transformers' registries
 NOT_PLAIN = ("softcap", "position_bias", "s_aux")  # attention that is more than softmax of products
@@ -57,6 +66,16 @@ def swap_attention(model: Any) -> None:
     """Have a model, and all its submodels, look attention up here, where it looks up sdpa now."""
     for config in _configs(model):
         config._attn_implementation = {"": ATTENTION}
+
+
+@contextlib.contextmanager
+def standing_in(attention: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, models whose attention was swapped are given another, of the same arguments."""
+    AttentionInterface.register(ATTENTION, attention)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(ATTENTION, attention_forward)
 
 
 def _configs(model: Any) -> list[Any]:

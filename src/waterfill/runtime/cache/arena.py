@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import torch
 
-from waterfill.coding.native import trim_memory
 from waterfill.runtime.cache.method import Coded
 
 __all__ = ["Arena"]
@@ -20,14 +19,13 @@ PAGES = 1 << 15  # bytes, from which pages of its own are worth it
 def _room(part: torch.Tensor) -> torch.Tensor:
     """Room for a segment of such blocks.
 
-    Large ones get pages of their own, and what forward passes have freed since the last goes back: between
-    what they allocate and free, a heap of blocks grows to half as much again as they take.
+    Large ones get pages of their own: between what forward passes allocate and free, a heap of blocks grows
+    to half as much again as they take.
     """
     shape = (part.shape[0], SEGMENT, *part.shape[2:])
     nbytes = math.prod(shape) * part.element_size()
     if part.device.type != "cpu" or nbytes < PAGES:
         return part.new_empty(shape)
-    trim_memory()
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=part.dtype).reshape(shape)
 
 
@@ -42,6 +40,11 @@ class Arena:
     def count(self) -> int:
         """Blocks held."""
         return self.last - self.first
+
+    @property
+    def at_segment(self) -> bool:
+        """Whether the last segment is full."""
+        return self.last == len(self.segments) * SEGMENT
 
     @property
     def block_nbytes(self) -> int:

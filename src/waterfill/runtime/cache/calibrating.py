@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
 from waterfill.runtime.cache.facts import LayerFacts, facts_of
 from waterfill.runtime.cache.measuring import still_exact, to_scale
 from waterfill.runtime.cache.method import BLOCK
 from waterfill.runtime.cache.statistics import CacheStatistics, LayerStatistics, StreamStatistics
-from waterfill.runtime.quick import ATTENTION, attention_forward, swap_attention
+from waterfill.runtime.quick import attention_forward, standing_in, swap_attention
 from waterfill.types import WaterfillError
 
 __all__ = ["calibrate_cache"]
@@ -98,7 +96,7 @@ def calibrate_cache(
     with _only_activations(model):
         for number, window in enumerate(ids):
             watch = _Watch(facts, sums, every, number)
-            with watch:
+            with standing_in(watch.attention):
                 logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0]
             if watch.seen != facts.keys() or not logits.requires_grad:
                 raise WaterfillError(
@@ -163,14 +161,6 @@ class _Watch:
         self.facts, self.sums, self.every, self.number = facts, sums, every, number
         self.seen: set[int] = set()
 
-    def __enter__(self) -> _Watch:
-        AttentionInterface.register(ATTENTION, self.attention)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        AttentionInterface.register(ATTENTION, attention_forward)
-
     def attention(
         self,
         module: Any,
@@ -217,7 +207,7 @@ class _Watch:
         heads, n, _ = q.shape
         group = heads // k.shape[0]
         positions = torch.arange(n)
-        turned = k if facts.rotary is None else facts.rotary.turn(k[None], positions[None], True)[0]
+        plain = facts.unturned(k[None], positions[None])[0]
         key_harm = k.new_zeros((k.shape[0], k.shape[2], k.shape[2]))
         value_harm = v.new_zeros((v.shape[0], v.shape[2], v.shape[2]))
         gap = positions[:, None] - positions[None]
@@ -238,5 +228,5 @@ class _Watch:
                     asked = facts.rotary.turn(asked[None, None], torch.full((1, n), at), True)[0, 0]
                 key_harm[own] += (asked.T * w[:, at]) @ asked / len(readers)
         keys, values = self.sums[facts.index]
-        keys.add(turned, key_harm, self.every, self.number)
+        keys.add(plain, key_harm, self.every, self.number)
         values.add(v, value_harm, self.every, self.number)

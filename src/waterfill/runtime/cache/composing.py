@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from waterfill.runtime.cache.layer import CodedSlidingLayer
+from waterfill.runtime.cache.pieces import Pair
 from waterfill.runtime.cache.replaying import Past, read_tokens
 from waterfill.runtime.cache.splicing import editable
-from waterfill.runtime.cache.store import Pair
 from waterfill.types import WaterfillError
 
 if TYPE_CHECKING:

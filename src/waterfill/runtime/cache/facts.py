@@ -40,6 +40,16 @@ class LayerFacts:
     window: int | None
     rotary: Rotary | None
 
+    def unturned(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Keys as attention gets them, (batch, heads, tokens, width), as before their rotation, float32."""
+        keys = keys.float()
+        return keys if self.rotary is None else self.rotary.turn(keys, positions, backwards=True)
+
+    def turned(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Inverse of `unturned`, in the layer's dtype."""
+        keys = keys if self.rotary is None else self.rotary.turn(keys, positions)
+        return keys.to(self.dtype)
+
     @property
     def token_nbytes(self) -> int:
         """Bytes of a token's exact key and value."""

@@ -16,7 +16,8 @@ import torch
 from waterfill.runtime.cache.attending import SCORES
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK
-from waterfill.runtime.cache.store import Piece, Store
+from waterfill.runtime.cache.pieces import Piece
+from waterfill.runtime.cache.store import Store
 from waterfill.runtime.cache.track import Track
 
 __all__ = ["SLOT_NBYTES", "Held", "KeptStore", "Moment", "attention_received", "batch_of"]

@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers.modeling_utils import AttentionInterface
 
-from waterfill.coding.components import basis_of
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK
 from waterfill.runtime.cache.rotary import Rotary
 from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
-from waterfill.runtime.quick import ATTENTION, attention_forward
+from waterfill.runtime.quick import attention_forward, standing_in
 
 __all__ = ["still_exact", "to_scale"]
 
@@ -64,7 +62,7 @@ def to_scale(
         for index, one in layers.items():
             for stream in ("keys", "values"):
                 coarse = _Coarse(facts[index], getattr(one, stream), stream)
-                with coarse:
+                with standing_in(coarse.attention):
                     coded = _chances(model, window)
                 measured = float((exact.exp() * (exact - coded)).sum(-1).mean())
                 predicted = coarse.harm_nats / len(window)
@@ -101,19 +99,12 @@ class _Coarse:
 
     def __init__(self, facts: LayerFacts, statistics: StreamStatistics, stream: str) -> None:
         self.facts, self.stream, self.harm_nats = facts, stream, 0.0
-        basis = basis_of(statistics.covariance, statistics.harm)
+        basis = statistics.basis
         self.step = _step(basis.variances)
         self.mean = torch.from_numpy(statistics.mean)[:, None]
         self.down = torch.from_numpy(basis.analysis.astype(np.float32))
         self.up = torch.from_numpy(basis.synthesis.astype(np.float32))
         self.harm = torch.from_numpy(statistics.harm)
-
-    def __enter__(self) -> _Coarse:
-        AttentionInterface.register(ATTENTION, self.attention)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        AttentionInterface.register(ATTENTION, attention_forward)
 
     def attention(
         self,

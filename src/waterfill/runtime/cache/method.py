@@ -19,7 +19,7 @@ import torch
 from waterfill.coding.cached_attention import CodedStream
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.statistics import LayerStatistics
-from waterfill.types import Spec, SpecError
+from waterfill.types import Spec, SpecError, WaterfillError
 
 if TYPE_CHECKING:
     from waterfill.runtime.cache.planning import Budget
@@ -141,6 +141,21 @@ class Method:
     def tiers(self) -> tuple[Tier, ...]:
         """How blocks age, newest first; most methods leave them as they are."""
         return (Tier(self),)
+
+    @classmethod
+    def known(cls, statistics: LayerStatistics | None) -> LayerStatistics:
+        """Statistics that the method cannot do without; WaterfillError says how to make them."""
+        if statistics is None:
+            raise WaterfillError(
+                f"{cls.id} needs statistics of the cache: waterfill calibrate-cache makes them"
+            )
+        return statistics
+
+    def within(self, option: str, least: float, most: float) -> None:
+        """SpecError if an option is not from `least` to `most`."""
+        value = getattr(self, option)
+        if not least <= value <= most:
+            raise SpecError(f"{self.id}: {option} must be {least:g} to {most:g}, not {value}")
 
     def between(self, other: Self, t: float) -> Self | None:
         """A method at fraction t (0..1) of the way to another rung; None if rungs are discrete."""

@@ -227,20 +227,17 @@ def harm(coder: Coder, facts: LayerFacts, statistics: LayerStatistics) -> float:
 def harms(coders: Sequence[Coder], facts: LayerFacts, statistics: LayerStatistics) -> list[float]:
     """As `harm`, after each of several codings, every one of what the last gave back."""
     streams = (statistics.keys, statistics.values)
-    turned, exact = (torch.from_numpy(s.samples)[None] for s in streams)
-    positions = torch.arange(turned.shape[2])[None]
-    keys = turned if facts.rotary is None else facts.rotary.turn(turned, positions)
-    states = keys.to(facts.dtype), exact.to(facts.dtype)
+    plain, exact = (torch.from_numpy(s.samples)[None] for s in streams)
+    positions = torch.arange(plain.shape[2])[None]
+    states = facts.turned(plain, positions), exact.to(facts.dtype)
     found = []
     for coder in coders:
         states = coder.decode(coder.encode(*states, positions), positions)
-        keys, values = (x.float() for x in states)
-        if facts.rotary is not None:
-            keys = facts.rotary.turn(keys, positions, backwards=True)
+        keys, values = facts.unturned(states[0], positions), states[1].float()
         found.append(
             sum(
                 float(torch.einsum("bhni,hij,bhnj->", e, torch.from_numpy(s.harm), e)) / e.shape[2]
-                for e, s in zip((keys - turned, values - exact), streams, strict=True)
+                for e, s in zip((keys - plain, values - exact), streams, strict=True)
             )
         )
     return found

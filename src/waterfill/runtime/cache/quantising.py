@@ -1,4 +1,4 @@
-"""What methods that code a block by itself share: uniform grids in two bytes, sparse outliers, keys unturned.
+"""What methods that code a block by itself share: uniform grids in two bytes, sparse outliers.
 
 A grid of 2**bits levels has a step of whole sixths of an octave and a centre of whole sixteenths of its own
 range, a byte each. Which of a few steps is best is tried: the ends of a range are worth less than they cost
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK
 
 __all__ = [
@@ -20,26 +19,12 @@ __all__ = [
     "reals",
     "restored",
     "steps",
-    "turned",
-    "unturned",
 ]
 
 OCTAVE, UNIT = 6, 160  # steps are 2**((byte - UNIT) / OCTAVE): 2e-8 to 6e4
 TRIED = range(1, -7, -1)  # sixths of an octave about the step that spans the range
 HALF_MAX = 65504.0
 GROUP = 64  # numbers of a head's consecutive values that share a grid, at least
-
-
-def unturned(facts: LayerFacts, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Keys as attention gets them, (batch, heads, tokens, width), as they were before their rotation, float32."""
-    keys = keys.float()
-    return keys if facts.rotary is None else facts.rotary.turn(keys, positions, backwards=True)
-
-
-def turned(facts: LayerFacts, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Inverse of `unturned`, in the layer's dtype."""
-    keys = keys if facts.rotary is None else facts.rotary.turn(keys, positions)
-    return keys.to(facts.dtype)
 
 
 def steps(codes: torch.Tensor) -> torch.Tensor:

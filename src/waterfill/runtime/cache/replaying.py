@@ -16,7 +16,8 @@ from transformers import Cache
 from waterfill.runtime.cache.facts import LayerFacts, quiet
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
 from waterfill.runtime.cache.naming import as_argument
-from waterfill.runtime.cache.store import Pair, Piece, Store, between, exact_piece
+from waterfill.runtime.cache.pieces import Pair, Piece, between, exact_piece
+from waterfill.runtime.cache.store import Store
 from waterfill.runtime.cache.track import Track
 
 __all__ = ["Past", "read_tokens"]

@@ -18,11 +18,13 @@ from waterfill.coding.cachegen import Table, analysis_of, components, fit_table,
 from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer, front_nbytes
 from waterfill.coding.cachegen_rows import UNTURNED, Turn, read_rows, turn_of
 from waterfill.coding.cachegen_symbols import encode_chunk, fit_columns, pack_columns
+from waterfill.coding.components import basis_of
 from waterfill.coding.sections import join
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.fingerprint import model_fingerprint, tokenizer_fingerprint
+from waterfill.runtime.cache.pieces import Piece
 from waterfill.runtime.cache.statistics import CacheStatistics, LayerStatistics, StreamStatistics
-from waterfill.runtime.cache.store import Piece, Store
+from waterfill.runtime.cache.store import Store
 from waterfill.runtime.cache.stored import DTYPE_NAMES, Pair, rotation_of, words_of
 from waterfill.runtime.cache.track import Track
 from waterfill.types import Floats, WaterfillError
@@ -344,7 +346,7 @@ def _fit(
         share = np.float32(PRIOR / (PRIOR + count))
         covariance = covariance * (1 - share) + given.covariance * share
         matrix = given.harm
-    table = fit_table(mean, covariance, matrix, step)
+    table = fit_table(mean, basis_of(covariance, matrix), step)
     ridge = 1e-4 * np.trace(matrix, axis1=1, axis2=2)[:, None, None] / width
     return table, analysis_of(
         table, matrix + ridge.astype(np.float32) * np.eye(width, dtype=np.float32)

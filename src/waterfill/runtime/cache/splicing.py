@@ -14,8 +14,9 @@ import torch
 
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer
 from waterfill.runtime.cache.patching import cut_out, fit, put_in
+from waterfill.runtime.cache.pieces import Pair
 from waterfill.runtime.cache.replaying import Past, read_tokens
-from waterfill.runtime.cache.store import Pair, Store
+from waterfill.runtime.cache.store import Store
 from waterfill.types import WaterfillError
 
 if TYPE_CHECKING:

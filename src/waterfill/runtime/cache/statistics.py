@@ -7,6 +7,7 @@ tokens that read it, W from the Fisher information at the attention's output (`c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from waterfill.coding.components import Basis, basis_of
 from waterfill.types import FormatError
 
 __all__ = [
@@ -49,6 +51,11 @@ class StreamStatistics:
     covariance: F32
     harm: F32
     samples: F32
+
+    @functools.cached_property
+    def basis(self) -> Basis:
+        """The basis of least harm."""
+        return basis_of(self.covariance, self.harm)
 
 
 @dataclass(frozen=True, eq=False)

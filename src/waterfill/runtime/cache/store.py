@@ -7,44 +7,23 @@ Where an edit cut blocks apart, a few exact tokens, a patch, lie between them (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
+from waterfill.coding.native import trim_memory
 from waterfill.runtime.cache.arena import Arena
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK, Coder
+from waterfill.runtime.cache.pieces import Pair, Piece, between, exact_piece
 from waterfill.runtime.cache.saliency import Probes
 from waterfill.runtime.cache.track import Track
 
-__all__ = ["CHUNK", "Pair", "Patch", "Piece", "Store", "StoreTier", "between", "exact_piece"]
+__all__ = ["CHUNK", "Patch", "Store", "StoreTier"]
 
 CHUNK = 32  # blocks that are coded or read at once: bounds what that takes in memory
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some tokens: their index, and how to get at their keys and values.
-
-    Attributes
-    ----------
-    start, stop : index of the first, and after the last
-    read : gives keys and values
-    coded : blocks first to last of an arena, if they are that; the first may begin before the piece
-    index : int32 (batch, heads, n), each head's own tokens, -1: none; None: all from start to stop
-    bias : float32 (batch, heads, n), to be added to the scores of `index`
-    """
-
-    start: int
-    stop: int
-    read: Callable[[], Pair]
-    coded: tuple[Coder, Arena, int, int] | None = None
-    index: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
 
 
 @dataclass
@@ -245,10 +224,13 @@ class Store:
 
     def _blocks_of(self, coming: int, held: int) -> int:
         """Blocks that `append` codes at once of so many new tokens."""
-        if not self.tokens_after_sinks:
-            coming -= min(self.most_sinks - self.sink_tokens, coming)
+        coming -= self._sinks_of(coming)
         over = held + coming > self.least_recent + BLOCK
         return (held + coming - self.least_recent) // BLOCK if over else 0
+
+    def _sinks_of(self, coming: int) -> int:
+        """How many of so many new tokens are sinks."""
+        return 0 if self.tokens_after_sinks else min(self.most_sinks - self.sink_tokens, coming)
 
     def append(
         self,
@@ -276,13 +258,7 @@ class Store:
         """Remember tokens whose positions the track knows."""
         if self.recent is None:
             self._begin(keys, values)
-        n = max(
-            0,
-            min(self.most_sinks - self.sink_tokens, keys.shape[2])
-            if not self.tokens_after_sinks
-            else 0,
-        )
-        if n:
+        if n := self._sinks_of(keys.shape[2]):
             more = keys[:, :, :n].clone(), values[:, :, :n].clone()
             old = self.sinks
             self.sinks = more if old is None else (
@@ -335,6 +311,9 @@ class Store:
                 looked = None if probes is None else probes.saliency(start + low, k)
                 tier.arena.append(tier.coder.encode(k, values[:, :, some], positions, looked))
                 low = some.stop
+        if n == BLOCK and self.tiers[0].arena.at_segment:
+            # Growing step by step: what each allocates and frees would leave holes as large as the blocks.
+            trim_memory()
 
     def _by_age(self, younger: int, blocks: int) -> list[int]:
         """Of so many consecutive blocks, with `younger` ones after them, how many belong in each tier."""
@@ -473,26 +452,3 @@ class Store:
             self.queries = self.queries.index_select(0, index.to(self.queries.device))
         for tier in self.tiers:
             tier.arena = tier.arena.rows(index)
-
-
-def exact_piece(start: int, pair: Pair) -> Piece:
-    """Tokens from index `start` on that need no decoding."""
-    return Piece(start, start + pair[0].shape[2], lambda: pair)
-
-
-def between(piece: Piece, first: int, stop: int | None = None) -> Piece:
-    """A piece without its tokens before index `first`, and from `stop` on."""
-    low, high = max(first, piece.start), min(piece.stop, piece.stop if stop is None else stop)
-    if (low, high) == (piece.start, piece.stop):
-        return piece
-    some = slice(low - piece.start, high - piece.start)
-
-    def read() -> Pair:
-        keys, values = piece.read()
-        return keys[:, :, some], values[:, :, some]
-
-    if piece.coded is None or high < piece.stop:
-        return Piece(low, high, read)
-    coder, arena, first_block, last_block = piece.coded
-    start = piece.stop - (last_block - first_block) * BLOCK
-    return Piece(low, high, read, (coder, arena, first_block + (low - start) // BLOCK, last_block))

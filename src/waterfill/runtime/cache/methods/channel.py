@@ -16,9 +16,8 @@ import torch
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import Coded, Coder, Method, in_blocks, in_order, method
-from waterfill.runtime.cache.quantising import fit, grouped, reals, turned, unturned
+from waterfill.runtime.cache.quantising import fit, grouped, reals
 from waterfill.runtime.cache.statistics import LayerStatistics
-from waterfill.types import SpecError
 
 __all__ = ["Channel"]
 
@@ -38,10 +37,8 @@ class Channel(Method):
     value_bits: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise SpecError(f"channel: bits must be 1 to 8, not {self.bits}")
-        if not 0 <= self.value_bits <= 8:
-            raise SpecError(f"channel: value_bits must be 0 to 8, not {self.value_bits}")
+        self.within("bits", 1, 8)
+        self.within("value_bits", 0, 8)
 
     @classmethod
     def ladder(cls, facts: LayerFacts, statistics: LayerStatistics | None) -> Iterator[Self]:
@@ -70,7 +67,7 @@ class _Channel(Coder):
         positions: torch.Tensor,
         saliency: torch.Tensor | None = None,
     ) -> Coded:
-        k = in_blocks(unturned(self.facts, keys, positions)).transpose(3, 4)
+        k = in_blocks(self.facts.unturned(keys, positions)).transpose(3, 4)
         v = in_blocks(values.float())
         key_codes, key_step, key_centre = fit(k, self.key_bits)
         value_codes, value_step, value_centre = fit(grouped(v), self.value_bits)
@@ -92,5 +89,5 @@ class _Channel(Coder):
         v = reals(
             grouped(codes), coded["values_step"], coded["values_centre"], self.value_bits
         ).reshape(codes.shape)
-        keys = turned(self.facts, in_order(k.transpose(3, 4)), positions)
+        keys = self.facts.turned(in_order(k.transpose(3, 4)), positions)
         return keys, in_order(v).to(self.facts.dtype)

@@ -22,11 +22,10 @@ from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, method
 from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.cache.tables import Rows
-from waterfill.types import Floats, SpecError, WaterfillError
+from waterfill.types import Floats, SpecError
 
 __all__ = ["Entropy"]
 
-NEEDS = "entropy needs statistics of the cache: waterfill calibrate-cache makes them"
 OCTAVE, MIDDLE = 64, 128  # a block's step, in a byte: so many to the octave, about the method's own
 FURTHEST = 1 << 14  # steps from zero, at most
 SPARE = 1.01  # of the bytes that the samples take on average
@@ -53,17 +52,14 @@ class Entropy(Method):
 
     @classmethod
     def ladder(cls, facts: LayerFacts, statistics: LayerStatistics | None) -> Iterator[Self]:
-        if statistics is None:
-            raise WaterfillError(NEEDS)
+        cls.known(statistics)
         yield from (cls(0.5 * 2.0 ** (-k / 2)) for k in range(24))
 
     def between(self, other: Self, t: float) -> Self | None:
         return type(self)(float(self.step ** (1 - t) * other.step**t))
 
     def open(self, facts: LayerFacts, statistics: LayerStatistics | None) -> Coder:
-        if statistics is None:
-            raise WaterfillError(NEEDS)
-        return _Entropy.of(facts, statistics, self.step)
+        return _Entropy.of(facts, self.known(statistics), self.step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +72,7 @@ class _Stream:
 
     @classmethod
     def of(cls, stream: StreamStatistics, step: float) -> _Stream:
-        table = fit_table(stream.mean, stream.covariance, stream.harm, step)
+        table = fit_table(stream.mean, stream.basis, step)
         down = analysis_of(table, stream.harm).swapaxes(1, 2)
         mean = torch.from_numpy(table.mean).half()
         return cls(mean, Rows.of(down), Rows.of(table.synthesis))
@@ -133,13 +129,8 @@ class _Entropy(Coder):
         positions: torch.Tensor,
         saliency: torch.Tensor | None = None,
     ) -> Coded:
-        keys = keys.float()
-        if self.facts.rotary is not None:
-            keys = self.facts.rotary.turn(keys, positions, backwards=True)
-        z = [
-            one.components(x.float()).cpu().numpy()
-            for one, x in zip(self.both, (keys, values), strict=True)
-        ]
+        plain = self.facts.unturned(keys, positions), values.float()
+        z = [one.components(x).cpu().numpy() for one, x in zip(self.both, plain, strict=True)]
         batch, _, tokens, _ = z[0].shape
         out = np.zeros((batch, tokens // BLOCK, HEAD + self.block_nbytes), np.uint8)
         for row in range(batch):
@@ -205,6 +196,4 @@ class _Entropy(Coder):
         keys, values = (
             one.vectors(torch.from_numpy(x)) for one, x in zip(self.both, z, strict=True)
         )
-        if self.facts.rotary is not None:
-            keys = self.facts.rotary.turn(keys, positions)
-        return keys.to(self.facts.dtype), values.to(self.facts.dtype)
+        return self.facts.turned(keys, positions), values.to(self.facts.dtype)

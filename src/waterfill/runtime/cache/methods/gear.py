@@ -23,11 +23,8 @@ from waterfill.runtime.cache.quantising import (
     outliers,
     reals,
     restored,
-    turned,
-    unturned,
 )
 from waterfill.runtime.cache.statistics import LayerStatistics
-from waterfill.types import SpecError
 
 __all__ = ["Gear"]
 
@@ -56,12 +53,9 @@ class Gear(Method):
     outliers: float = 0.02
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise SpecError(f"gear: bits must be 1 to 8, not {self.bits}")
-        if not 0 <= self.rank <= 8:
-            raise SpecError(f"gear: rank must be 0 to 8, not {self.rank}")
-        if not 0 <= self.outliers <= 0.25:
-            raise SpecError(f"gear: outliers must be 0 to 0.25, not {self.outliers}")
+        self.within("bits", 1, 8)
+        self.within("rank", 0, 8)
+        self.within("outliers", 0, 0.25)
 
     @classmethod
     def ladder(cls, facts: LayerFacts, statistics: LayerStatistics | None) -> Iterator[Self]:
@@ -90,7 +84,7 @@ class _Gear(Coder):
         saliency: torch.Tensor | None = None,
     ) -> Coded:
         # Keys a channel a row, values a token a row: what shares a grid.
-        k = in_blocks(unturned(self.facts, keys, positions)).transpose(3, 4)
+        k = in_blocks(self.facts.unturned(keys, positions)).transpose(3, 4)
         coded = self._encode("keys", k) | self._encode("values", in_blocks(values.float()))
         by_channel = coded["values"].transpose(3, 4)
         return coded | {
@@ -128,7 +122,7 @@ class _Gear(Coder):
     def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k = self._decode("keys", coded, unpack(coded["keys"], self.bits))
         v = self._decode("values", coded, unpack(coded["values"], self.bits).transpose(3, 4))
-        keys = turned(self.facts, in_order(k.transpose(3, 4)), positions)
+        keys = self.facts.turned(in_order(k.transpose(3, 4)), positions)
         return keys, in_order(v).to(self.facts.dtype)
 
     def _decode(self, name: str, coded: Coded, codes: torch.Tensor) -> torch.Tensor:

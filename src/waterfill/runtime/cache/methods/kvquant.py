@@ -23,15 +23,13 @@ from waterfill.coding.kmeans import scaled_levels
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, in_blocks, in_order, method
-from waterfill.runtime.cache.quantising import outliers, restored, turned, unturned
+from waterfill.runtime.cache.quantising import outliers, restored
 from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
-from waterfill.types import SpecError, WaterfillError
 
 __all__ = ["Kvquant"]
 
 F32 = NDArray[np.float32]
 NORMED = 2  # bits up to which levels are moved
-NEEDS = "kvquant needs statistics of the cache: waterfill calibrate --cache makes them"
 
 
 @method
@@ -49,10 +47,8 @@ class Kvquant(Method):
     outliers: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 6:
-            raise SpecError(f"kvquant: bits must be 1 to 6, not {self.bits}")
-        if not 0 <= self.outliers <= 0.25:
-            raise SpecError(f"kvquant: outliers must be 0 to 0.25, not {self.outliers}")
+        self.within("bits", 1, 6)
+        self.within("outliers", 0, 0.25)
 
     @classmethod
     def ladder(cls, facts: LayerFacts, statistics: LayerStatistics | None) -> Iterator[Self]:
@@ -61,16 +57,15 @@ class Kvquant(Method):
             yield cls(bits, 0.01)
 
     def open(self, facts: LayerFacts, statistics: LayerStatistics | None) -> Coder:
-        if statistics is None:
-            raise WaterfillError(NEEDS)
-        centre, spread, key_levels = _keys(statistics.keys, self.bits, self.outliers)
+        known = self.known(statistics)
+        centre, spread, key_levels = _keys(known.keys, self.bits, self.outliers)
         return _Kvquant(
             facts,
             self.bits,
             torch.from_numpy(centre).half(),
             torch.from_numpy(spread).half(),
             torch.from_numpy(key_levels),
-            torch.from_numpy(_values(statistics.values, self.bits, self.outliers)),
+            torch.from_numpy(_values(known.values, self.bits, self.outliers)),
             _count(self.outliers, facts.key_width * BLOCK),
             _count(self.outliers, facts.heads * facts.value_width),
         )
@@ -175,7 +170,7 @@ class _Kvquant(Coder):
         positions: torch.Tensor,
         saliency: torch.Tensor | None = None,
     ) -> Coded:
-        k = in_blocks(unturned(self.facts, keys, positions)).transpose(3, 4)
+        k = in_blocks(self.facts.unturned(keys, positions)).transpose(3, 4)
         centre, spread = self._scales()
         scaled = (k - centre) / spread
         key_index, key_numbers = outliers(k.flatten(3), scaled.abs().flatten(3), self.key_outliers)
@@ -204,7 +199,7 @@ class _Kvquant(Coder):
         v = v * ((high - low) / 2)[..., None] + ((high + low) / 2)[..., None]
         v = restored(v, coded["values_index"], coded["values_outliers"])
         v = v.reshape(*v.shape[:3], self.facts.heads, self.facts.value_width).transpose(2, 3)
-        keys = turned(self.facts, in_order(k.transpose(3, 4)), positions)
+        keys = self.facts.turned(in_order(k.transpose(3, 4)), positions)
         return keys, in_order(v).to(self.facts.dtype)
 
     def _scales(self) -> tuple[torch.Tensor, torch.Tensor]:

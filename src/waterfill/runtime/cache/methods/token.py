@@ -16,7 +16,6 @@ from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.integers import from_integers, to_integers
 from waterfill.runtime.cache.method import Coded, Coder, Method, in_blocks, in_order, method
 from waterfill.runtime.cache.statistics import LayerStatistics
-from waterfill.types import SpecError
 
 __all__ = ["Token"]
 
@@ -33,8 +32,7 @@ class Token(Method):
     bits: int = 4
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise SpecError(f"token: bits must be 1 to 8, not {self.bits}")
+        self.within("bits", 1, 8)
 
     @classmethod
     def ladder(cls, facts: LayerFacts, statistics: LayerStatistics | None) -> Iterator[Self]:

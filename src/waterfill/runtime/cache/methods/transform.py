@@ -18,12 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from waterfill.coding.cached_attention import CodedStream
-from waterfill.coding.components import Basis, basis_of, components_kept
+from waterfill.coding.components import components_kept
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, in_blocks, in_order, method
 from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
-from waterfill.types import SpecError, WaterfillError
+from waterfill.runtime.cache.tables import Rows
+from waterfill.types import SpecError
 
 __all__ = ["Transform"]
 
@@ -31,7 +32,6 @@ __all__ = ["Transform"]
 # as components of real caches are (Max 1960 has those of the Gaussian): step, and mean squared error.
 STEPS = (0.0, 1.596, 1.0, 0.645, 0.369, 0.207, 0.1145, 0.0626, 0.0339)
 ERRORS = (1.0, 0.3958, 0.1334, 0.0435, 0.0139, 0.00432, 0.00132, 0.0004, 0.00012)
-NEEDS = "transform needs statistics of the cache: waterfill calibrate-cache makes them"
 F64 = NDArray[np.float64]
 
 
@@ -54,28 +54,18 @@ class Transform(Method):
 
     @classmethod
     def ladder(cls, facts: LayerFacts, statistics: LayerStatistics | None) -> Iterator[Self]:
-        if statistics is None:
-            raise WaterfillError(NEEDS)
-        streams = (statistics.keys, statistics.values)
-        top = max(float(_basis(s).variances.max(initial=0)) for s in streams) or 1.0
+        known = cls.known(statistics)
+        streams = (known.keys, known.values)
+        top = max(float(s.basis.variances.max(initial=0)) for s in streams) or 1.0
         yield from (cls(top * 2.0**-k) for k in range(25))
 
     def between(self, other: Self, t: float) -> Self | None:
         return type(self)(float(self.level ** (1 - t) * other.level**t))
 
     def open(self, facts: LayerFacts, statistics: LayerStatistics | None) -> Coder:
-        if statistics is None:
-            raise WaterfillError(NEEDS)
-        return _Transform(
-            facts,
-            _Stream.of(statistics.keys, self.level),
-            _Stream.of(statistics.values, self.level),
-        )
-
-
-@functools.lru_cache(maxsize=1024)
-def _basis(stream: StreamStatistics) -> Basis:
-    return basis_of(stream.covariance, stream.harm)
+        known = self.known(statistics)
+        streams = (_Stream.of(s, self.level) for s in (known.keys, known.values))
+        return _Transform(facts, *streams)
 
 
 def _bits(variances: F64, level: float) -> NDArray[np.int64]:
@@ -83,28 +73,6 @@ def _bits(variances: F64, level: float) -> NDArray[np.int64]:
     saved = -np.diff(np.array(ERRORS))
     bits: NDArray[np.int64] = (variances[..., None] * saved > level).sum(-1)
     return bits
-
-
-@dataclass(frozen=True, eq=False)
-class _Table:
-    """A row of 8-bit numbers for each coded component, with a scale of its own.
-
-    A hundredth of harm is lost by so few bits, and a cache of a thousand tokens is a fifth smaller.
-    """
-
-    codes: torch.Tensor  # int8 (components, width)
-    scale: torch.Tensor  # float16 (components, 1)
-
-    @classmethod
-    def of(cls, rows: F64) -> _Table:
-        scale = (np.abs(rows).max(1, keepdims=True, initial=0) / 127).astype(np.float16)
-        safe = np.where(scale > 0, scale, 1).astype(np.float64)
-        codes = np.clip(np.rint(rows / safe), -127, 127).astype(np.int8)
-        return cls(torch.from_numpy(codes), torch.from_numpy(scale))
-
-    def rows(self) -> torch.Tensor:
-        """float32 (components, width)."""
-        return self.codes.float() * self.scale.float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,13 +86,13 @@ class _Stream:
     kept: int  # components of a head at most
     mean: torch.Tensor  # float16 (heads, width)
     place: torch.Tensor  # int32 (components,), head * kept + component of the head
-    down: _Table  # vectors times its rows are components in units of their steps
-    up: _Table  # components times its rows are vectors
+    down: Rows  # vectors times its rows are components in units of their steps
+    up: Rows  # components times its rows are vectors
     groups: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, stream: StreamStatistics, level: float) -> _Stream:
-        basis = _basis(stream)
+        basis = stream.basis
         bits = _bits(basis.variances, level)
         heads, kept = len(bits), components_kept(bits > 0)
         flat = bits[:, :kept].reshape(-1)
@@ -141,15 +109,15 @@ class _Stream:
             kept,
             torch.from_numpy(stream.mean.astype(np.float16)),
             torch.from_numpy(place.astype(np.int32)),
-            _Table.of(down / step[:, None]),
-            _Table.of(up * step[:, None]),
+            Rows.of(down / step[:, None]),
+            Rows.of(up * step[:, None]),
             tuple((-int(b), int(n)) for b, n in zip(of_bits, counts, strict=True)),
         )
 
     @property
     def tables(self) -> tuple[torch.Tensor, ...]:
         """All that is held."""
-        return self.mean, self.place, *(t for x in (self.down, self.up) for t in (x.codes, x.scale))
+        return self.mean, self.place, *self.down.parts, *self.up.parts
 
     @functools.cached_property
     def coded(self) -> CodedStream:
@@ -158,9 +126,9 @@ class _Stream:
         rows, scale = self.up.codes.numpy(), self.up.scale.numpy()
         return CodedStream(self.kept, mean, place, rows, scale, self.groups)
 
-    def by_head(self, table: _Table) -> torch.Tensor:
+    def by_head(self, table: Rows) -> torch.Tensor:
         """A table's rows as float32 (heads, kept, width), zero where a component is not coded."""
-        rows = table.rows()
+        rows = table.floats()
         out = rows.new_zeros((self.heads * self.kept, rows.shape[1]))
         out[self.place.long()] = rows
         return out.reshape(self.heads, self.kept, -1)
@@ -215,16 +183,11 @@ class _Transform(Coder):
         positions: torch.Tensor,
         saliency: torch.Tensor | None = None,
     ) -> Coded:
-        keys = keys.float()
-        if self.facts.rotary is not None:
-            keys = self.facts.rotary.turn(keys, positions, backwards=True)
         return {
-            "keys": self.keys.encode(keys),
+            "keys": self.keys.encode(self.facts.unturned(keys, positions)),
             "values": self.values.encode(values.float()),
         }
 
     def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.keys.decode(coded["keys"]), self.values.decode(coded["values"])
-        if self.facts.rotary is not None:
-            keys = self.facts.rotary.turn(keys, positions)
-        return keys.to(self.facts.dtype), values.to(self.facts.dtype)
+        return self.facts.turned(keys, positions), values.to(self.facts.dtype)

@@ -23,8 +23,6 @@ from waterfill.runtime.cache.quantising import (
     reals,
     step_codes,
     steps,
-    turned,
-    unturned,
 )
 from waterfill.runtime.cache.statistics import LayerStatistics
 from waterfill.types import SpecError
@@ -92,7 +90,7 @@ class _Zipcache(Coder):
         positions: torch.Tensor,
         saliency: torch.Tensor | None = None,
     ) -> Coded:
-        k = in_blocks(unturned(self.facts, keys, positions))
+        k = in_blocks(self.facts.unturned(keys, positions))
         v = in_blocks(values.float())
         if saliency is None:
             saliency = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
@@ -137,7 +135,7 @@ class _Zipcache(Coder):
         v = (v * steps(coded["values_channel"])[..., None]).transpose(3, 4)
         order = _order(unpack(coded["salient"], 1))
         k, v = (torch.empty_like(x).scatter_(3, order.expand_as(x), x) for x in (k, v))
-        return turned(self.facts, in_order(k), positions), in_order(v).to(self.facts.dtype)
+        return self.facts.turned(in_order(k), positions), in_order(v).to(self.facts.dtype)
 
     def _key_grid(
         self, step: torch.Tensor, centre: torch.Tensor, bits: int
