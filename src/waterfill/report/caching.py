@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from waterfill.report.drawing import Dot, draw
+from waterfill.report.pages import fill, write_whole
 from waterfill.report.words import DASH, count, flat, is_number, nats
-from waterfill.types import WaterfillError
 
 __all__ = ["cache_remarks", "cache_rows", "write_cache"]
 
@@ -81,31 +80,18 @@ def cache_remarks(result: Mapping[str, Any]) -> list[str]:
 
 def write_cache(result: Mapping[str, Any], path: Path) -> Path:
     """Write the page, whole or not at all; returns its path."""
-    try:
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise WaterfillError("reports need jinja2: pip install 'waterfill[cli]'") from error
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    assets = resources.files("waterfill.report")
     head, rows = cache_rows(result)
-    facts = [*flat(result["protocol"]), *flat(result["statistics"] or {}, "statistics")]
-    page = environment.from_string(assets.joinpath("caching.html").read_text("utf-8")).render(
+    page = fill(
+        "caching.html",
         model=result["model"],
         exact=count(result["exact_bytes_per_token"]),
         head=head,
         rows=rows,
         remarks=cache_remarks(result),
         chart=_chart(result),
-        facts=facts,
-        css=Markup(assets.joinpath("report.css").read_text("utf-8")),
+        facts=[*flat(result["protocol"]), *flat(result["statistics"] or {}, "statistics")],
     )
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
-    return path
+    return write_whole(path, page)
 
 
 def _chart(result: Mapping[str, Any]) -> Any:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from waterfill.report.drawing import Dot, draw
+from waterfill.report.pages import fill, write_whole
 from waterfill.report.words import DASH, count, flat, nats, size
-from waterfill.types import WaterfillError
 
 __all__ = ["comparison_rows", "mixing", "remarks", "write_comparison"]
 
@@ -81,18 +80,9 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 
 def write_comparison(result: Mapping[str, Any], path: Path) -> Path:
     """Write the page, whole or not at all; returns its path."""
-    try:
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise WaterfillError("reports need jinja2: pip install 'waterfill[cli]'") from error
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     head, rows = comparison_rows(result)
-    css = resources.files("waterfill.report").joinpath("report.css").read_text(encoding="utf-8")
-    template = resources.files("waterfill.report").joinpath("comparison.html")
-    page = environment.from_string(template.read_text(encoding="utf-8")).render(
+    page = fill(
+        "comparison.html",
         model=result["model"],
         params=count(result["params"]),
         original=size(result["original_nbytes"]),
@@ -105,12 +95,8 @@ def write_comparison(result: Mapping[str, Any], path: Path) -> Path:
         facts=[*flat(result["protocol"]), *flat(result["calibration"], "calibration")],
         nats=nats,
         count=count,
-        css=Markup(css),
     )
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
-    return path
+    return write_whole(path, page)
 
 
 def _chart(result: Mapping[str, Any]) -> Any:

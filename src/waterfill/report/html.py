@@ -11,12 +11,12 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from waterfill.report import words
 from waterfill.report.headline import headline, is_exact, lead, prediction
+from waterfill.report.pages import asset, fill, write_whole
 from waterfill.types import Record, WaterfillError
 
 __all__ = ["render", "write"]
@@ -44,53 +44,37 @@ def render(records: Sequence[Record]) -> str:
     records : Record
         Each gets a chapter; in each one's rate-distortion picture the others are further points.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup, escape
-    except ImportError as error:
-        raise WaterfillError("reports need jinja2: pip install 'waterfill[cli]'") from error
     if not records:
         raise WaterfillError("a report needs at least one record")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-
-    def breaks(text: str) -> Markup:
-        """Escaped, with places where a long name may go on in the next line."""
-        return Markup(re.sub(r"(\.(?=[A-Za-z])|,)", r"\1<wbr>", str(escape(text))))
-
-    environment.filters.update(
-        {
-            "count": words.count,
-            "size": words.size,
-            "figure": words.figure,
-            "nats": words.nats,
-            "breaks": breaks,
-        }
-    )
-    template = environment.from_string(_asset("template.html"))
+    filters = {
+        "count": words.count,
+        "size": words.size,
+        "figure": words.figure,
+        "nats": words.nats,
+        "breaks": _breaks,
+    }
     chapters = [_chapter(record, i) for i, record in enumerate(records)]
     title = " · ".join(dict.fromkeys(c["model"] for c in chapters))
-    return template.render(
+    return fill(
+        "template.html",
+        filters,
         title=title,
         chapters=chapters,
-        css=Markup(_asset("report.css")),
-        js=Markup(_asset("report.js")),
-        data=Markup(_json([c["data"] for c in chapters])),
+        js=asset("report.js"),
+        data=_json([c["data"] for c in chapters]),
     )
+
+
+def _breaks(text: str) -> Any:
+    """Escaped, with places where a long name may go on in the next line."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(\.(?=[A-Za-z])|,)", r"\1<wbr>", str(escape(text))))
 
 
 def write(records: Sequence[Record], path: str | Path) -> Path:
     """Render into a file, whole or not at all; returns its path."""
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(render(records), encoding="utf-8")
-    unfinished.replace(path)
-    return path
-
-
-def _asset(name: str) -> str:
-    return resources.files("waterfill.report").joinpath(name).read_text(encoding="utf-8")
+    return write_whole(Path(path), render(records))
 
 
 def _json(value: Any) -> str:
