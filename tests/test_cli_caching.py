@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 import waterfill  # noqa: E402
 from tests import running  # noqa: E402
 from tests.commands import Shell, refused, usage  # noqa: E402
-from waterfill.runtime.cache.statistics import FILE_NAME, load_statistics  # noqa: E402
+from waterfill.runtime.cache.fitting.statistics import FILE_NAME, load_statistics  # noqa: E402
 from waterfill.runtime.conversation import Conversation  # noqa: E402
 from waterfill.runtime.generation import Sampling, open_writer  # noqa: E402
 

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 
 from bench.harness import shared_data
-from waterfill.runtime.cache.calibrating import calibrate_cache
-from waterfill.runtime.cache.statistics import CacheStatistics, load_statistics, save_statistics
+from waterfill.runtime.cache.fitting.calibrating import calibrate_cache
+from waterfill.runtime.cache.fitting.statistics import (
+    CacheStatistics,
+    load_statistics,
+    save_statistics,
+)
 
 KEPT = Path("out/bench/cache")
 # A model's calibration and evaluation texts, apart from each other: file, characters to skip.

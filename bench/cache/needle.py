@@ -21,10 +21,14 @@ import torch
 from bench.cache import KEPT
 from bench.harness import Row
 from waterfill.runtime.cache.cache import KVCache
-from waterfill.runtime.cache.calibrating import calibrate_cache
 from waterfill.runtime.cache.facts import facts_of
+from waterfill.runtime.cache.fitting.calibrating import calibrate_cache
+from waterfill.runtime.cache.fitting.statistics import (
+    CacheStatistics,
+    load_statistics,
+    save_statistics,
+)
 from waterfill.runtime.cache.method import find_method, method_ids
-from waterfill.runtime.cache.statistics import CacheStatistics, load_statistics, save_statistics
 from waterfill.types import BudgetError
 
 SYMBOLS = 32  # keys, values and fillers, each

@@ -18,14 +18,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bench.harness import Row
 from waterfill.coding import native
-from waterfill.runtime.cache.attending import attend
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics, StreamStatistics
+from waterfill.runtime.cache.held.attending import attend
+from waterfill.runtime.cache.held.states import View
+from waterfill.runtime.cache.held.store import Store
+from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.methods.transform import Transform
 from waterfill.runtime.cache.rotary import Rotary
-from waterfill.runtime.cache.states import View
-from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
-from waterfill.runtime.cache.store import Store
-from waterfill.runtime.cache.track import Track
 
 SINKS, RECENT = 4, 16
 SHORT, MIDDLE, LONG = 1 << 10, 1 << 13, 1 << 15

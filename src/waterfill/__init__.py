@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from waterfill.runtime.apply import apply_ as apply_
     from waterfill.runtime.arrays import load as load
     from waterfill.runtime.cache.cache import KVCache as KVCache
-    from waterfill.runtime.cache.calibrating import calibrate_cache as calibrate_cache
+    from waterfill.runtime.cache.fitting.calibrating import calibrate_cache as calibrate_cache
     from waterfill.runtime.plain import decompress as decompress
     from waterfill.runtime.reading import Artifact as Artifact
     from waterfill.runtime.torch_model import load_model as load_model

@@ -63,8 +63,8 @@ def calibrate_cache_to(
         opened = _open(model, "dense", trust_remote_code)
         path = _place(opened, out, force)
         windows = _windows(opened, texts, tokens, window, seed, trust_remote_code)
-        from waterfill.runtime.cache.calibrating import calibrate_cache
-        from waterfill.runtime.cache.statistics import save_statistics
+        from waterfill.runtime.cache.fitting.calibrating import calibrate_cache
+        from waterfill.runtime.cache.fitting.statistics import save_statistics
 
         made = calibrate_cache(
             opened.model,
@@ -94,7 +94,7 @@ def _open(model: str | Path, residency: str | None, trust_remote_code: bool) -> 
 
 
 def _place(opened: OpenedModel, out: Path | None, force: bool) -> Path:
-    from waterfill.runtime.cache.statistics import FILE_NAME, FORMAT
+    from waterfill.runtime.cache.fitting.statistics import FILE_NAME, FORMAT
 
     if out is None and not opened.own_folder:
         raise WaterfillError(
@@ -229,7 +229,7 @@ class _Bench:
 
     def statistics(self, given: str | Path | None) -> Any:
         """The file that was named, or that lies beside the model; None if there is none."""
-        from waterfill.runtime.cache.statistics import FILE_NAME, load_statistics
+        from waterfill.runtime.cache.fitting.statistics import FILE_NAME, load_statistics
 
         beside = Path(str(self.model.name_or_path)) / FILE_NAME
         if given is None and not beside.is_file():

@@ -22,8 +22,8 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from waterfill.coding import native
 from waterfill.coding.attention import MAX_WIDTH
-from waterfill.runtime.cache.attending import attend
-from waterfill.runtime.cache.states import States, dense
+from waterfill.runtime.cache.held.attending import attend
+from waterfill.runtime.cache.held.states import States, dense
 from waterfill.runtime.norms import quicken_norm
 from waterfill.runtime.weights import KERNEL_DTYPES
 

@@ -9,9 +9,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from waterfill.runtime.cache.calibrating import calibrate_cache
 from waterfill.runtime.cache.facts import facts_of
-from waterfill.runtime.cache.statistics import CacheStatistics
+from waterfill.runtime.cache.fitting.calibrating import calibrate_cache
+from waterfill.runtime.cache.fitting.statistics import CacheStatistics
 
 COMMON = {
     "vocab_size": 96,

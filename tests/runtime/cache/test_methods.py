@@ -12,9 +12,13 @@ import torch
 
 from tests.runtime.cache.models import decoder, tokens
 from tests.runtime.cache.models import statistics as statistics_of
-from waterfill.runtime.cache.arena import Arena
 from waterfill.runtime.cache.cache import KVCache
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.planning import block_nbytes, harm, harms
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics, StreamStatistics
+from waterfill.runtime.cache.held.arena import Arena
+from waterfill.runtime.cache.held.store import Store
+from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.method import (
     BLOCK,
     Coded,
@@ -25,12 +29,8 @@ from waterfill.runtime.cache.method import (
     method_ids,
     parse_method,
 )
-from waterfill.runtime.cache.planning import block_nbytes, harm, harms
 from waterfill.runtime.cache.rotary import Rotary
 from waterfill.runtime.cache.saliency import Probes
-from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
-from waterfill.runtime.cache.store import Store
-from waterfill.runtime.cache.track import Track
 
 RUNGS = 3  # of each ladder: the cheapest, one amid, the dearest
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -10,8 +10,8 @@ import torch
 
 from tests.runtime.cache.models import decoder, statistics, tokens
 from waterfill.runtime.cache.cache import KVCache
-from waterfill.runtime.cache.calibrating import calibrate_cache
-from waterfill.runtime.cache.statistics import save_statistics
+from waterfill.runtime.cache.fitting.calibrating import calibrate_cache
+from waterfill.runtime.cache.fitting.statistics import save_statistics
 from waterfill.types import BudgetError, FormatError, WaterfillError
 
 

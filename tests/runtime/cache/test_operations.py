@@ -9,9 +9,9 @@ import pytest
 from tests.runtime.cache.models import decoder, tokens
 from tests.runtime.cache.operations import LOSSLESS, play
 from waterfill.runtime.cache.cache import KVCache
-from waterfill.runtime.cache.calibrating import calibrate_cache
+from waterfill.runtime.cache.fitting.calibrating import calibrate_cache
+from waterfill.runtime.cache.fitting.statistics import CacheStatistics
 from waterfill.runtime.cache.method import method_ids
-from waterfill.runtime.cache.statistics import CacheStatistics
 
 
 @cache

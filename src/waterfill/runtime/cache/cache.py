@@ -17,19 +17,19 @@ import torch
 from transformers import Cache, DynamicCache
 
 from waterfill.runtime.cache.checking import check_counts, check_statistics, total_nbytes
-from waterfill.runtime.cache.composing import compose
-from waterfill.runtime.cache.evicting import refuse_other_attention
+from waterfill.runtime.cache.editing.composing import compose
+from waterfill.runtime.cache.editing.splicing import splice
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
+from waterfill.runtime.cache.fitting.planning import Budget, Choice, plan
+from waterfill.runtime.cache.fitting.statistics import FILE_NAME, CacheStatistics, load_statistics
 from waterfill.runtime.cache.guard import Guard, Sentry
+from waterfill.runtime.cache.held.evicting import refuse_other_attention
+from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
-from waterfill.runtime.cache.levels import level_of
-from waterfill.runtime.cache.loading import CacheStream
-from waterfill.runtime.cache.loading import load as load_cache
-from waterfill.runtime.cache.planning import Budget, Choice, plan
-from waterfill.runtime.cache.saving import LEVEL, save, saving_of
-from waterfill.runtime.cache.splicing import splice
-from waterfill.runtime.cache.statistics import FILE_NAME, CacheStatistics, load_statistics
-from waterfill.runtime.cache.track import Track
+from waterfill.runtime.cache.stored.levels import level_of
+from waterfill.runtime.cache.stored.loading import CacheStream
+from waterfill.runtime.cache.stored.loading import load as load_cache
+from waterfill.runtime.cache.stored.saving import LEVEL, save, saving_of
 from waterfill.runtime.quick import swap_attention
 from waterfill.types import BudgetError, WaterfillError
 

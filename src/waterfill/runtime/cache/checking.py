@@ -8,7 +8,7 @@ from typing import Any
 
 from waterfill.plan.budget import parse_size
 from waterfill.runtime.cache.facts import LayerFacts
-from waterfill.runtime.cache.statistics import CacheStatistics
+from waterfill.runtime.cache.fitting.statistics import CacheStatistics
 from waterfill.types import BudgetError, WaterfillError
 
 __all__ = ["check_counts", "check_statistics", "total_nbytes"]

@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import LogitsProcessor
 
+from waterfill.runtime.cache.editing.replaying import Past
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.planning import Budget, Choice, choice_of, plan
+from waterfill.runtime.cache.fitting.probing import READ, Nats, Reference, draw_text, read_exactly
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics
+from waterfill.runtime.cache.held.store import Store
+from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.method import BLOCK, Method, find_method
-from waterfill.runtime.cache.planning import Budget, Choice, choice_of, plan
-from waterfill.runtime.cache.probing import READ, Nats, Reference, draw_text, read_exactly
-from waterfill.runtime.cache.replaying import Past
-from waterfill.runtime.cache.statistics import LayerStatistics
-from waterfill.runtime.cache.store import Store
-from waterfill.runtime.cache.track import Track
 from waterfill.types import BudgetError, WaterfillError
 
 if TYPE_CHECKING:

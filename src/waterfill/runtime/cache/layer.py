@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from waterfill.runtime.cache.held.states import View
+from waterfill.runtime.cache.held.store import Store
 from waterfill.runtime.cache.patching import fit
-from waterfill.runtime.cache.states import View
-from waterfill.runtime.cache.store import Store
 from waterfill.types import WaterfillError
 
 __all__ = ["CodedLayer", "CodedSlidingLayer", "coded_layer"]

@@ -18,13 +18,13 @@ import torch
 
 from waterfill.coding.cached_attention import CodedStream
 from waterfill.runtime.cache.facts import LayerFacts
-from waterfill.runtime.cache.statistics import LayerStatistics
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics
 from waterfill.types import Spec, SpecError, WaterfillError
 
 if TYPE_CHECKING:
-    from waterfill.runtime.cache.planning import Budget
-    from waterfill.runtime.cache.store import Store
-    from waterfill.runtime.cache.track import Track
+    from waterfill.runtime.cache.fitting.planning import Budget
+    from waterfill.runtime.cache.held.store import Store
+    from waterfill.runtime.cache.held.track import Track
 
 __all__ = [
     "BLOCK",
@@ -134,7 +134,7 @@ class Method:
     ) -> Store:
         """What a layer remembers in, empty."""
         # The store is made of coders, so it comes after this module.
-        from waterfill.runtime.cache.store import Store
+        from waterfill.runtime.cache.held.store import Store
 
         return Store(facts, coders, track, budget.sinks, budget.recent)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.held.pieces import Pair
+from waterfill.runtime.cache.held.store import CHUNK, Patch, Store, StoreTier
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder
-from waterfill.runtime.cache.pieces import Pair
-from waterfill.runtime.cache.store import CHUNK, Patch, Store, StoreTier
 
 __all__ = ["Cut", "Turned", "cut_out", "fit", "put_in"]
 

@@ -15,9 +15,9 @@ import torch
 
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics
 from waterfill.runtime.cache.method import Coded, Coder, Method, in_blocks, in_order, method
 from waterfill.runtime.cache.quantising import fit, grouped, reals
-from waterfill.runtime.cache.statistics import LayerStatistics
 
 __all__ = ["Channel"]
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from waterfill.runtime.cache.attending import SCORES
-from waterfill.runtime.cache.evicting import Evictor
-from waterfill.runtime.cache.kept import Held, Moment
+from waterfill.runtime.cache.held.attending import SCORES
+from waterfill.runtime.cache.held.evicting import Evictor
+from waterfill.runtime.cache.held.kept import Held, Moment
 from waterfill.runtime.cache.method import method
 from waterfill.types import SpecError
 

@@ -19,8 +19,8 @@ import torch
 from waterfill.coding.cachegen import analysis_of, fit_table
 from waterfill.coding.cachegen_symbols import Columns, decode_chunk, encode_chunk, fit_columns
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, method
-from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.cache.tables import Rows
 from waterfill.types import Floats, SpecError
 

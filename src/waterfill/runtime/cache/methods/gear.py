@@ -15,6 +15,7 @@ import torch
 
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics
 from waterfill.runtime.cache.method import Coded, Coder, Method, in_blocks, in_order, method
 from waterfill.runtime.cache.quantising import (
     bundled,
@@ -24,7 +25,6 @@ from waterfill.runtime.cache.quantising import (
     reals,
     restored,
 )
-from waterfill.runtime.cache.statistics import LayerStatistics
 
 __all__ = ["Gear"]
 

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from waterfill.coding.kmeans import scaled_levels
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, in_blocks, in_order, method
 from waterfill.runtime.cache.quantising import outliers, restored
-from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
 
 __all__ = ["Kvquant"]
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Self
 
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics
 from waterfill.runtime.cache.method import BLOCK, Coder, Method, Tier, method, parse_method
-from waterfill.runtime.cache.statistics import LayerStatistics
 from waterfill.types import SpecError
 
 __all__ = ["Staircase"]

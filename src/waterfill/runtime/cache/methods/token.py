@@ -13,9 +13,9 @@ from typing import Self
 import torch
 
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics
 from waterfill.runtime.cache.integers import from_integers, to_integers
 from waterfill.runtime.cache.method import Coded, Coder, Method, in_blocks, in_order, method
-from waterfill.runtime.cache.statistics import LayerStatistics
 
 __all__ = ["Token"]
 

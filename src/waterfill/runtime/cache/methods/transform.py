@@ -21,8 +21,8 @@ from waterfill.coding.cached_attention import CodedStream
 from waterfill.coding.components import components_kept
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, in_blocks, in_order, method
-from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.cache.tables import Rows
 from waterfill.types import SpecError
 

@@ -17,6 +17,7 @@ import torch
 
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, in_blocks, in_order, method
 from waterfill.runtime.cache.quantising import (
     fit,
@@ -24,7 +25,6 @@ from waterfill.runtime.cache.quantising import (
     step_codes,
     steps,
 )
-from waterfill.runtime.cache.statistics import LayerStatistics
 from waterfill.types import SpecError
 
 __all__ = ["Zipcache"]

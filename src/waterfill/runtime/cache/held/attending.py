@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import torch
 
-from waterfill.runtime.cache.native import attend_natively
-from waterfill.runtime.cache.states import View
+from waterfill.runtime.cache.held.native import attend_natively
+from waterfill.runtime.cache.held.states import View
 
 __all__ = ["attend"]
 

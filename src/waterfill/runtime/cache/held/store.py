@@ -14,12 +14,12 @@ from typing import ClassVar
 import torch
 
 from waterfill.coding.native import trim_memory
-from waterfill.runtime.cache.arena import Arena
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.held.arena import Arena
+from waterfill.runtime.cache.held.pieces import Pair, Piece, between, exact_piece
+from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.method import BLOCK, Coder
-from waterfill.runtime.cache.pieces import Pair, Piece, between, exact_piece
 from waterfill.runtime.cache.saliency import Probes
-from waterfill.runtime.cache.track import Track
 
 __all__ = ["CHUNK", "Patch", "Store", "StoreTier"]
 

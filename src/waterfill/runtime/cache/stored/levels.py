@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from waterfill.coding.cachegen_file import Level
 from waterfill.plan.budget import parse_size
-from waterfill.runtime.cache.saving import LEVEL, Saving, counted
+from waterfill.runtime.cache.stored.saving import LEVEL, Saving, counted
 from waterfill.types import BudgetError, WaterfillError
 
 __all__ = ["level_of"]

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 from tests.runtime.cache.models import decoder, tokens
 from waterfill.coding import native
-from waterfill.runtime.cache import attending
-from waterfill.runtime.cache.attending import attend
 from waterfill.runtime.cache.cache import KVCache
 from waterfill.runtime.cache.facts import LayerFacts, facts_of
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics, StreamStatistics
+from waterfill.runtime.cache.held import attending
+from waterfill.runtime.cache.held.attending import attend
+from waterfill.runtime.cache.held.native import attend_natively
+from waterfill.runtime.cache.held.states import View
+from waterfill.runtime.cache.held.store import Store
+from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.method import Coder, parse_method
-from waterfill.runtime.cache.native import attend_natively
 from waterfill.runtime.cache.rotary import Rotary
-from waterfill.runtime.cache.states import View
-from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
-from waterfill.runtime.cache.store import Store
-from waterfill.runtime.cache.track import Track
 
 needs_kernel = pytest.mark.skipif(native.core() is None, reason="the native core is not built")
 # The kernel holds rows of a basis as 16-bit integers.

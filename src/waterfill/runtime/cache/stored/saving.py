@@ -21,12 +21,16 @@ from waterfill.coding.cachegen_symbols import encode_chunk, fit_columns, pack_co
 from waterfill.coding.components import basis_of
 from waterfill.coding.sections import join
 from waterfill.runtime.cache.facts import LayerFacts
-from waterfill.runtime.cache.fingerprint import model_fingerprint, tokenizer_fingerprint
-from waterfill.runtime.cache.pieces import Piece
-from waterfill.runtime.cache.statistics import CacheStatistics, LayerStatistics, StreamStatistics
-from waterfill.runtime.cache.store import Store
-from waterfill.runtime.cache.stored import DTYPE_NAMES, Pair, rotation_of, words_of
-from waterfill.runtime.cache.track import Track
+from waterfill.runtime.cache.fitting.statistics import (
+    CacheStatistics,
+    LayerStatistics,
+    StreamStatistics,
+)
+from waterfill.runtime.cache.held.pieces import Piece
+from waterfill.runtime.cache.held.store import Store
+from waterfill.runtime.cache.held.track import Track
+from waterfill.runtime.cache.stored.fingerprint import model_fingerprint, tokenizer_fingerprint
+from waterfill.runtime.cache.stored.words import DTYPE_NAMES, Pair, rotation_of, words_of
 from waterfill.types import Floats, WaterfillError
 
 if TYPE_CHECKING:

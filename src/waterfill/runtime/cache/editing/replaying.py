@@ -14,11 +14,11 @@ import torch
 from transformers import Cache
 
 from waterfill.runtime.cache.facts import LayerFacts, quiet
+from waterfill.runtime.cache.held.pieces import Pair, Piece, between, exact_piece
+from waterfill.runtime.cache.held.store import Store
+from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
 from waterfill.runtime.cache.naming import as_argument
-from waterfill.runtime.cache.pieces import Pair, Piece, between, exact_piece
-from waterfill.runtime.cache.store import Store
-from waterfill.runtime.cache.track import Track
 
 __all__ = ["Past", "read_tokens"]
 

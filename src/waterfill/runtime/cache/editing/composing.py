@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from waterfill.runtime.cache.editing.replaying import Past, read_tokens
+from waterfill.runtime.cache.editing.splicing import editable
+from waterfill.runtime.cache.held.pieces import Pair
 from waterfill.runtime.cache.layer import CodedSlidingLayer
-from waterfill.runtime.cache.pieces import Pair
-from waterfill.runtime.cache.replaying import Past, read_tokens
-from waterfill.runtime.cache.splicing import editable
 from waterfill.types import WaterfillError
 
 if TYPE_CHECKING:

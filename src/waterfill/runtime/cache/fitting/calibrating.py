@@ -18,9 +18,13 @@ import numpy as np
 import torch
 
 from waterfill.runtime.cache.facts import LayerFacts, facts_of
-from waterfill.runtime.cache.measuring import still_exact, to_scale
+from waterfill.runtime.cache.fitting.measuring import still_exact, to_scale
+from waterfill.runtime.cache.fitting.statistics import (
+    CacheStatistics,
+    LayerStatistics,
+    StreamStatistics,
+)
 from waterfill.runtime.cache.method import BLOCK
-from waterfill.runtime.cache.statistics import CacheStatistics, LayerStatistics, StreamStatistics
 from waterfill.runtime.quick import attention_forward, standing_in, swap_attention
 from waterfill.types import WaterfillError
 

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.cache.method import BLOCK
 from waterfill.runtime.cache.rotary import Rotary
-from waterfill.runtime.cache.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.quick import attention_forward, standing_in
 
 __all__ = ["still_exact", "to_scale"]

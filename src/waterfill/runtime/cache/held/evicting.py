@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from waterfill.runtime.cache.facts import LayerFacts
-from waterfill.runtime.cache.kept import SLOT_NBYTES, Held, KeptStore, Moment
+from waterfill.runtime.cache.fitting.statistics import LayerStatistics
+from waterfill.runtime.cache.held.kept import SLOT_NBYTES, Held, KeptStore, Moment
+from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.method import BLOCK, Coder, Method, find_method, parse_method
-from waterfill.runtime.cache.statistics import LayerStatistics
-from waterfill.runtime.cache.track import Track
 from waterfill.runtime.quick import ATTENTION
 from waterfill.types import BudgetError, SpecError, WaterfillError
 
 if TYPE_CHECKING:
-    from waterfill.runtime.cache.planning import Budget
+    from waterfill.runtime.cache.fitting.planning import Budget
 
 __all__ = ["Evictor", "fit", "refuse_other_attention"]
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from waterfill.plan.hull import Curves, at_level, cheapest, curves, point_on, solve_level
-from waterfill.runtime.cache.evicting import fit
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.statistics import CacheStatistics, LayerStatistics
+from waterfill.runtime.cache.held.evicting import fit
 from waterfill.runtime.cache.method import (
     BLOCK,
     Coder,
@@ -24,7 +25,6 @@ from waterfill.runtime.cache.method import (
     method_ids,
     parse_method,
 )
-from waterfill.runtime.cache.statistics import CacheStatistics, LayerStatistics
 from waterfill.types import BudgetError, Point
 
 __all__ = ["Budget", "Choice", "choice_of", "plan"]

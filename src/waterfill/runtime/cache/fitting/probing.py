@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache
 
+from waterfill.runtime.cache.editing.replaying import Past, read_tokens
 from waterfill.runtime.cache.facts import LayerFacts, quiet
 from waterfill.runtime.cache.naming import as_argument
-from waterfill.runtime.cache.replaying import Past, read_tokens
 
 __all__ = ["READ", "Nats", "Reference", "draw_text", "read_exactly"]
 

@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from tests.runtime.cache.models import decoder, tokens
-from tests.runtime.cache.test_splicing import CLOSE, read
+from tests.runtime.cache.editing.test_splicing import CLOSE, read
 from waterfill.runtime.cache.cache import KVCache
-from waterfill.runtime.cache.composing import positions_of
+from waterfill.runtime.cache.editing.composing import positions_of
 from waterfill.types import BudgetError, WaterfillError
 
 LENGTHS = (50, 70, 40, 33)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from waterfill.runtime.cache.pieces import Piece
-from waterfill.runtime.cache.store import Store
+from waterfill.runtime.cache.held.pieces import Piece
+from waterfill.runtime.cache.held.store import Store
 from waterfill.types import WaterfillError
 
 __all__ = ["States", "View", "dense"]

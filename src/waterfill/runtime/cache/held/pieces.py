@@ -11,7 +11,7 @@ import torch
 from waterfill.runtime.cache.method import BLOCK, Coder
 
 if TYPE_CHECKING:
-    from waterfill.runtime.cache.arena import Arena
+    from waterfill.runtime.cache.held.arena import Arena
 
 __all__ = ["Pair", "Piece", "between", "exact_piece"]
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from tests.runtime.cache.models import decoder, tokens
 from waterfill.runtime.cache.cache import KVCache
-from waterfill.runtime.cache.calibrating import calibrate_cache
+from waterfill.runtime.cache.fitting.calibrating import calibrate_cache
 from waterfill.runtime.cache.patching import Turned
 from waterfill.types import BudgetError, WaterfillError
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from waterfill.runtime.cache.editing.replaying import Past, read_tokens
+from waterfill.runtime.cache.held.pieces import Pair
+from waterfill.runtime.cache.held.store import Store
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer
 from waterfill.runtime.cache.patching import cut_out, fit, put_in
-from waterfill.runtime.cache.pieces import Pair
-from waterfill.runtime.cache.replaying import Past, read_tokens
-from waterfill.runtime.cache.store import Store
 from waterfill.types import WaterfillError
 
 if TYPE_CHECKING:

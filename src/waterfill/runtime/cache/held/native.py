@@ -14,11 +14,11 @@ import torch
 from waterfill.coding import native
 from waterfill.coding.attention import MAX_WIDTH
 from waterfill.coding.cached_attention import CodedTokens, ExactTokens, Turn, attend_cache
-from waterfill.runtime.cache.arena import Arena
+from waterfill.runtime.cache.held.arena import Arena
+from waterfill.runtime.cache.held.states import View
+from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.method import BLOCK, Coder
 from waterfill.runtime.cache.rotary import Rotary
-from waterfill.runtime.cache.states import View
-from waterfill.runtime.cache.track import Track
 from waterfill.types import Array
 
 __all__ = ["MAX_QUERIES", "attend_natively"]
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def attend_natively(
     view: View, queries: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor | None:
-    """As `attend` (`waterfill.runtime.cache.attending`); None where the kernel cannot do it."""
+    """As `attend` (`waterfill.runtime.cache.held.attending`); None where the kernel cannot do it."""
     if native.core() is None or not _fits(view, queries, mask):
         return None
     coded = []

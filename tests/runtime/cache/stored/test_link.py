@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.runtime.cache.models import decoder, tokens
 from waterfill.coding.cachegen_file import Reader
 from waterfill.runtime.cache.cache import KVCache
-from waterfill.runtime.cache.link import RECOMPUTE, Choice, Offer, choose, offers_of, send
+from waterfill.runtime.cache.stored.link import RECOMPUTE, Choice, Offer, choose, offers_of, send
 
 ORDER = (0, 1, 2)
 

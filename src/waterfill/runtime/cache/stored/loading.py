@@ -14,8 +14,14 @@ from waterfill.coding.cachegen_file import Header, Part, PartStream, Reader, par
 from waterfill.coding.cachegen_layer import LayerDecoder, positions_of, read_ids, wanted_at
 from waterfill.coding.cachegen_rows import Turn
 from waterfill.runtime.cache.facts import LayerFacts
-from waterfill.runtime.cache.fingerprint import model_fingerprint, tokenizer_fingerprint
-from waterfill.runtime.cache.stored import DTYPE_NAMES, Pair, from_words, rotation_of, same_rotation
+from waterfill.runtime.cache.stored.fingerprint import model_fingerprint, tokenizer_fingerprint
+from waterfill.runtime.cache.stored.words import (
+    DTYPE_NAMES,
+    Pair,
+    from_words,
+    rotation_of,
+    same_rotation,
+)
 from waterfill.types import BudgetError, WaterfillError
 
 if TYPE_CHECKING:

@@ -13,15 +13,15 @@ from transformers import DynamicCache
 
 from tests.runtime.cache.models import decoder, tokens
 from tests.runtime.cache.test_cache import STEPS, logits
-from waterfill.runtime.cache.attending import attend
 from waterfill.runtime.cache.cache import KVCache
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.planning import Budget
 from waterfill.runtime.cache.guard import Guard
-from waterfill.runtime.cache.kept import KeptStore, batch_of
+from waterfill.runtime.cache.held.attending import attend
+from waterfill.runtime.cache.held.kept import KeptStore, batch_of
+from waterfill.runtime.cache.held.states import View
+from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.method import find_method, parse_method
-from waterfill.runtime.cache.planning import Budget
-from waterfill.runtime.cache.states import View
-from waterfill.runtime.cache.track import Track
 from waterfill.types import BudgetError, SpecError, WaterfillError
 
 BATCH, HEADS, GROUP, WIDTH = 2, 2, 2, 8

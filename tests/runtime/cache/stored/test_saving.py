@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from tests.runtime.cache.models import FAMILIES, decoder, statistics, tokens
 from waterfill.coding.cachegen_file import Reader
 from waterfill.runtime.cache.cache import KVCache
-from waterfill.runtime.cache.fingerprint import model_fingerprint
+from waterfill.runtime.cache.stored.fingerprint import model_fingerprint
 from waterfill.types import BudgetError, FormatError, WaterfillError
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from waterfill.runtime.cache.attending import SCORES
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.held.attending import SCORES
+from waterfill.runtime.cache.held.pieces import Piece
+from waterfill.runtime.cache.held.store import Store
+from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.method import BLOCK
-from waterfill.runtime.cache.pieces import Piece
-from waterfill.runtime.cache.store import Store
-from waterfill.runtime.cache.track import Track
 
 __all__ = ["SLOT_NBYTES", "Held", "KeptStore", "Moment", "attention_received", "batch_of"]
 

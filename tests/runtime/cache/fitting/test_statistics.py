@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.runtime.cache.models import decoder, statistics, tokens
-from waterfill.runtime.cache.calibrating import calibrate_cache
-from waterfill.runtime.cache.statistics import load_statistics, save_statistics
+from waterfill.runtime.cache.fitting.calibrating import calibrate_cache
+from waterfill.runtime.cache.fitting.statistics import load_statistics, save_statistics
 from waterfill.types import FormatError, WaterfillError
 
 
