@@ -1,5 +1,6 @@
 // Attention over a cache, between Python and the kernels.
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
@@ -17,16 +18,24 @@ namespace {
 using Strides = std::array<ptrdiff_t, 4>;
 // start, tokens, keys, their strides, values, their strides
 using ExactArgs = std::tuple<int64_t, size_t, uintptr_t, Strides, uintptr_t, Strides>;
-// kept, bytes of a block, mean, places, rows, scales, groups of bits and how many components
-using StreamArgs = std::tuple<size_t, size_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, std::vector<std::tuple<unsigned, size_t>>>;
-// pairs, first and second columns, frequencies
-using TurnArgs = std::tuple<size_t, uintptr_t, uintptr_t, uintptr_t>;
-// keys, bytes between rows, values, bytes between rows, blocks
-using RunArgs = std::tuple<uintptr_t, ptrdiff_t, uintptr_t, ptrdiff_t, size_t>;
+// An address, and bytes between rows of the batch.
+using PartArgs = std::tuple<uintptr_t, ptrdiff_t>;
+// blocks, their parts
+using RunArgs = std::tuple<size_t, std::vector<PartArgs>>;
 // start, offsets, rows
 using OffsetArgs = std::tuple<int64_t, uintptr_t, size_t>;
-// start, hidden tokens, keys, values, turn, runs of blocks, offsets of positions
-using CodedArgs = std::tuple<int64_t, size_t, StreamArgs, StreamArgs, TurnArgs, std::vector<RunArgs>, std::vector<OffsetArgs>>;
+// start, hidden tokens, coder, runs of blocks, offsets of positions
+using CodedArgs = std::tuple<int64_t, size_t, nb::object, std::vector<RunArgs>, std::vector<OffsetArgs>>;
+
+template <class T> using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+// kept, mean, rows, scales
+using TableArgs = std::tuple<size_t, Matrix<uint16_t>, Matrix<int8_t>, Vector<const uint16_t>>;
+// place, groups of bits and how many components
+using WholeArgs = std::tuple<TableArgs, Vector<const int32_t>, std::vector<std::pair<unsigned, size_t>>>;
+// column, column of low bits, shift and pull of each component
+using StepsArgs = std::tuple<TableArgs, Vector<const int32_t>, Vector<const int32_t>, Vector<const uint8_t>, Vector<const float>>;
+// first and second columns, frequencies
+using TurnArgs = std::tuple<Vector<const int64_t>, Vector<const int64_t>, Vector<const double>>;
 
 template <class T> T* at(uintptr_t address) {
     if (!address) throw std::invalid_argument("cache: no memory at null");
@@ -38,65 +47,110 @@ attention::Tensor tensor_of(uintptr_t address, const Strides& strides) {
     return {at<const void>(address), {strides[0], strides[1], strides[2]}};
 }
 
-// A stream, and the components that it points at.
-struct OwnedStream {
-    std::vector<cache::Component> components;
-    std::vector<uint32_t> first;
-    cache::Stream stream;
-
-    OwnedStream(const StreamArgs& args, size_t heads, size_t width) : first(heads + 1) {
-        const auto& [kept, nbytes, mean, places, rows, scales, groups] = args;
-        if (!kept || kept > width) throw std::invalid_argument("cache: components are at least one and at most a head's width");
-        size_t count = 0, end = 0;
-        for (const auto& [bits, n] : groups) {
-            if (bits < 1 || bits > 8) throw std::invalid_argument("cache: codes have 1 to 8 bits");
-            count += n, end += n * bits * cache::kBlock / 8;
-        }
-        if (end != nbytes || end > UINT32_MAX) throw std::invalid_argument("cache: blocks are not as long as their components");
-        const int32_t* place = reinterpret_cast<const int32_t*>(places);
-        for (size_t i = 0; i < count; ++i) {
-            if (place[i] < 0 || size_t(place[i]) >= heads * kept) throw std::invalid_argument("cache: no such component");
-            if (++first[size_t(place[i]) / kept + 1] > kept) throw std::invalid_argument("cache: more components than are kept");
-        }
-        for (size_t h = 0; h < heads; ++h) first[h + 1] += first[h];
-        std::vector<uint32_t> next(first.begin(), first.end() - 1);
-        components.resize(count);
-        uint32_t row = 0, offset = 0;
-        for (const auto& [bits, n] : groups)
-            for (size_t i = 0; i < n; ++i, ++row, offset += uint32_t(bits * cache::kBlock / 8)) components[next[size_t(place[row]) / kept]++] = {row, offset, bits};
-        stream = {kept, width, at<const uint16_t>(mean), reinterpret_cast<const int8_t*>(rows), reinterpret_cast<const uint16_t*>(scales), components.data(), first.data()};
-    }
-    OwnedStream(const OwnedStream&) = delete;
+// A coder, and the arrays whose memory it reads.
+struct Held {
+    std::vector<TableArgs> tables;
+    std::unique_ptr<cache::Coder> coder;
 };
 
+template <class T> std::vector<T> copied(const Vector<const T>& x) { return {x.data(), x.data() + x.shape(0)}; }
+
+cache::Turning turning_of(const TurnArgs& args, size_t width) {
+    const auto& [first, second, frequencies] = args;
+    return cache::Turning(copied(first), copied(second), copied(frequencies), width);
+}
+
+cache::Tables tables_of(const TableArgs& args) {
+    const auto& [kept, mean, rows, scales] = args;
+    cache::require(rows.shape(1) == mean.shape(1) && scales.shape(0) == rows.shape(0), "means, rows and scales do not fit each other");
+    return {mean.shape(0), kept, mean.shape(1), mean.data(), rows.data(), scales.data()};
+}
+
+Held* whole(const WholeArgs& keys, const WholeArgs& values, const TurnArgs& turn) {
+    const auto stream = [](const WholeArgs& args) {
+        const auto& [tables, place, groups] = args;
+        size_t count = 0;
+        for (const auto& [bits, n] : groups) cache::require(n <= place.shape(0) - count, "more components than places"), count += n;
+        cache::require(count == place.shape(0) && std::get<2>(tables).shape(0) == count, "components, their places and rows differ in number");
+        return cache::OwnedStream(tables_of(tables), place.data(), groups);
+    };
+    auto held = std::make_unique<Held>();
+    held->tables = {std::get<0>(keys), std::get<0>(values)};
+    held->coder.reset(new cache::Coder{cache::Kind::whole, stream(keys), stream(values), turning_of(turn, std::get<1>(std::get<0>(keys)).shape(1)), {}, {}, nullptr});
+    held->coder->nbytes = {held->coder->keys.nbytes, held->coder->values.nbytes};
+    return held.release();
+}
+
+Held* steps(const StepsArgs& keys, const StepsArgs& values, const TurnArgs& turn, const Vector<const uint8_t>& classes, const Matrix<uint16_t>& models, const Vector<const float>& sizes, size_t nbytes) {
+    const auto stream = [&](const StepsArgs& args) {
+        const auto& [table, column, low, shift, pull] = args;
+        const cache::Tables tables = tables_of(table);
+        const size_t count = column.shape(0), columns = classes.shape(0);
+        cache::require(count == tables.heads * tables.kept && std::get<2>(table).shape(0) == count && low.shape(0) == count && shift.shape(0) == count && pull.shape(0) == count, "components and their columns differ in number");
+        std::vector<cache::Column> made;
+        for (size_t i = 0; i < count; ++i) {
+            const int32_t c = column.data()[i], l = low.data()[i];
+            cache::require(c >= 0 && size_t(c) < columns && l >= -1 && (l < 0 || size_t(l) < columns) && shift.data()[i] < 8, "no such column");
+            made.push_back({c, l, shift.data()[i], pull.data()[i]});
+        }
+        return cache::OwnedStream(tables, 0, std::move(made));
+    };
+    cache::require(sizes.shape(0) == 256, "a step for each byte");
+    auto held = std::make_unique<Held>();
+    held->tables = {std::get<0>(keys), std::get<0>(values)};
+    const size_t listed = std::get<1>(keys).shape(0), components = listed + std::get<1>(values).shape(0);
+    held->coder.reset(new cache::Coder{cache::Kind::steps, stream(keys), stream(values), turning_of(turn, std::get<1>(std::get<0>(keys)).shape(1)), {nbytes}, {},
+                                       std::make_unique<cache::SymbolCoder>(classes.data(), classes.shape(0), waterfill::rans::Frequencies{models.data(), models.shape(0), models.shape(1)}, sizes.data(), components)});
+    held->coder->values.stream.base = listed;
+    return held.release();
+}
+
+Held* grids(bool by_channel, size_t heads, size_t key_width, size_t value_width, unsigned key_bits, unsigned value_bits, size_t groups, const Vector<const float>& sizes, const TurnArgs& turn) {
+    const auto stream = [&](size_t width, unsigned bits) {
+        cache::require(bits > 0, "codes have 1 to 8 bits");
+        return cache::OwnedStream({heads, width, width, nullptr, nullptr, nullptr}, bits, {});
+    };
+    cache::require(groups && cache::kBlock % groups == 0 && sizes.shape(0) == 256, "grids do not fit a block");
+    auto held = std::make_unique<Held>();
+    held->coder.reset(new cache::Coder{by_channel ? cache::Kind::channel : cache::Kind::token, stream(key_width, key_bits), stream(value_width, value_bits), turning_of(turn, key_width), {}, copied(sizes), nullptr});
+    cache::Coder& made = *held->coder;
+    made.values.stream.groups = groups;
+    const size_t key_grids = by_channel ? heads * key_width : 2 * heads * cache::kBlock, value_grids = by_channel ? heads * groups : 2 * heads * cache::kBlock;
+    made.nbytes = {made.keys.nbytes, key_grids, key_grids, made.values.nbytes, value_grids, value_grids};
+    return held.release();
+}
+
+// Pieces of a call, and what their blocks point at.
 struct OwnedCoded {
-    OwnedStream keys, values;
-    cache::Turning turning;
+    std::vector<std::vector<ptrdiff_t>> rows;
     cache::Coded coded;
 
-    OwnedCoded(const CodedArgs& args, const attention::Call& call)
-        : keys(std::get<2>(args), call.shared, call.key_width), values(std::get<3>(args), call.shared, call.value_width), turning(turning_of(std::get<4>(args), call.key_width)) {
-        coded.start = std::get<0>(args), coded.hidden = std::get<1>(args);
-        coded.keys = keys.stream, coded.values = values.stream, coded.turning = &turning;
-        const size_t key_nbytes = std::get<1>(std::get<2>(args)), value_nbytes = std::get<1>(std::get<3>(args));
-        for (const auto& [k, key_row, v, value_row, blocks] : std::get<5>(args))
-            for (size_t b = 0; b < blocks; ++b) coded.blocks.push_back({reinterpret_cast<const uint8_t*>(k) + b * key_nbytes, reinterpret_cast<const uint8_t*>(v) + b * value_nbytes, key_row, value_row});
-        if (coded.blocks.empty() || coded.hidden >= cache::kBlock) throw std::invalid_argument("cache: a piece that shows no block, or not its first");
-        const int64_t end = coded.start + int64_t(coded.blocks.size() * cache::kBlock);
-        for (const auto& [start, offsets, rows] : std::get<6>(args)) {
-            const bool begins = coded.offsets.empty() ? start == coded.start : start > coded.offsets.back().start && start < end;
-            if (!begins || (start - coded.start) % int64_t(cache::kBlock) || (rows != 1 && rows != call.batch))
-                throw std::invalid_argument("cache: positions change with a block, for all rows or each");
-            coded.offsets.push_back({start, at<const int64_t>(offsets), rows});
+    OwnedCoded(const CodedArgs& args, const attention::Call& call) {
+        const auto& [start, hidden, object, runs, offsets] = args;
+        const cache::Coder& coder = *nb::cast<const Held&>(object).coder;
+        const cache::Stream &keys = coder.keys.stream, &values = coder.values.stream;
+        cache::require(keys.width == call.key_width && values.width == call.value_width && coder.keys.heads == call.shared && coder.values.heads == call.shared, "blocks of other heads than the call's");
+        coded.start = start, coded.hidden = hidden, coded.coder = &coder;
+        for (const auto& [blocks, parts] : runs) {
+            cache::require(parts.size() == coder.nbytes.size(), "blocks of other parts than their coder's");
+            std::vector<ptrdiff_t>& own = rows.emplace_back();
+            for (const auto& [address, row] : parts) own.push_back(row);
+            for (size_t b = 0; b < blocks; ++b) {
+                cache::Block block{{}, own.data()};
+                for (size_t i = 0; i < parts.size(); ++i) block.parts[i] = coder.nbytes[i] ? at<const uint8_t>(std::get<0>(parts[i])) + b * coder.nbytes[i] : nullptr;
+                coded.blocks.push_back(block);
+            }
         }
-        if (coded.offsets.empty()) throw std::invalid_argument("cache: blocks without positions");
+        cache::require(!coded.blocks.empty() && hidden < cache::kBlock, "a piece that shows no block, or not its first");
+        const int64_t end = coded.start + int64_t(coded.blocks.size() * cache::kBlock);
+        for (const auto& [from, address, count] : offsets) {
+            const bool begins = coded.offsets.empty() ? from == coded.start : from > coded.offsets.back().start && from < end;
+            cache::require(begins && (from - coded.start) % int64_t(cache::kBlock) == 0 && (count == 1 || count == call.batch), "positions change with a block, for all rows or each");
+            coded.offsets.push_back({from, at<const int64_t>(address), count});
+        }
+        cache::require(!coded.offsets.empty(), "blocks without positions");
     }
     OwnedCoded(const OwnedCoded&) = delete;
-
-    static cache::Turning turning_of(const TurnArgs& args, size_t width) {
-        const auto& [pairs, first, second, frequencies] = args;
-        return cache::Turning(pairs, pairs ? at<const int64_t>(first) : nullptr, pairs ? at<const int64_t>(second) : nullptr, pairs ? at<const double>(frequencies) : nullptr, width);
-    }
 };
 
 void attend_cache(const std::array<size_t, 6>& shape, const char* type, uintptr_t q, const Strides& q_strides, uintptr_t mask, const Strides& mask_strides, bool boolean,
@@ -134,6 +188,10 @@ void attend_cache(const std::array<size_t, 6>& shape, const char* type, uintptr_
 }  // namespace
 
 void bind_cache(nb::module_& m) {
+    nb::class_<Held>(m, "CacheCoder").def_prop_ro("nbytes", [](const Held& held) { return held.coder->nbytes; }, "Bytes of each part of a block.");
+    m.def("cache_whole", &whole, "keys"_a, "values"_a, "turn"_a, "Blocks of whole bits, of keys and of values.");
+    m.def("cache_steps", &steps, "keys"_a, "values"_a, "turn"_a, "classes"_a, "models"_a, "steps"_a, "nbytes"_a, "Blocks of entropy-coded steps, in one part.");
+    m.def("cache_grids", &grids, "by_channel"_a, "heads"_a, "key_width"_a, "value_width"_a, "key_bits"_a, "value_bits"_a, "groups"_a, "sizes"_a, "turn"_a, "Blocks of integers on grids: codes, and two numbers of a grid, of keys and of values.");
     m.def("attend_cache", &attend_cache, "shape"_a, "dtype"_a, "q"_a, "q_strides"_a, "mask"_a, "mask_strides"_a, "boolean"_a, "first_masked"_a, "masked"_a, "scale"_a, "exact"_a,
           "coded"_a, "out"_a, "threads"_a,
           "Attention over pieces at addresses; shape is batch, heads, key heads, queries, widths of a key and of a value.");

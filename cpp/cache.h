@@ -14,20 +14,39 @@ constexpr size_t kSpans = 32;    // of an arena, about; results depend on it
 constexpr size_t kColumns = 8;   // of a key that are decoded together
 constexpr size_t kTokens = kChunk * kBlock;
 
-// A component's codes: kBlock / 8 * bits bytes from `offset` in a block.
+// How blocks hold components.
+//   whole    codes of so many bits each; a component is its code - (2^(bits - 1) - 1/2)
+//   steps    symbols of an entropy coder (cachegen.h), by column
+//   channel  codes on grids: of a channel of a block's keys, of some tokens' values
+//   token    codes on grids of a token each, keys as attention gets them
+enum class Kind { whole, steps, channel, token };
+
+constexpr size_t kParts = 6;  // of a block, at most
+
+// A component's codes: kBlock / 8 * bits bytes from `offset` in a block's part.
 struct Component {
     uint32_t row, offset, bits;
 };
 
-// Keys or values: a head's vector is mean + sum of component * scale * row, where a component is its
-// code - (2^(bits - 1) - 1/2).
+// Where a component's symbols are: its column, that of its low bits or -1.
+struct Column {
+    int32_t column, low;
+    uint32_t shift;
+    float pull;
+};
+
+// Keys or values: a head's vector is mean + sum of component * scale * row. Without rows, components
+// are the vector.
 struct Stream {
     size_t kept, width;
     const uint16_t* mean;         // float16 (heads, width)
-    const int8_t* rows;           // (components, width)
+    const int8_t* rows;           // (components, width), or null
     const uint16_t* scales;       // float16 (components,)
     const Component* components;  // of one head after another
+    const Column* columns;        // of kind `steps`, in the order of components
     const uint32_t* first;        // of each head, and where the last one's end
+    size_t base;                  // components listed before its own
+    size_t groups;                // of tokens that share a grid, of kind `channel`
 
     size_t count(size_t head) const { return first[head + 1] - first[head]; }
 };
@@ -43,23 +62,44 @@ struct Turn {
     size_t columns() const { return 2 * padded; }
 };
 
+// Parts of a block, of the first row of the batch, and bytes from there to the next row's.
 struct Block {
-    const uint8_t *keys, *values;      // of the first row of the batch
-    ptrdiff_t key_row, value_row;      // bytes between rows
+    const uint8_t* parts[kParts];
+    const ptrdiff_t* rows;
+
+    const uint8_t* part(size_t i, size_t row) const { return parts[i] + ptrdiff_t(row) * rows[i]; }
 };
 
-// Keys' synthesis of a head in integers, for the columns that turn: column j of a key is
-// shift[j] + scale[j] * sum of (code - 2^(bits - 1)) * entry.
+// What no symbol stood for: how far a token's component is from its nearest, in units of its low bits.
+struct Listed {
+    uint32_t component, token;  // components of keys before those of values
+    int32_t over;
+};
+
+// A block whose entropy coder is undone: symbols (column, kBlock).
+struct Symbols {
+    const uint8_t* at;
+    float step;
+    const Listed* listed;
+    size_t count;
+};
+
+// Keys' synthesis of a head, for the columns that turn. Of codes in integers: column j of a key is
+// shift[j] + scale[j] * sum of (code - 2^(bits - 1)) * entry. Else in floats: shift[j] + sum of
+// component * real.
 struct Table {
     int32_t* entries;  // (columns / kColumns, component pairs, kColumns), two int16 of a pair of components
+    float* reals;      // (columns / kColumns, components, kColumns)
     float *scale, *shift;  // (columns,)
 };
 
 struct Arena {
+    Kind kind;
     Stream keys, values;
     Turn turn;
     const Block* blocks;
     const Table* tables;  // of each head
+    const float* sizes;   // of a grid's step, by its byte
 };
 
 // Consecutive blocks of an arena, at consecutive positions.
@@ -71,6 +111,7 @@ struct Span {
     bool masked;
     const double *cos, *sin;  // (rows, padded) of the first token's position
     size_t phase_rows;        // of the batch, or one for all
+    const Symbols* symbols;   // of each block, of one row of the batch, where the arena holds such
 };
 
 // Shapes, queries and mask are the call's; its keys and values are not used.
@@ -84,7 +125,8 @@ struct Kernels {
 inline size_t scratch_floats(const attention::Call& call, const Arena& arena) {
     const size_t rows = call.rows(), padded = arena.turn.padded, kept = arena.keys.kept, alignment = 16 * 16;
     const size_t row = 4 * padded + kTokens + kept + (arena.values.kept + 15) / 16 * 16 + call.key_width + 3;
-    return rows * row + 4 * padded + (kept + 1) / 2 * kBlock + (kept + 1) * kBlock / 4 + alignment;
+    const size_t codes = arena.kind == Kind::whole ? (kept + 1) / 2 * kBlock + (kept + 1) * kBlock / 4 : kept * kBlock;
+    return rows * row + 4 * padded + codes + alignment;
 }
 
 }  // namespace waterfill::cache

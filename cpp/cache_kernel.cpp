@@ -2,8 +2,9 @@
 #include "cache.h"
 
 #include <algorithm>
+#include <type_traits>
 
-#include "cache_codes.h"
+#include "cache_components.h"
 
 namespace waterfill::WATERFILL_ISA {
 namespace {
@@ -21,9 +22,26 @@ constexpr size_t kAtOnce = 4;
 
 const Component& component_of(const Stream& stream, size_t head, size_t component) { return stream.components[stream.first[head] + component]; }
 
+void prepare_reals(const Arena& arena, size_t head, const Table& table) {
+    const Stream& keys = arena.keys;
+    const Turn& turn = arena.turn;
+    const size_t count = keys.count(head), width = keys.width;
+    for (size_t j = 0; j < turn.columns(); ++j) {
+        const bool there = j / 2 < turn.pairs;
+        const size_t column = there ? size_t((j % 2 ? turn.second : turn.first)[j / 2]) : 0;
+        table.shift[j] = there && keys.rows ? from_half(keys.mean[head * width + column]) : 0;
+        float* out = table.reals + j / kColumns * count * kColumns + j % kColumns;
+        for (size_t k = 0; keys.rows && k < count; ++k) {
+            const uint32_t row = component_of(keys, head, k).row;
+            out[k * kColumns] = there ? float(keys.rows[row * width + column]) * from_half(keys.scales[row]) : 0;
+        }
+    }
+}
+
 // Entries have fifteen bits under the largest of their column, and a power of two as scale: all but the
 // smallest are as exact as what they come from. 512 components of 8 bits sum up within 32 bits.
 void prepare(const Arena& arena, size_t head, const Table& table) {
+    if (arena.kind != Kind::whole) return prepare_reals(arena, head, table);
     const Stream& keys = arena.keys;
     const Turn& turn = arena.turn;
     const size_t count = keys.count(head), pairs = (count + 1) / 2;
@@ -60,14 +78,17 @@ void prepare(const Arena& arena, size_t head, const Table& table) {
     }
 }
 
-// All rows of a group against one span.
-template <Float Type> class Pass {
+// All rows of a group against one span, its components as codes in integers or as floats.
+template <Float Type, bool Whole> class Pass {
     using T = typename Stored<Type>::type;
+    using Number = std::conditional_t<Whole, int8_t, float>;
+    static constexpr float kHalf = Whole ? 0.5f : 0.0f;  // between a code and what it stands for
 
 public:
     Pass(const Call& call, const Span& span, size_t group, float* scratch)
         : call_(call), span_(span), arena_(*span.arena), turn_(arena_.turn), keys_(arena_.keys), values_(arena_.values), batch_(group / call.shared),
-          head_(group % call.shared), rows_(call.rows()), key_count_(keys_.count(head_)), value_count_(values_.count(head_)), sums_width_((values_.kept + 15) / 16 * 16) {
+          head_(group % call.shared), rows_(call.rows()), key_count_(keys_.count(head_)), value_count_(values_.count(head_)), sums_width_((values_.kept + 15) / 16 * 16),
+          key_components_(arena_, false, head_, batch_), value_components_(arena_, true, head_, batch_) {
         const auto take = [&](size_t floats) {
             float* at = scratch;
             scratch += (floats + 15) / 16 * 16;
@@ -77,8 +98,8 @@ public:
         phases_ = reinterpret_cast<double*>(take(4 * turn_.padded));
         still_ = take(rows_ * keys_.kept), constant_ = take(rows_), top_ = take(rows_), total_ = take(rows_);
         weights_ = take(rows_ * kTokens), sums_ = take(rows_ * sums_width_), whole_ = take(rows_ * call.key_width);
-        words_ = reinterpret_cast<int32_t*>(take((keys_.kept + 1) / 2 * kBlock));
-        codes_ = reinterpret_cast<int8_t*>(take((keys_.kept + 1) * kBlock / 4));
+        if (Whole) words_ = reinterpret_cast<int32_t*>(take((keys_.kept + 1) / 2 * kBlock));
+        codes_ = reinterpret_cast<Number*>(take(Whole ? (keys_.kept + 1) * kBlock / 4 : keys_.kept * kBlock));
     }
 
     void run(float* partial) {
@@ -119,6 +140,10 @@ private:
             if (whole < width) sum = sum + Lanes16::load<Float::f32>(query + whole, width - whole) * load(whole, width - whole);
             return sum.sum();
         };
+        if (!keys_.rows) {
+            std::copy_n(query, key_count_, still_ + r * keys_.kept);
+            return;
+        }
         float constant = times([&](size_t j, size_t n) { return Lanes16::load<Float::f16>(keys_.mean + head_ * width + j, n); });
         for (size_t k = 0; k < key_count_; ++k) {
             const uint32_t row = component_of(keys_, head_, k).row;
@@ -128,7 +153,7 @@ private:
                 return lanes(padded);
             });
             still_[r * keys_.kept + k] = sum;
-            constant += 0.5f * sum;
+            constant += kHalf * sum;
         }
         constant_[r] = constant;
     }
@@ -149,30 +174,42 @@ private:
 
     // Scores of a block's tokens, at weights_ of each row.
     void score(size_t b, float* out) {
-        const Block& block = arena_.blocks[span_.first + b];
-        const uint8_t* keys = block.keys + ptrdiff_t(batch_) * block.key_row;
-        const Component* components = keys_.components + keys_.first[head_];
-        for (size_t k = 0; k < key_count_; ++k) unpack(keys + components[k].offset, components[k].bits, codes_ + k * kBlock);
+        read_keys(b);
         for (size_t r = 0; r < rows_; ++r) std::fill_n(out + r * kTokens, kBlock, constant_[r]);
         if (turn_.still) add_still(out);
         if (!turn_.pairs) return;
-        if (key_count_ % 2) std::fill_n(codes_ + key_count_ * kBlock, kBlock, int8_t(0));
-        const size_t pairs = (key_count_ + 1) / 2;
-        for (size_t p = 0; p < pairs; ++p)
-            for (size_t t = 0; t < kBlock; t += kWide) {
-                const WideInts even = ints(codes_ + 2 * p * kBlock + t), odd = ints(codes_ + (2 * p + 1) * kBlock + t), both = (even & 0xFFFF) | (odd << 16);
-                std::memcpy(words_ + p * kBlock + t, &both, sizeof both);
-            }
+        const size_t pairs = Whole ? (key_count_ + 1) / 2 : key_count_;
         turn_queries();
         for (size_t t = 0; t < kBlock; t += 2 * kWide)
             for (size_t j = 0; j < turn_.columns(); j += kAtOnce) add_turning(j, t, pairs, out + t);
     }
 
+    void read_keys(size_t b) {
+        const Block& block = arena_.blocks[span_.first + b];
+        if constexpr (Whole) {
+            const uint8_t* keys = block.part(0, batch_);
+            const Component* components = keys_.components + keys_.first[head_];
+            for (size_t k = 0; k < key_count_; ++k) unpack(keys + components[k].offset, components[k].bits, codes_ + k * kBlock);
+            if (!turn_.pairs) return;
+            if (key_count_ % 2) std::fill_n(codes_ + key_count_ * kBlock, kBlock, int8_t(0));
+            for (size_t p = 0; p < (key_count_ + 1) / 2; ++p)
+                for (size_t t = 0; t < kBlock; t += kWide) {
+                    const WideInts even = ints(codes_ + 2 * p * kBlock + t), odd = ints(codes_ + (2 * p + 1) * kBlock + t), both = (even & 0xFFFF) | (odd << 16);
+                    std::memcpy(words_ + p * kBlock + t, &both, sizeof both);
+                }
+        } else {
+            key_components_.read(block, span_.symbols ? span_.symbols + b : nullptr, 0, key_count_, kBlock, codes_);
+        }
+    }
+
+    static Lanes16 numbers(const int8_t* at) { return lanes(at); }
+    static Lanes16 numbers(const float* at) { return Lanes16::load(at); }
+
     void add_still(float* out) const {
         for (size_t r = 0; r < rows_; ++r)
             for (size_t t = 0; t < kBlock; t += kLanes) {
                 Lanes16 sum = Lanes16::load(out + r * kTokens + t);
-                for (size_t k = 0; k < key_count_; ++k) sum = sum + Lanes16::of(still_[r * keys_.kept + k]) * lanes(codes_ + k * kBlock + t);
+                for (size_t k = 0; k < key_count_; ++k) sum = sum + Lanes16::of(still_[r * keys_.kept + k]) * numbers(codes_ + k * kBlock + t);
                 sum.store(out + r * kTokens + t);
             }
     }
@@ -200,28 +237,60 @@ private:
         }
     }
 
-    // What kAtOnce columns from j add to the scores of two registers of tokens from t.
-    void add_turning(size_t j, size_t t, size_t pairs, float* out) const {
-        WideInts sums[kAtOnce][2] = {};
-        const int32_t* entries = arena_.tables[head_].entries + j / kColumns * pairs * kColumns + j % kColumns;
-        for (size_t p = 0; p < pairs; ++p) {
-            WideInts near, far;
-            std::memcpy(&near, words_ + p * kBlock + t, sizeof near), std::memcpy(&far, words_ + p * kBlock + t + kWide, sizeof far);
+    // kAtOnce columns of keys from j on, of two registers of tokens from t on, at the block's beginning.
+    void make_keys(size_t j, size_t t, size_t pairs, Wide (&keys)[kAtOnce][2]) const {
+        const Table& table = arena_.tables[head_];
+        const size_t from = j / kColumns * pairs * kColumns + j % kColumns;
+        if constexpr (Whole) {
+            WideInts sums[kAtOnce][2] = {};
+            const int32_t* entries = table.entries + from;
+            for (size_t p = 0; p < pairs; ++p) {
+                WideInts near, far;
+                std::memcpy(&near, words_ + p * kBlock + t, sizeof near), std::memcpy(&far, words_ + p * kBlock + t + kWide, sizeof far);
 #pragma GCC unroll 8
-            for (size_t i = 0; i < kAtOnce; ++i) {
-                const WideInts entry = WideInts{} + entries[p * kColumns + i];
-                sums[i][0] = dot_pairs(sums[i][0], near, entry), sums[i][1] = dot_pairs(sums[i][1], far, entry);
+                for (size_t i = 0; i < kAtOnce; ++i) {
+                    const WideInts entry = WideInts{} + entries[p * kColumns + i];
+                    sums[i][0] = dot_pairs(sums[i][0], near, entry), sums[i][1] = dot_pairs(sums[i][1], far, entry);
+                }
             }
+#pragma GCC unroll 8
+            for (size_t i = 0; i < kAtOnce; ++i)
+                for (size_t h = 0; h < 2; ++h) keys[i][h] = floats(sums[i][h]) * table.scale[j + i] + table.shift[j + i];
+        } else if (!keys_.rows) {
+            for (size_t i = 0; i < kAtOnce; ++i)
+                for (size_t h = 0; h < 2; ++h) {
+                    keys[i][h] = Wide{};
+                    if ((j + i) / 2 < turn_.pairs) widen(keys[i][h], codes_ + size_t(((j + i) % 2 ? turn_.second : turn_.first)[(j + i) / 2]) * kBlock + t + h * kWide);
+                }
+        } else {
+            Wide sums[kAtOnce][2];
+#pragma GCC unroll 8
+            for (size_t i = 0; i < kAtOnce; ++i) sums[i][0] = sums[i][1] = Wide{} + table.shift[j + i];
+            const float* reals = table.reals + from;
+            for (size_t k = 0; k < pairs; ++k) {
+                Wide near, far;
+                widen(near, codes_ + k * kBlock + t), widen(far, codes_ + k * kBlock + t + kWide);
+#pragma GCC unroll 8
+                for (size_t i = 0; i < kAtOnce; ++i) {
+                    const Wide real = Wide{} + reals[k * kColumns + i];
+                    sums[i][0] = sums[i][0] + near * real, sums[i][1] = sums[i][1] + far * real;
+                }
+            }
+            std::memcpy(keys, sums, sizeof sums);
         }
-        const float *scale = arena_.tables[head_].scale + j, *shift = arena_.tables[head_].shift + j;
+    }
+
+    // What these columns add to the scores.
+    void add_turning(size_t j, size_t t, size_t pairs, float* out) const {
         Wide keys[kAtOnce][2];
+        make_keys(j, t, pairs, keys);
 #pragma GCC unroll 8
         for (size_t i = 0; i < kAtOnce; i += 2)
 #pragma GCC unroll 2
             for (size_t h = 0; h < 2; ++h) {
                 Wide cos, sin;
                 widen(cos, turn_.cos + (j + i) / 2 * kBlock + t + h * kWide), widen(sin, turn_.sin + (j + i) / 2 * kBlock + t + h * kWide);
-                const Wide a = floats(sums[i][h]) * scale[i] + shift[i], b = floats(sums[i + 1][h]) * scale[i + 1] + shift[i + 1];
+                const Wide a = keys[i][h], b = keys[i + 1][h];
                 keys[i][h] = a * cos - b * sin;
                 keys[i + 1][h] = a * sin + b * cos;
             }
@@ -282,14 +351,16 @@ private:
 
     // Weighted sums of the values' codes.
     void add_values(size_t low, size_t count) {
-        const Component* components = values_.components + values_.first[head_];
         const Block* blocks = arena_.blocks + span_.first + low;
         for (size_t first = 0; first < value_count_; first += kLanes) {
             const size_t some = std::min(kLanes, value_count_ - first);
-            for (size_t k = 0; k < some; ++k)
-                for (size_t b = 0; b < count; ++b)
-                    unpack(blocks[b].values + ptrdiff_t(batch_) * blocks[b].value_row + components[first + k].offset, components[first + k].bits,
-                           bytes_ + k * kTokens + b * kBlock);
+            if constexpr (Whole) {
+                const Component* components = values_.components + values_.first[head_] + first;
+                for (size_t k = 0; k < some; ++k)
+                    for (size_t b = 0; b < count; ++b) unpack(blocks[b].part(1, batch_) + components[k].offset, components[k].bits, numbers_ + k * kTokens + b * kBlock);
+            } else {
+                for (size_t b = 0; b < count; ++b) value_components_.read(blocks[b], span_.symbols ? span_.symbols + low + b : nullptr, first, some, kTokens, numbers_ + b * kBlock);
+            }
             size_t r = 0;
             for (; r + 4 <= rows_; r += 4) add_components<4>(r, first, some, count * kBlock);
             for (; r < rows_; ++r) add_components<1>(r, first, some, count * kBlock);
@@ -302,7 +373,7 @@ private:
             Lanes16 sums[R];
             for (Lanes16& sum : sums) sum = Lanes16::of(0);
             for (size_t t = 0; t < tokens && k < some; t += kLanes) {
-                const Lanes16 code = lanes(bytes_ + k * kTokens + t);
+                const Lanes16 code = numbers(numbers_ + k * kTokens + t);
                 for (size_t i = 0; i < R; ++i) sums[i] = sums[i] + Lanes16::load(weights_ + (r + i) * kTokens + t) * code;
             }
             for (size_t i = 0; i < R; ++i) all[i][k] = sums[i];
@@ -319,13 +390,17 @@ private:
         for (size_t r = 0; r < rows_; ++r) {
             float *out = partial + r * call_.row_floats(), *value = out + attention::kHead;
             out[0] = top_[r], out[1] = total_[r];
-            const uint16_t* mean = values_.mean + head_ * width;
             std::fill_n(out + 2, call_.row_floats() - 2, 0.0f);
+            if (!values_.rows) {
+                std::copy_n(sums_ + r * sums_width_, width, value);
+                continue;
+            }
+            const uint16_t* mean = values_.mean + head_ * width;
             for (size_t j = 0; j < width; ++j) value[j] = total_[r] * from_half(mean[j]);
             for (size_t k = 0; k < value_count_; ++k) {
                 const uint32_t component = component_of(values_, head_, k).row;
                 const int8_t* row = values_.rows + component * width;
-                const float sum = (sums_[r * sums_width_ + k] + 0.5f * total_[r]) * from_half(values_.scales[component]);
+                const float sum = (sums_[r * sums_width_ + k] + kHalf * total_[r]) * from_half(values_.scales[component]);
                 for (size_t j = 0; j < width; ++j) value[j] += sum * float(row[j]);
             }
         }
@@ -340,14 +415,20 @@ private:
     float *queries_, *turned_, *still_, *constant_, *top_, *total_, *weights_, *sums_, *whole_;
     double* phases_;
     int32_t* words_;
-    int8_t* codes_;
-    alignas(64) int8_t bytes_[kLanes * kTokens];
+    Number* codes_;
+    const Components key_components_, value_components_;
+    alignas(64) Number numbers_[kLanes * kTokens];
 };
 
+template <Float Type> void attend_as(const Call& call, const Span& span, size_t group, float* scratch, float* partial) {
+    if (span.arena->kind == Kind::whole) Pass<Type, true>(call, span, group, scratch).run(partial);
+    else Pass<Type, false>(call, span, group, scratch).run(partial);
+}
+
 void attend(const Call& call, const Span& span, size_t group, float* scratch, float* partial) {
-    if (call.type == Float::f32) Pass<Float::f32>(call, span, group, scratch).run(partial);
-    else if (call.type == Float::bf16) Pass<Float::bf16>(call, span, group, scratch).run(partial);
-    else Pass<Float::f16>(call, span, group, scratch).run(partial);
+    if (call.type == Float::f32) attend_as<Float::f32>(call, span, group, scratch, partial);
+    else if (call.type == Float::bf16) attend_as<Float::bf16>(call, span, group, scratch, partial);
+    else attend_as<Float::f16>(call, span, group, scratch, partial);
 }
 
 const Kernels kTable{prepare, attend};

@@ -1,13 +1,12 @@
 // A call of attention over a cache, over the threads of the pool.
 #pragma once
-#include <cmath>
 #include <memory>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "attention_run.h"
-#include "cache.h"
+#include "cache_coder.h"
 
 namespace waterfill::cache {
 
@@ -20,47 +19,6 @@ inline const Kernels& cache_kernels_for(Isa isa) {
     return scalar::cache_kernels();
 }
 
-// Pairs of columns and how they turn, with the tables that a call needs.
-class Turning {
-public:
-    Turning(size_t pairs, const int64_t* first, const int64_t* second, const double* frequencies, size_t width)
-        : frequencies_(frequencies), padded_((pairs + kColumns / 2 - 1) / (kColumns / 2) * (kColumns / 2)), cos_(padded_ * kBlock), sin_(padded_ * kBlock), ahead_(2 * padded_) {
-        std::vector<char> used(width);
-        for (size_t i = 0; i < 2 * pairs; ++i) {
-            const int64_t column = i < pairs ? first[i] : second[i - pairs];
-            if (column < 0 || size_t(column) >= width || used[size_t(column)]++) throw std::invalid_argument("cache: columns that turn are not those of a key, each once");
-        }
-        for (size_t i = 0; i < pairs; ++i) {
-            const double cos = std::cos(frequencies[i]), sin = std::sin(frequencies[i]);
-            double x = 1, y = 0;
-            for (size_t t = 0; t < kBlock; ++t) {
-                cos_[i * kBlock + t] = float(x), sin_[i * kBlock + t] = float(y);
-                const double turned = x * cos - y * sin;
-                y = x * sin + y * cos, x = turned;
-            }
-            ahead_[i] = x, ahead_[padded_ + i] = y;
-        }
-        turn = {pairs, padded_, first, second, cos_.data(), sin_.data(), ahead_.data(), ahead_.data() + padded_, 2 * pairs < width};
-    }
-    Turning(const Turning&) = delete;
-
-    // cos and sin at a position, behind those that are there.
-    void phases(int64_t position, std::vector<double>& cos, std::vector<double>& sin) const {
-        for (size_t i = 0; i < padded_; ++i) {
-            const double angle = i < turn.pairs ? double(position) * frequencies_[i] : 0;
-            cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));
-        }
-    }
-
-    Turn turn;
-
-private:
-    const double* frequencies_;
-    size_t padded_;
-    std::vector<float> cos_, sin_;
-    std::vector<double> ahead_;
-};
-
 // Tokens from `start` on, so much ahead of their index; each row of the batch by its own, or all alike.
 struct Offset {
     int64_t start;
@@ -72,8 +30,7 @@ struct Offset {
 struct Coded {
     int64_t start;  // index of the first token of the first block
     size_t hidden;  // tokens of it that nobody sees
-    Stream keys, values;
-    const Turning* turning;
+    const Coder* coder;
     std::vector<Block> blocks;
     std::vector<Offset> offsets;  // the first holds at `start`; others begin with a block
 };
@@ -105,11 +62,14 @@ public:
         const size_t each = chunks + spans_.size();
         const std::unique_ptr<float[]> partials(new float[groups * each * floats]);
         // The longest work first: spans, then what was never coded.
-        pool::run(groups * spans_.size(), threads, [&](size_t i) {
-            const size_t group = i / spans_.size(), s = i % spans_.size();
-            const std::unique_ptr<float[]> scratch(new float[scratch_floats(call_, *spans_[s].arena) + 16]);
+        pool::run(jobs_.size(), threads, [&](size_t i) {
+            const Job& job = jobs_[i];
+            Span span = spans_[job.span];
+            const Undone undone(owners_[job.span], span, job.group / heads, isa);
+            span.symbols = undone.symbols();
+            const std::unique_ptr<float[]> scratch(new float[scratch_floats(call_, *span.arena) + 16]);
             float* aligned = scratch.get() + (64 - reinterpret_cast<uintptr_t>(scratch.get()) % 64) / sizeof(float);
-            kernels.attend(call_, spans_[s], group, aligned, partials.get() + (group * each + chunks + s) * floats);
+            for (size_t group = job.group; group < job.group + job.groups; ++group) kernels.attend(call_, span, group, aligned, partials.get() + (group * each + chunks + job.span) * floats);
         });
         pool::run(groups, spans_.empty() && chunks < 16 ? 1 : threads, [&](size_t group) {
             float* partial = partials.get() + group * each * floats;
@@ -122,6 +82,32 @@ public:
     }
 
 private:
+    // Some heads of a row of the batch against a span: all of them where its symbols are of all.
+    struct Job { size_t span, group, groups; };
+
+    // The symbols of a span's blocks, where its coder has such.
+    class Undone {
+    public:
+        Undone(const Coder* coder, const Span& span, size_t row, Isa isa) {
+            if (!coder->symbols) return;
+            const size_t each = coder->symbols->columns() * kBlock;
+            thread_local std::vector<uint8_t> kept;  // fresh memory costs as much as the coding
+            if (kept.size() < each * span.count) kept.resize(each * span.count);
+            std::vector<size_t> counts;
+            for (size_t b = 0; b < span.count; ++b) {
+                const Block& block = span.arena->blocks[span.first + b];
+                const float step = coder->symbols->undo(block.part(0, row), coder->nbytes[0], kept.data() + b * each, listed_, isa);
+                symbols_.push_back({kept.data() + b * each, step, nullptr, 0}), counts.push_back(listed_.size());
+            }
+            for (size_t b = 0, from = 0; b < span.count; from = counts[b++]) symbols_[b].listed = listed_.data() + from, symbols_[b].count = counts[b] - from;
+        }
+        const Symbols* symbols() const { return symbols_.empty() ? nullptr : symbols_.data(); }
+
+    private:
+        std::vector<Listed> listed_;
+        std::vector<Symbols> symbols_;
+    };
+
     void add(const Exact& piece, int64_t first_masked) {
         attention::Call part = call_;
         part.keys = piece.count, part.k = piece.keys, part.v = piece.values;
@@ -134,16 +120,21 @@ private:
 
     void add(const Coded& piece, int64_t first_masked) {
         const size_t heads = call_.shared;
-        const Turn& turn = piece.turning->turn;
-        const size_t pairs = (piece.keys.kept + 1) / 2;
-        entries_.emplace_back(new int32_t[heads * pairs * turn.columns()]);
-        scales_.emplace_back(new float[2 * heads * turn.columns()]);
+        const Coder& coder = *piece.coder;
+        const Turn& turn = coder.turning.turn;
+        const bool whole = coder.kind == Kind::whole;
+        const size_t columns = turn.columns(), words = !coder.keys.stream.rows ? 0 : (whole ? (coder.keys.stream.kept + 1) / 2 : coder.keys.stream.kept) * columns;
+        entries_.emplace_back(new int32_t[heads * words]);
+        scales_.emplace_back(new float[2 * heads * columns]);
         std::vector<Table> tables(heads);
-        for (size_t h = 0; h < heads; ++h)
-            tables[h] = {entries_.back().get() + h * pairs * turn.columns(), scales_.back().get() + 2 * h * turn.columns(), scales_.back().get() + (2 * h + 1) * turn.columns()};
+        for (size_t h = 0; h < heads; ++h) {
+            int32_t* entries = entries_.back().get() + h * words;
+            float* scale = scales_.back().get() + 2 * h * columns;
+            tables[h] = {entries, reinterpret_cast<float*>(entries), scale, scale + columns};
+        }
         tables_.push_back(std::move(tables));
-        arenas_.push_back({piece.keys, piece.values, turn, piece.blocks.data(), tables_.back().data()});
-        const size_t most = (piece.blocks.size() + kSpans * kChunk - 1) / (kSpans * kChunk) * kChunk;
+        arenas_.push_back({coder.kind, coder.keys.stream, coder.values.stream, turn, piece.blocks.data(), tables_.back().data(), coder.sizes.data()});
+        const size_t most = coder.symbols ? kChunk : (piece.blocks.size() + kSpans * kChunk - 1) / (kSpans * kChunk) * kChunk;
         for (size_t o = 0; o < piece.offsets.size(); ++o) {
             const auto block_of = [&](int64_t token) { return size_t(token - piece.start) / kBlock; };
             const size_t end = o + 1 < piece.offsets.size() ? block_of(piece.offsets[o + 1].start) : piece.blocks.size();
@@ -155,9 +146,12 @@ private:
         const int64_t token = piece.start + int64_t(low * kBlock);
         phases_.emplace_back(new std::pair<std::vector<double>, std::vector<double>>);
         auto& [cos, sin] = *phases_.back();
-        for (size_t row = 0; row < offset.rows; ++row) piece.turning->phases(token + offset.offsets[row], cos, sin);
+        for (size_t row = 0; row < offset.rows; ++row) piece.coder->turning.phases(token + offset.offsets[row], cos, sin);
         const size_t hidden = low ? 0 : piece.hidden;
-        spans_.push_back({&arenas_.back(), low, count, hidden, token - first_masked, token + int64_t(hidden) >= first_masked, cos.data(), sin.data(), offset.rows});
+        spans_.push_back({&arenas_.back(), low, count, hidden, token - first_masked, token + int64_t(hidden) >= first_masked, cos.data(), sin.data(), offset.rows, nullptr});
+        owners_.push_back(piece.coder);
+        const size_t together = piece.coder->symbols ? call_.shared : 1;
+        for (size_t group = 0; group < call_.groups(); group += together) jobs_.push_back({spans_.size() - 1, group, together});
     }
 
     attention::Call call_;
@@ -168,6 +162,8 @@ private:
     std::vector<std::unique_ptr<float[]>> scales_;
     std::vector<std::unique_ptr<std::pair<std::vector<double>, std::vector<double>>>> phases_;
     std::vector<Span> spans_;
+    std::vector<const Coder*> owners_;  // of each span
+    std::vector<Job> jobs_;
 };
 
 }  // namespace waterfill::cache

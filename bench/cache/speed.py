@@ -68,9 +68,9 @@ def opener(shape: Shape, bits: float, dtype: torch.dtype = torch.float32) -> Cal
     low, high = -30.0, 0.0  # of the level's logarithm
 
     def used(level: float) -> float:
-        streams = Transform(level).open(facts, known).streams()
-        assert streams is not None
-        return sum(s.block_nbytes for s in streams) / (8 * shape.shared * shape.width)
+        blocks = Transform(level).open(facts, known).blocks
+        assert blocks is not None
+        return sum(blocks.nbytes) / (8 * shape.shared * shape.width)
 
     for _ in range(12):
         middle = (low + high) / 2

@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 
 from tests.coding.test_attention import DTYPES, NEAR, every, read, stored
 from waterfill.coding import native
-from waterfill.coding.cached_attention import (
-    BLOCK,
-    CodedStream,
-    CodedTokens,
-    ExactTokens,
-    Turn,
-    attend_cache,
-)
+from waterfill.coding.cached_attention import CodedTokens, ExactTokens, attend_cache
+from waterfill.coding.cached_blocks import BLOCK, CodedStream, Turn, WholeBlocks
 from waterfill.types import Array
 
 # of a score: keys' synthesis has 15 bits, and as many errors as components
@@ -139,7 +133,7 @@ def test_attention_is_that_of_float64(c: dict[str, Any]) -> None:
         offsets = [(start, rng.integers(0, 10**5, rows))]
         if middle > start and c["padded"]:
             offsets.append((middle, rng.integers(0, 10**5, rows)))
-        coded.append(CodedTokens(start, hidden, keys, values, turn, segments, offsets))  # type: ignore[arg-type]
+        coded.append(CodedTokens(start, hidden, WholeBlocks(keys, values, turn), segments, offsets))  # type: ignore[arg-type]
         k, v = (
             vectors(np.concatenate(x, 1), s)
             for x, s in zip(zip(*segments, strict=True), (keys, values), strict=True)
@@ -183,7 +177,7 @@ def plain(
     keys, values = stream(rng, 2, 32), stream(rng, 2, 24)
     turn = Turn(np.arange(16), np.arange(16, 32), 0.5 ** np.arange(16.0))
     segment = tuple(rng.integers(0, 256, (batch, blocks, s.block_nbytes), np.uint8) for s in (keys, values))  # fmt: skip
-    coded = CodedTokens(0, 0, keys, values, turn, [segment], [(0, np.zeros(1, np.int64))])  # type: ignore[list-item]
+    coded = CodedTokens(0, 0, WholeBlocks(keys, values, turn), [segment], [(0, np.zeros(1, np.int64))])  # type: ignore[list-item]
     exact = ExactTokens(
         BLOCK * blocks,
         rng.normal(size=(batch, 2, 1, 32)).astype(np.float32),
@@ -209,11 +203,12 @@ def test_positions_far_away_keep_their_angles(monkeypatch: pytest.MonkeyPatch) -
     rng = np.random.default_rng(1)
     _, (coded,) = plain(rng, 1, 200)
     q = rng.normal(size=(1, 4, 1, 32)).astype(np.float32)
-    assert coded.turn is not None
-    q[...] = turned(q, coded.turn, np.array([[200 * BLOCK]]))
+    turn = coded.blocks.turn
+    assert turn is not None
+    q[...] = turned(q, turn, np.array([[200 * BLOCK]]))
     away = 1 << 17
-    far = CodedTokens(0, 0, coded.keys, coded.values, coded.turn, coded.segments, [(0, np.array([away]))])  # fmt: skip
-    moved = turned(q, coded.turn, np.array([[away]])).astype(np.float32)
+    far = CodedTokens(0, 0, coded.blocks, coded.segments, [(0, np.array([away]))])  # fmt: skip
+    moved = turned(q, turn, np.array([[away]])).astype(np.float32)
     for near, there in zip(
         every(monkeypatch, lambda: attend_cache(q, [], [coded], 0.2)),
         every(monkeypatch, lambda: attend_cache(moved, [], [far], 0.2)),
@@ -237,6 +232,8 @@ def test_what_does_not_fit_is_refused() -> None:
     rng = np.random.default_rng(3)
     exact, (coded,) = plain(rng)
     q = rng.normal(size=(2, 4, 1, 32)).astype(np.float32)
+    assert isinstance(coded.blocks, WholeBlocks)
+    keys, values = coded.blocks.keys, coded.blocks.values
     good = {name: getattr(coded, name) for name in CodedTokens.__dataclass_fields__}
     (k, v), zero = coded.segments[0], np.zeros(1, np.int64)
     wrong: list[dict[str, Any]] = [
@@ -244,7 +241,7 @@ def test_what_does_not_fit_is_refused() -> None:
         {"segments": [(k, v[:, :-1])]},
         {"segments": [(k[:1], v)]},
         {"segments": [(k[:, ::2], v[:, ::2])]},
-        {"keys": coded.values},
+        {"blocks": WholeBlocks(values, values, None)},
     ]
     for change in wrong:
         with pytest.raises(ValueError, match="fit"):
@@ -266,9 +263,9 @@ def test_what_does_not_fit_is_refused() -> None:
         {"offsets": [(0, zero), (33, zero)]},
         {"offsets": [(0, zero), (40 * BLOCK, zero)]},
         {"offsets": [(0, np.zeros(3, np.int64))]},
-        {"turn": Turn(np.array([0]), np.array([0]), np.ones(1))},
-        {"turn": Turn(np.array([0]), np.array([32]), np.ones(1))},
-        {"turn": Turn(np.array([-1]), np.array([1]), np.ones(1))},
+        {"blocks": WholeBlocks(keys, values, Turn(np.array([0]), np.array([0]), np.ones(1)))},
+        {"blocks": WholeBlocks(keys, values, Turn(np.array([0]), np.array([32]), np.ones(1)))},
+        {"blocks": WholeBlocks(keys, values, Turn(np.array([-1]), np.array([1]), np.ones(1)))},
     ]
     for change in deep:
         with pytest.raises(ValueError, match="cache"):
@@ -276,11 +273,11 @@ def test_what_does_not_fit_is_refused() -> None:
     for stop in (40 * BLOCK, 3):
         with pytest.raises(ValueError, match="mask"):
             attend_cache(q, exact, [coded], 0.2, np.ones((1, 1, 1, stop), bool))
-    far = coded.keys.place.copy()
-    far[0] = 2 * coded.keys.kept
-    outside = CodedStream(coded.keys.kept, coded.keys.mean, far, coded.keys.rows, coded.keys.scale, coded.keys.groups)  # fmt: skip
+    far = keys.place.copy()
+    far[0] = 2 * keys.kept
+    outside = CodedStream(keys.kept, keys.mean, far, keys.rows, keys.scale, keys.groups)
     with pytest.raises(ValueError, match="component"):
-        attend_cache(q, exact, [CodedTokens(**good | {"keys": outside})], 0.2)
+        attend_cache(q, exact, [CodedTokens(**good | {"blocks": WholeBlocks(outside, values, None)})], 0.2)
 
 
 def test_tables_that_do_not_fit_each_other_are_refused() -> None:

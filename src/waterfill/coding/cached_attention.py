@@ -1,18 +1,17 @@
 """Attention of few queries over a cache of which most is coded, without decoding it to memory.
 
-A head's key or value is ``mean + components @ rows``, a component being its code less
-``2**(bits - 1) - 1/2``. Keys are coded as they are before their rotary position (Su et al. 2021, arXiv
+What blocks hold is said by their kind (`waterfill.coding.cached_blocks`); most hold components, and a head's
+key or value is ``mean + components @ rows``. Keys are coded as they are before their rotary position (Su et al. 2021, arXiv
 2104.09864): the kernel turns each by its place in the block, and the queries to where the block begins.
 Values are summed as components and only the sum is multiplied. The softmax runs over chunks,
 rescaled whenever a larger score comes (Milakov and Gimelshein 2018, arXiv 1805.02867).
 
-The kernel takes keys' rows as integers of 16 bits, and gives the same bits with every instruction
+The kernel takes rows of keys in whole bits as integers of 16 bits, and gives the same bits with every instruction
 set and any number of threads; the numpy twin agrees to within that rounding.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,88 +21,13 @@ from numpy.typing import NDArray
 
 from waterfill.coding import native
 from waterfill.coding.attention import MAX_WIDTH, NAMES
+from waterfill.coding.cached_blocks import Blocks
 from waterfill.types import Array, Floats, from_float32, to_float32
 
-__all__ = ["BLOCK", "CodedStream", "CodedTokens", "ExactTokens", "Turn", "attend_cache"]
+__all__ = ["CodedTokens", "ExactTokens", "attend_cache"]
 
-BLOCK = 32  # tokens that are coded together
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
-
-
-@dataclass(frozen=True, eq=False)
-class CodedStream:
-    """How keys or values are coded.
-
-    Attributes
-    ----------
-    kept : components of a head at most
-    mean : float16 (heads, width)
-    place : int32 (components,), head * kept + component of the head, of those that are coded
-    rows, scale : int8 (components, width), float16 (components, 1): what a component is multiplied with
-    groups : bits 1 to 8, and how many of the components, in order, have so many; their codes lie in this
-        order, `BLOCK` of each, as fields of 8, 4, 2 and 1 bits that make up a code, highest first; byte j
-        of a field of w bits has tokens j, j + 4 w, j + 8 w and so on, lowest bits first
-    """
-
-    kept: int
-    mean: NDArray[np.float16]
-    place: NDArray[np.int32]
-    rows: NDArray[np.int8]
-    scale: NDArray[np.float16]
-    groups: tuple[tuple[int, int], ...]
-
-    def __post_init__(self) -> None:
-        width, n = self.mean.shape[1], len(self.place)
-        shapes = (self.place.shape, self.rows.shape, self.scale.shape)
-        if shapes != ((n,), (n, width), (n, 1)) or sum(k for _, k in self.groups) != n:
-            raise ValueError(f"means {self.mean.shape} do not fit rows {self.rows.shape}")
-        arrays = (self.mean, self.place, self.rows, self.scale)
-        if [str(a.dtype) for a in arrays] != ["float16", "int32", "int8", "float16"]:
-            raise ValueError("means and scales are float16, places int32, rows int8")
-        if not all(a.flags.c_contiguous for a in arrays):
-            raise ValueError("means, places, rows and scales are contiguous")
-        if not 0 < self.kept <= width or any(not 1 <= bits <= 8 for bits, _ in self.groups):
-            raise ValueError("codes have 1 to 8 bits, heads as many components as numbers at most")
-
-    @property
-    def block_nbytes(self) -> int:
-        """Bytes of a block, of all heads."""
-        return sum(bits * n * BLOCK // 8 for bits, n in self.groups)
-
-    @functools.cached_property
-    def raw(self) -> tuple[Any, ...]:
-        """For the binding."""
-        arrays = (self.mean, self.place, self.rows, self.scale)
-        return self.kept, self.block_nbytes, *(a.ctypes.data for a in arrays), list(self.groups)
-
-
-@dataclass(frozen=True, eq=False)
-class Turn:
-    """Pairs of columns that turn with the position.
-
-    Attributes
-    ----------
-    first, second : int64 (pairs,)
-    frequencies : float64 (pairs,), radians per token
-    """
-
-    first: I64
-    second: I64
-    frequencies: NDArray[np.float64]
-
-    def __post_init__(self) -> None:
-        arrays = (self.first, self.second, self.frequencies)
-        if len({a.shape for a in arrays}) != 1 or not all(a.flags.c_contiguous for a in arrays):
-            raise ValueError("columns and frequencies do not fit each other")
-        if [str(a.dtype) for a in arrays] != ["int64", "int64", "float64"]:
-            raise ValueError("columns are int64, frequencies float64")
-
-    @functools.cached_property
-    def raw(self) -> tuple[int, ...]:
-        """For the binding."""
-        arrays = (self.first, self.second, self.frequencies)
-        return (len(self.first), *(a.ctypes.data for a in arrays))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,19 +53,16 @@ class CodedTokens:
     ----------
     start : index of the first token
     hidden : so many tokens of the first block, less than `BLOCK`, nobody sees
-    keys, values : how they are coded
-    turn : how keys turn; None: they do not
-    segments : keys' and values' uint8 (batch, blocks, bytes), blocks contiguous
+    blocks : how they are coded
+    segments : parts uint8 (batch, blocks, bytes) of some blocks each, blocks contiguous
     offsets : index of a block's first token, and int64 (batch or 1,): from there on, how much positions
         are ahead of indices; the first is `start`
     """
 
     start: int
     hidden: int
-    keys: CodedStream
-    values: CodedStream
-    turn: Turn | None
-    segments: Sequence[tuple[U8, U8]]
+    blocks: Blocks
+    segments: Sequence[Sequence[U8]]
     offsets: Sequence[tuple[int, I64]]
 
 
@@ -199,7 +120,8 @@ def attend_cache(
 def _heads_of(exact: Sequence[ExactTokens], coded: Sequence[CodedTokens]) -> tuple[int, int]:
     """Key heads and a value's width."""
     if coded:
-        return coded[0].values.mean.shape
+        heads, _, e = coded[0].blocks.shape
+        return heads, e
     if not exact:
         raise ValueError("there is no key to attend to")
     return exact[0].values.shape[1], exact[0].values.shape[3]
@@ -221,11 +143,10 @@ def _check(
             if a.dtype != q.dtype or a.strides[3] != a.itemsize:
                 raise ValueError(f"keys and values are {q.dtype}, the last axis contiguous")
     for part in coded:
-        if part.keys.mean.shape != (shared, d) or part.values.mean.shape != (shared, e):
+        if part.blocks.shape != (shared, d, e):
             raise ValueError("coded keys and values do not fit the queries")
         for segment in part.segments:
-            for codes, stream in zip(segment, (part.keys, part.values), strict=True):
-                n = stream.block_nbytes
+            for codes, n in zip(segment, part.blocks.nbytes, strict=True):
                 fits = codes.dtype == np.uint8 and codes.shape == (batch, segment[0].shape[1], n)
                 if not fits or not codes[:1].flags.c_contiguous:
                     raise ValueError(f"codes {codes.shape} do not fit blocks of {n} bytes")
@@ -240,12 +161,11 @@ def _at(array: Array, unit: bool = True) -> tuple[int, tuple[int, ...]]:
 def _raw(tokens: CodedTokens) -> tuple[Any, ...]:
     """For the binding."""
     runs = [
-        (k.ctypes.data, k.strides[0], v.ctypes.data, v.strides[0], k.shape[1])
-        for k, v in tokens.segments
+        (segment[0].shape[1], [(part.ctypes.data, part.strides[0]) for part in segment])
+        for segment in tokens.segments
     ]
     offsets = [(start, rows.ctypes.data, len(rows)) for start, rows in tokens.offsets]
-    turn = (0, 0, 0, 0) if tokens.turn is None else tokens.turn.raw
-    return tokens.start, tokens.hidden, tokens.keys.raw, tokens.values.raw, turn, runs, offsets
+    return tokens.start, tokens.hidden, tokens.blocks.handle, runs, offsets
 
 
 def _floats(x: Array) -> Floats:
@@ -286,54 +206,20 @@ def _attend_numpy(
 
 def _decoded(tokens: CodedTokens) -> tuple[int, Floats, Floats]:
     """Index of the first token that is seen, keys and values, float32 (batch, heads, tokens, width)."""
-    parts = (np.concatenate(codes, 1) for codes in zip(*tokens.segments, strict=True))
-    keys, values = (
-        _vectors(c, s) for c, s in zip(parts, (tokens.keys, tokens.values), strict=True)
-    )
-    if tokens.turn is not None:
+    parts = [np.concatenate(codes, 1) for codes in zip(*tokens.segments, strict=True)]
+    keys, values = tokens.blocks.vectors(parts)
+    turn = tokens.blocks.turn
+    if turn is not None:
         index = np.arange(tokens.start, tokens.start + keys.shape[2])
         ahead = np.zeros((max(len(rows) for _, rows in tokens.offsets), len(index)), np.int64)
         for start, rows in tokens.offsets:
             ahead[:, start - tokens.start :] = rows[:, None]
-        angles = (index + ahead)[:, None, :, None] * tokens.turn.frequencies
+        angles = (index + ahead)[:, None, :, None] * turn.frequencies
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        a, b = keys[..., tokens.turn.first], keys[..., tokens.turn.second]
-        keys[..., tokens.turn.first], keys[..., tokens.turn.second] = (
+        a, b = keys[..., turn.first], keys[..., turn.second]
+        keys[..., turn.first], keys[..., turn.second] = (
             a * cos - b * sin,
             a * sin + b * cos,
         )
     seen = slice(tokens.hidden, None)
     return tokens.start + tokens.hidden, keys[:, :, seen], values[:, :, seen]
-
-
-def _vectors(codes: U8, stream: CodedStream) -> Floats:
-    """float32 (batch, heads, blocks * BLOCK, width)."""
-    (heads, width), kept = stream.mean.shape, stream.kept
-    batch, blocks, _ = codes.shape
-    z, at, done = np.zeros((batch, blocks, heads * kept, BLOCK), np.float32), 0, 0
-    for bits, n in stream.groups:
-        nbytes = n * BLOCK * bits // 8
-        part = codes[:, :, at : at + nbytes].reshape(batch, blocks, n, -1)
-        place = stream.place[done : done + n]
-        z[:, :, place] = _unpacked(part, bits) - np.float32(2 ** (bits - 1) - 0.5)
-        at, done = at + nbytes, done + n
-    ordered = z.reshape(batch, blocks, heads, kept, BLOCK).transpose(0, 2, 1, 4, 3)
-    table = np.zeros((heads * kept, width), np.float32)
-    table[stream.place] = stream.rows.astype(np.float32) * stream.scale.astype(np.float32)
-    components = ordered.reshape(batch, heads, -1, kept)
-    mean = stream.mean.astype(np.float32)
-    out: Floats = components @ table.reshape(heads, kept, width) + mean[:, None]
-    return out
-
-
-def _unpacked(packed: U8, bits: int) -> NDArray[np.float32]:
-    """Codes (..., BLOCK) of bytes (..., 4 * bits)."""
-    out, at, left = np.zeros((*packed.shape[:-1], BLOCK), np.uint8), 0, bits
-    for width in (8, 4, 2, 1):
-        if left >= width:
-            left -= width
-            part = packed[..., at : at + 4 * width]
-            shifted = [part >> (i * width) & ((1 << width) - 1) for i in range(8 // width)]
-            out |= np.concatenate(shifted, -1) << left
-            at += 4 * width
-    return out.astype(np.float32)

@@ -20,6 +20,14 @@ def core() -> ModuleType | None:
     return None if os.environ.get("WATERFILL_SIMD") == "numpy" else _core
 
 
+def required() -> ModuleType:
+    """The extension module, where only it will do; RuntimeError if it is missing or not wanted."""
+    module = core()
+    if module is None:
+        raise RuntimeError("this takes the native core, which is not built or not wanted")
+    return module
+
+
 def threads() -> int:
     """How many threads a kernel may use: WATERFILL_THREADS, or one per core that this process may use."""
     wanted = os.environ.get("WATERFILL_THREADS", "")

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from waterfill.coding.cached_blocks import Turn
 from waterfill.runtime.cache.naming import as_argument
 from waterfill.runtime.cache.rotary import POSITIONS, Rotary, find_rotary
 from waterfill.types import WaterfillError
@@ -49,6 +50,14 @@ class LayerFacts:
         """Inverse of `unturned`, in the layer's dtype."""
         keys = keys if self.rotary is None else self.rotary.turn(keys, positions)
         return keys.to(self.dtype)
+
+    @property
+    def turn(self) -> Turn | None:
+        """How keys turn, for kernels."""
+        if self.rotary is None:
+            return None
+        of = self.rotary
+        return Turn(of.first.numpy(), of.second.numpy(), of.frequencies.numpy())
 
     @property
     def token_nbytes(self) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transf
 
 import torch
 
-from waterfill.coding.cached_attention import CodedStream
+from waterfill.coding.cached_blocks import Blocks
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.fitting.statistics import LayerStatistics
 from waterfill.types import Spec, SpecError, WaterfillError
@@ -95,8 +95,9 @@ class Coder:
         """Keys and values of coded blocks, (batch, heads, blocks * BLOCK, width), in the layer's dtype."""
         raise NotImplementedError
 
-    def streams(self) -> tuple[CodedStream, CodedStream] | None:
-        """How kernels may read the parts "keys", before their rotation, and "values"; None: they cannot."""
+    @property
+    def blocks(self) -> Blocks | None:
+        """How kernels may read the parts; None: they cannot."""
         return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -79,6 +79,30 @@ class Arena:
             n = min(SEGMENT - at, high - low)
             yield {k: v[:, at : at + n] for k, v in self.segments[low // SEGMENT].items()}
             low += n
+
+    def addresses(
+        self, low: int, high: int, parts: Sequence[tuple[str, int]]
+    ) -> list[tuple[int, list[tuple[int, int]]]]:
+        """Where blocks low to high lie: blocks in one piece; of each part, address and bytes between rows.
+
+        Parameters
+        ----------
+        parts : names, and bytes of a block
+        """
+        found, low, high = [], low + self.first, high + self.first
+        while low < high:
+            at = low % SEGMENT
+            n = min(SEGMENT - at, high - low)
+            places = []
+            for name, nbytes in parts:
+                part = self.segments[low // SEGMENT][name]
+                step, unit = part.stride(), part.element_size()
+                if part.numel() and step[1] * unit != nbytes:
+                    raise ValueError(f"blocks of {step[1] * unit} bytes, not {nbytes}")
+                places.append((part.data_ptr() + at * nbytes, step[0] * unit))
+            found.append((n, places))
+            low += n
+        return found
 
     def blocks(self, low: int, high: int) -> Coded:
         """Blocks low to high, counted from the first that is held; a view where one segment has them."""

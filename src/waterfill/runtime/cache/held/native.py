@@ -5,55 +5,70 @@ A step of a layer is then one call, whatever the number of tokens; nothing is de
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from waterfill.coding import native
 from waterfill.coding.attention import MAX_WIDTH
-from waterfill.coding.cached_attention import CodedTokens, ExactTokens, Turn, attend_cache
 from waterfill.runtime.cache.held.arena import Arena
 from waterfill.runtime.cache.held.states import View
 from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.method import BLOCK, Coder
-from waterfill.runtime.cache.rotary import Rotary
-from waterfill.types import Array
+from waterfill.runtime.weights import KERNEL_DTYPES
 
 __all__ = ["MAX_QUERIES", "attend_natively"]
 
 MAX_QUERIES = 8  # more are a prompt, for which blocks are worth decoding
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def attend_natively(
     view: View, queries: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor | None:
     """As `attend` (`waterfill.runtime.cache.held.attending`); None where the kernel cannot do it."""
-    if native.core() is None or not _fits(view, queries, mask):
+    core = native.core()
+    if core is None or not _fits(view, queries, mask):
         return None
+    track = view.store.track
+    kept: list[object] = []  # memory that only a tensor made here holds
     coded = []
     for blocks in _blocks(view):
-        own = any(tier.arena is blocks.arena for tier in view.store.tiers)
         # Blocks of another store are at the positions of its track, which only they know.
-        tokens = _coded(blocks, view.store.track, view.store.facts.rotary) if own else None
+        own = any(tier.arena is blocks.arena for tier in view.store.tiers)
+        tokens = _coded(blocks, track, kept) if own else None
         if tokens is None:
             return None
         coded.append(tokens)
-    pairs = [(piece.start, *piece.read()) for piece in view.runs if piece.coded is None]
-    exact = [ExactTokens(at, _rows(keys), _rows(values)) for at, keys, values in pairs]
-    m, stop = queries.shape[2], view.first + view.tokens
-    new = view.keys.shape[2]
-    exact.append(ExactTokens(stop - new, _array(view.keys), _array(view.values)))
+    stop, new = view.first + view.tokens, view.keys.shape[2]
+    exact = [_exact(stop - new, view.keys, view.values)]
+    for piece in view.runs:
+        if piece.coded is None:
+            # What a coder has decoded may lie otherwise.
+            pair = [x if x.stride(3) == 1 else x.contiguous() for x in piece.read()]
+            if any(x.dtype != queries.dtype for x in pair):
+                return None
+            kept.append(pair)
+            exact.append(_exact(piece.start, *pair))
+    batch, heads, m, width = queries.shape
     first_masked = view.first
-    given = None if mask is None else _array(mask)
-    if given is None and m > 1:
+    if mask is None and m > 1:
         # The last of the new tokens' queries, each of which sees no later token.
         first_masked = stop - new
-        given = np.tri(m, new, new - m, dtype=np.bool_)[None, None]
-    out = attend_cache(_array(queries), exact, coded, scale, given, first_masked)
-    return _tensor(out, queries.dtype)
+        mask = torch.ones((m, new), dtype=torch.bool).tril_(new - m)[None, None]
+    if queries.stride(3) != 1:
+        queries = queries.contiguous()
+    seen: tuple[object, ...] = 0, (0, 0, 0, 0), False, first_masked, 0
+    if mask is not None:
+        strides = mask.expand(batch, heads, m, mask.shape[3]).stride()
+        boolean = mask.dtype == torch.bool
+        seen = mask.data_ptr(), strides, boolean, first_masked, mask.shape[3]
+    shared, e = view.keys.shape[1], view.values.shape[3]
+    out = queries.new_empty((batch, m, heads, e))
+    core.attend_cache(
+        (batch, heads, shared, m, width, e), KERNEL_DTYPES[queries.dtype], queries.data_ptr(),
+        _strides(queries), *seen, scale, exact, coded, out.data_ptr(), native.threads(),
+    )  # fmt: skip
+    return out
 
 
 def _fits(view: View, queries: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -74,7 +89,7 @@ def _fits(view: View, queries: torch.Tensor, mask: torch.Tensor | None) -> bool:
         all(piece.index is None and piece.bias is None for piece in view.runs)
         and 0 < m <= min(MAX_QUERIES, new)
         and queries.is_cpu
-        and queries.dtype in DTYPES
+        and queries.dtype in KERNEL_DTYPES
         and view.keys.dtype == view.values.dtype == queries.dtype
         and view.keys.shape[0] == batch
         and heads % shared == 0
@@ -117,40 +132,26 @@ def _blocks(view: View) -> list[_Blocks]:
     return found
 
 
-def _coded(blocks: _Blocks, track: Track, rotary: Rotary | None) -> CodedTokens | None:
+def _coded(blocks: _Blocks, track: Track, kept: list[object]) -> tuple[object, ...] | None:
     """Blocks for the kernel; None where only their coder can read them, or positions jump within one."""
-    streams = blocks.coder.streams()
+    held = blocks.coder.blocks
     offsets = track.offsets(blocks.start, blocks.stop)
-    if streams is None or any((at - blocks.start) % BLOCK for at, _ in offsets):
+    if held is None or any((at - blocks.start) % BLOCK for at, _ in offsets):
         return None
-    return CodedTokens(
-        blocks.start, blocks.seen - blocks.start, *streams,
-        None if rotary is None else _turn(rotary),
-        [(run["keys"].numpy(), run["values"].numpy()) for run in blocks.arena.runs(blocks.low, blocks.high)],
-        [(at, offset.numpy()) for at, offset in offsets],
-    )  # fmt: skip
+    parts = list(zip(held.names, held.nbytes, strict=True))
+    runs = blocks.arena.addresses(blocks.low, blocks.high, parts)
+    kept.append(offsets)
+    rows = [(at, offset.data_ptr(), offset.shape[0]) for at, offset in offsets]
+    return blocks.start, blocks.seen - blocks.start, held.handle, runs, rows
 
 
-@functools.lru_cache(maxsize=1024)
-def _turn(rotary: Rotary) -> Turn:
-    return Turn(rotary.first.numpy(), rotary.second.numpy(), rotary.frequencies.numpy())
+def _exact(start: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[object, ...]:
+    """Tokens as they were, for the kernel."""
+    k, v = keys.data_ptr(), values.data_ptr()
+    return start, keys.shape[2], k, _strides(keys), v, _strides(values)
 
 
-def _rows(tensor: torch.Tensor) -> Array:
-    """As `_array`, each row in one piece: what a coder has decoded may lie otherwise."""
-    return _array(tensor if tensor.stride(3) == 1 else tensor.contiguous())
-
-
-def _array(tensor: torch.Tensor) -> Array:
-    """The same memory; bfloat16 as its bits."""
-    tensor = tensor.detach()
-    if tensor.dtype != torch.bfloat16:
-        return tensor.numpy()
-    return tensor.view(torch.int16).numpy().view(np.uint16)
-
-
-def _tensor(array: Array, dtype: torch.dtype) -> torch.Tensor:
-    """Inverse of `_array`."""
-    if dtype != torch.bfloat16:
-        return torch.from_numpy(array)
-    return torch.from_numpy(array.view(np.int16)).view(dtype)
+def _strides(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+    """In elements; the last is one, also where there is but one element."""
+    a, b, c, _ = tensor.stride()
+    return a, b, c, 1

@@ -7,17 +7,19 @@ et al. 2024, KVQuant, arXiv 2401.18079). Needs no calibration.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 
+from waterfill.coding.cached_blocks import GridBlocks
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.fitting.statistics import LayerStatistics
-from waterfill.runtime.cache.method import Coded, Coder, Method, in_blocks, in_order, method
-from waterfill.runtime.cache.quantising import fit, grouped, reals
+from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, in_blocks, in_order, method
+from waterfill.runtime.cache.quantising import fit, grouped, reals, steps
 
 __all__ = ["Channel"]
 
@@ -59,6 +61,14 @@ class _Channel(Coder):
     facts: LayerFacts
     key_bits: int
     value_bits: int
+
+    @functools.cached_property
+    def blocks(self) -> GridBlocks:
+        facts = self.facts
+        groups = grouped(torch.empty(BLOCK, facts.value_width)).shape[-2]
+        sizes = steps(torch.arange(256)).numpy()
+        shape, bits = (facts.heads, facts.key_width, facts.value_width), (self.key_bits, self.value_bits)
+        return GridBlocks(shape, bits, facts.turn, sizes, groups)
 
     def encode(
         self,

@@ -8,6 +8,7 @@ fits in them: sizes are exact, whatever the text.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 
+from waterfill.coding.cached_steps import HEAD, StepBlocks, StepTable, write_block
 from waterfill.coding.cachegen import analysis_of, fit_table
-from waterfill.coding.cachegen_symbols import Columns, decode_chunk, encode_chunk, fit_columns
+from waterfill.coding.cachegen_symbols import Columns, encode_chunk, fit_columns
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.fitting.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, method
@@ -29,7 +31,6 @@ __all__ = ["Entropy"]
 OCTAVE, MIDDLE = 64, 128  # a block's step, in a byte: so many to the octave, about the method's own
 FURTHEST = 1 << 14  # steps from zero, at most
 SPARE = 1.01  # of the bytes that the samples take on average
-HEAD = 3  # bytes: the step, and how many are used
 TRIES = 8
 CUT = np.array([-0.25, 0.25], np.float32)
 
@@ -111,6 +112,16 @@ class _Entropy(Coder):
         ]
         return replace(made, block_nbytes=math.ceil(SPARE * np.mean(nbytes)))
 
+    @functools.cached_property
+    def blocks(self) -> StepBlocks:
+        tables = [
+            StepTable(one.mean.numpy(), one.up.codes.numpy(), one.up.scale.numpy())
+            for one in self.both
+        ]
+        steps = np.array([self._step(index) for index in range(256)], np.float32)
+        nbytes = HEAD + self.block_nbytes
+        return StepBlocks(*tables, self.columns, steps, nbytes, self.facts.turn)
+
     @property
     def tables(self) -> Mapping[str, torch.Tensor]:
         found = {
@@ -137,8 +148,7 @@ class _Entropy(Coder):
             for block in range(tokens // BLOCK):
                 some = slice(block * BLOCK, (block + 1) * BLOCK)
                 index, data = self._fit([x[row][:, some] for x in z])
-                out[row, block, :HEAD] = index, *len(data).to_bytes(2, "little")
-                out[row, block, HEAD : HEAD + len(data)] = np.frombuffer(data, np.uint8)
+                write_block(index, data, out[row, block])
         return {"codes": torch.from_numpy(out)}
 
     def _step(self, index: int) -> float:
@@ -177,22 +187,7 @@ class _Entropy(Coder):
         return best
 
     def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = coded["codes"].cpu().numpy()
-        batch, blocks = codes.shape[:2]
-        heads = self.facts.heads
-        z = [
-            np.empty((batch, heads, blocks * BLOCK, one.up.codes.shape[1]), np.float32)
-            for one in self.both
-        ]
-        for row in range(batch):
-            for block in range(blocks):
-                one = codes[row, block]
-                stop = HEAD + int.from_bytes(one[1:HEAD].tobytes(), "little")
-                found = decode_chunk(
-                    one[HEAD:stop].tobytes(), BLOCK, self._step(int(one[0])), self.columns, heads
-                )
-                for x, part in zip(z, found, strict=True):
-                    x[row, :, block * BLOCK : (block + 1) * BLOCK] = part.swapaxes(1, 2)
+        z = self.blocks.components(coded["codes"].cpu().numpy())
         keys, values = (
             one.vectors(torch.from_numpy(x)) for one, x in zip(self.both, z, strict=True)
         )

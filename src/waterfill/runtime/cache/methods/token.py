@@ -6,12 +6,14 @@ whole range, and the rest of the key is lost: models with such channels collapse
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 
+from waterfill.coding.cached_blocks import GridBlocks
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.fitting.statistics import LayerStatistics
 from waterfill.runtime.cache.integers import from_integers, to_integers
@@ -39,13 +41,19 @@ class Token(Method):
         yield from (cls(bits) for bits in range(1, 9))
 
     def open(self, facts: LayerFacts, statistics: LayerStatistics | None) -> Coder:
-        return _Token(facts.dtype, self.bits)
+        return _Token(facts, self.bits)
 
 
 @dataclass(frozen=True, eq=False)
 class _Token(Coder):
-    dtype: torch.dtype
+    facts: LayerFacts
     bits: int
+
+    @functools.cached_property
+    def blocks(self) -> GridBlocks:
+        facts = self.facts
+        shape = facts.heads, facts.key_width, facts.value_width
+        return GridBlocks(shape, (self.bits, self.bits), None)
 
     def encode(
         self,
@@ -65,7 +73,7 @@ class _Token(Coder):
             in_order(
                 from_integers(
                     coded[name], coded[f"{name}_step"], coded[f"{name}_low"], self.bits
-                ).to(self.dtype)
+                ).to(self.facts.dtype)
             )
             for name in ("keys", "values")
         )

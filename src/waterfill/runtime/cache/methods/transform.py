@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from waterfill.coding.cached_attention import CodedStream
+from waterfill.coding.cached_blocks import CodedStream, WholeBlocks
 from waterfill.coding.components import components_kept
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
@@ -119,7 +119,7 @@ class _Stream:
         """All that is held."""
         return self.mean, self.place, *self.down.parts, *self.up.parts
 
-    @functools.cached_property
+    @property
     def coded(self) -> CodedStream:
         """The same memory, for kernels."""
         mean, place = self.mean.numpy(), self.place.numpy()
@@ -168,8 +168,9 @@ class _Transform(Coder):
     keys: _Stream
     values: _Stream
 
-    def streams(self) -> tuple[CodedStream, CodedStream]:
-        return self.keys.coded, self.values.coded
+    @functools.cached_property
+    def blocks(self) -> WholeBlocks:
+        return WholeBlocks(self.keys.coded, self.values.coded, self.facts.turn)
 
     @property
     def tables(self) -> Mapping[str, torch.Tensor]:
