@@ -177,7 +177,9 @@ def plain(
     keys, values = stream(rng, 2, 32), stream(rng, 2, 24)
     turn = Turn(np.arange(16), np.arange(16, 32), 0.5 ** np.arange(16.0))
     segment = tuple(rng.integers(0, 256, (batch, blocks, s.block_nbytes), np.uint8) for s in (keys, values))  # fmt: skip
-    coded = CodedTokens(0, 0, WholeBlocks(keys, values, turn), [segment], [(0, np.zeros(1, np.int64))])  # type: ignore[list-item]
+    coded = CodedTokens(
+        0, 0, WholeBlocks(keys, values, turn), [segment], [(0, np.zeros(1, np.int64))]
+    )  # type: ignore[list-item]
     exact = ExactTokens(
         BLOCK * blocks,
         rng.normal(size=(batch, 2, 1, 32)).astype(np.float32),
@@ -277,7 +279,9 @@ def test_what_does_not_fit_is_refused() -> None:
     far[0] = 2 * keys.kept
     outside = CodedStream(keys.kept, keys.mean, far, keys.rows, keys.scale, keys.groups)
     with pytest.raises(ValueError, match="component"):
-        attend_cache(q, exact, [CodedTokens(**good | {"blocks": WholeBlocks(outside, values, None)})], 0.2)
+        attend_cache(
+            q, exact, [CodedTokens(**good | {"blocks": WholeBlocks(outside, values, None)})], 0.2
+        )
 
 
 def test_tables_that_do_not_fit_each_other_are_refused() -> None:

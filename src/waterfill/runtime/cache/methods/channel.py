@@ -67,7 +67,10 @@ class _Channel(Coder):
         facts = self.facts
         groups = grouped(torch.empty(BLOCK, facts.value_width)).shape[-2]
         sizes = steps(torch.arange(256)).numpy()
-        shape, bits = (facts.heads, facts.key_width, facts.value_width), (self.key_bits, self.value_bits)
+        shape, bits = (
+            (facts.heads, facts.key_width, facts.value_width),
+            (self.key_bits, self.value_bits),
+        )
         return GridBlocks(shape, bits, facts.turn, sizes, groups)
 
     def encode(

@@ -114,13 +114,13 @@ class _Entropy(Coder):
 
     @functools.cached_property
     def blocks(self) -> StepBlocks:
-        tables = [
+        keys, values = (
             StepTable(one.mean.numpy(), one.up.codes.numpy(), one.up.scale.numpy())
             for one in self.both
-        ]
+        )
         steps = np.array([self._step(index) for index in range(256)], np.float32)
         nbytes = HEAD + self.block_nbytes
-        return StepBlocks(*tables, self.columns, steps, nbytes, self.facts.turn)
+        return StepBlocks(keys, values, self.columns, steps, nbytes, self.facts.turn)
 
     @property
     def tables(self) -> Mapping[str, torch.Tensor]:
