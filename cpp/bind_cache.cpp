@@ -120,6 +120,15 @@ Held* grids(bool by_channel, size_t heads, size_t key_width, size_t value_width,
     return held.release();
 }
 
+Held* plain(size_t heads, size_t key_width, size_t value_width, const char* format) {
+    const auto stream = [&](size_t width) { return cache::OwnedStream({heads, width, width, nullptr, nullptr, nullptr}, 0u, std::vector<cache::Column>{}); };
+    auto held = std::make_unique<Held>();
+    held->coder.reset(new cache::Coder{cache::Kind::plain, stream(key_width), stream(value_width), cache::Turning({}, {}, {}, key_width), {}, {}, nullptr, float_named(format)});
+    const size_t each = heads * cache::kBlock * (held->coder->format == Float::f32 ? 4 : 2);
+    held->coder->nbytes = {each * key_width, each * value_width};
+    return held.release();
+}
+
 // Pieces of a call, and what their blocks point at.
 struct OwnedCoded {
     std::vector<std::vector<ptrdiff_t>> rows;
@@ -191,6 +200,7 @@ void bind_cache(nb::module_& m) {
     nb::class_<Held>(m, "CacheCoder").def_prop_ro("nbytes", [](const Held& held) { return held.coder->nbytes; }, "Bytes of each part of a block.");
     m.def("cache_whole", &whole, "keys"_a, "values"_a, "turn"_a, "Blocks of whole bits, of keys and of values.");
     m.def("cache_steps", &steps, "keys"_a, "values"_a, "turn"_a, "classes"_a, "models"_a, "steps"_a, "nbytes"_a, "Blocks of entropy-coded steps, in one part.");
+    m.def("cache_plain", &plain, "heads"_a, "key_width"_a, "value_width"_a, "dtype"_a, "Blocks of numbers as they are, (head, column, token).");
     m.def("cache_grids", &grids, "by_channel"_a, "heads"_a, "key_width"_a, "value_width"_a, "key_bits"_a, "value_bits"_a, "groups"_a, "sizes"_a, "turn"_a, "Blocks of integers on grids: codes, and two numbers of a grid, of keys and of values.");
     m.def("attend_cache", &attend_cache, "shape"_a, "dtype"_a, "q"_a, "q_strides"_a, "mask"_a, "mask_strides"_a, "boolean"_a, "first_masked"_a, "masked"_a, "scale"_a, "exact"_a,
           "coded"_a, "out"_a, "threads"_a,

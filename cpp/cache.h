@@ -19,7 +19,8 @@ constexpr size_t kTokens = kChunk * kBlock;
 //   steps    symbols of an entropy coder (cachegen.h), by column
 //   channel  codes on grids: of a channel of a block's keys, of some tokens' values
 //   token    codes on grids of a token each, keys as attention gets them
-enum class Kind { whole, steps, channel, token };
+//   plain    numbers of a format, keys as attention gets them
+enum class Kind { whole, steps, channel, token, plain };
 
 constexpr size_t kParts = 6;  // of a block, at most
 
@@ -100,6 +101,7 @@ struct Arena {
     const Block* blocks;
     const Table* tables;  // of each head
     const float* sizes;   // of a grid's step, by its byte
+    Float format;         // of kind `plain`
 };
 
 // Consecutive blocks of an arena, at consecutive positions.

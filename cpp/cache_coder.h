@@ -220,6 +220,7 @@ struct Coder {
     std::vector<size_t> nbytes;            // of each part of a block
     std::vector<float> sizes;              // of grids
     std::unique_ptr<SymbolCoder> symbols;  // of kind `steps`
+    Float format = Float::f32;             // of kind `plain`
 };
 
 }  // namespace waterfill::cache

@@ -15,6 +15,7 @@ public:
     // `count` of them from k on, kBlock numbers each, `stride` apart.
     void read(const cache::Block& block, const cache::Symbols* symbols, size_t k, size_t count, size_t stride, float* z) const {
         if (arena_.kind == cache::Kind::steps) return steps(*symbols, k, count, stride, z);
+        if (arena_.kind == cache::Kind::plain) return plain(block, k, count, stride, z);
         float size[cache::kBlock], zero[cache::kBlock];
         const bool by_channel = arena_.kind == cache::Kind::channel && !values_;
         if (arena_.kind == cache::Kind::token) tokens(block, size, zero);
@@ -61,6 +62,20 @@ private:
             const float step = from_half(halves[0]);
             size[t] = step < kLeast ? kLeast : step, low[t] = from_half(halves[1]);
         }
+    }
+
+    template <Float Format> static void convert(const uint8_t* from, size_t count, size_t stride, float* z) {
+        using T = typename Stored<Format>::type;
+        for (size_t i = 0; i < count; ++i, z += stride, from += cache::kBlock * sizeof(T))
+            for (size_t t = 0; t < cache::kBlock; t += kLanes) Lanes16::load<Format>(reinterpret_cast<const T*>(from) + t, kLanes).store(z + t);
+    }
+
+    void plain(const cache::Block& block, size_t k, size_t count, size_t stride, float* z) const {
+        const size_t each = cache::kBlock * (arena_.format == Float::f32 ? 4 : 2);
+        const uint8_t* from = block.part(values_, row_) + (begin_ + k) * each;
+        if (arena_.format == Float::f32) convert<Float::f32>(from, count, stride, z);
+        else if (arena_.format == Float::bf16) convert<Float::bf16>(from, count, stride, z);
+        else convert<Float::f16>(from, count, stride, z);
     }
 
     void steps(const cache::Symbols& symbols, size_t k, size_t count, size_t stride, float* z) const {

@@ -133,7 +133,7 @@ private:
             tables[h] = {entries, reinterpret_cast<float*>(entries), scale, scale + columns};
         }
         tables_.push_back(std::move(tables));
-        arenas_.push_back({coder.kind, coder.keys.stream, coder.values.stream, turn, piece.blocks.data(), tables_.back().data(), coder.sizes.data()});
+        arenas_.push_back({coder.kind, coder.keys.stream, coder.values.stream, turn, piece.blocks.data(), tables_.back().data(), coder.sizes.data(), coder.format});
         const size_t most = coder.symbols ? kChunk : (piece.blocks.size() + kSpans * kChunk - 1) / (kSpans * kChunk) * kChunk;
         for (size_t o = 0; o < piece.offsets.size(); ++o) {
             const auto block_of = [&](int64_t token) { return size_t(token - piece.start) / kBlock; };

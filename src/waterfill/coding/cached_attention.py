@@ -1,7 +1,7 @@
 """Attention of few queries over a cache of which most is coded, without decoding it to memory.
 
-What blocks hold is said by their kind (`waterfill.coding.cached_blocks`); most hold components, and a head's
-key or value is ``mean + components @ rows``. Keys are coded as they are before their rotary position (Su et al. 2021, arXiv
+What blocks hold is said by their kind (`waterfill.coding.cached_blocks`); most hold components, and a
+head's key or value is ``mean + components @ rows``. Keys are coded as they are before their rotary position (Su et al. 2021, arXiv
 2104.09864): the kernel turns each by its place in the block, and the queries to where the block begins.
 Values are summed as components and only the sum is multiplied. The softmax runs over chunks,
 rescaled whenever a larger score comes (Milakov and Gimelshein 2018, arXiv 1805.02867).

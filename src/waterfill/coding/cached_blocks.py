@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding import native
-from waterfill.types import Floats
+from waterfill.types import Floats, to_float32
 
-__all__ = ["BLOCK", "Blocks", "CodedStream", "GridBlocks", "Turn", "WholeBlocks"]
+__all__ = ["BLOCK", "Blocks", "CodedStream", "GridBlocks", "PlainBlocks", "Turn", "WholeBlocks"]
 
 BLOCK = 32  # tokens that are coded together
 I64 = NDArray[np.int64]
@@ -178,6 +178,50 @@ class WholeBlocks:
 
     def vectors(self, parts: Sequence[U8]) -> tuple[Floats, Floats]:
         return self.keys.vectors(parts[0]), self.values.vectors(parts[1])
+
+
+@dataclass(frozen=True, eq=False)
+class PlainBlocks:
+    """Numbers as they are, (head, column, token), keys as attention gets them.
+
+    Attributes
+    ----------
+    shape : heads, widths of a key and of a value
+    dtype : F32, F16 or BF16
+    """
+
+    shape: tuple[int, int, int]
+    dtype: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return "keys", "values"
+
+    @property
+    def turn(self) -> None:
+        return None
+
+    @property
+    def nbytes(self) -> tuple[int, ...]:
+        heads, d, e = self.shape
+        each = heads * BLOCK * (4 if self.dtype == "F32" else 2)
+        return each * d, each * e
+
+    @functools.cached_property
+    def handle(self) -> Any:
+        return native.required().cache_plain(*self.shape, self.dtype)
+
+    def vectors(self, parts: Sequence[U8]) -> tuple[Floats, Floats]:
+        batch, blocks, _ = parts[0].shape
+        words = np.float32 if self.dtype == "F32" else np.uint16 if self.dtype == "BF16" else np.float16
+        keys, values = (
+            in_order(
+                to_float32(np.ascontiguousarray(x).view(words), self.dtype)
+                .reshape(batch, blocks, self.shape[0], width, BLOCK)
+            )
+            for x, width in zip(parts, self.shape[1:], strict=True)
+        )  # fmt: skip
+        return keys, values
 
 
 @dataclass(frozen=True, eq=False)

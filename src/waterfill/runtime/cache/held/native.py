@@ -90,6 +90,7 @@ def _fits(view: View, queries: torch.Tensor, mask: torch.Tensor | None) -> bool:
         and 0 < m <= min(MAX_QUERIES, new)
         and queries.is_cpu
         and queries.dtype in KERNEL_DTYPES
+        and queries.dtype == view.store.facts.dtype
         and view.keys.dtype == view.values.dtype == queries.dtype
         and view.keys.shape[0] == batch
         and heads % shared == 0
