@@ -213,7 +213,9 @@ class PlainBlocks:
 
     def vectors(self, parts: Sequence[U8]) -> tuple[Floats, Floats]:
         batch, blocks, _ = parts[0].shape
-        words = np.float32 if self.dtype == "F32" else np.uint16 if self.dtype == "BF16" else np.float16
+        words = (
+            np.float32 if self.dtype == "F32" else np.uint16 if self.dtype == "BF16" else np.float16
+        )
         keys, values = (
             in_order(
                 to_float32(np.ascontiguousarray(x).view(words), self.dtype)
