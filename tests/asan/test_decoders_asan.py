@@ -50,6 +50,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("coded_fuzz", ["coded_kernel"], 40),
         ("words_fuzz", ["words_kernel", "rans_kernel", "huffman_kernel"], 500),
         ("attention_fuzz", ["attention_kernel", "norm_kernel"], 150),
+        ("cache_fuzz", ["cache_kernel", "cachegen_kernel", "rans_kernel", "attention_kernel"], 200),
         ("packed_fuzz", ["packed_kernel"], 400),
         ("packing_fuzz", ["packing_kernel"], 4000),
         ("pool_fuzz", [], 1000),
