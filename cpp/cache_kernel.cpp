@@ -22,13 +22,16 @@ constexpr size_t kAtOnce = 4;
 
 const Component& component_of(const Stream& stream, size_t head, size_t component) { return stream.components[stream.first[head] + component]; }
 
+// Of a key, where the members of pairs that turn lie side by side.
+size_t column_of(const Turn& turn, size_t j) { return size_t((j % 2 ? turn.second : turn.first)[j / 2]); }
+
 void prepare_reals(const Arena& arena, size_t head, const Table& table) {
     const Stream& keys = arena.keys;
     const Turn& turn = arena.turn;
     const size_t count = keys.count(head), width = keys.width;
     for (size_t j = 0; j < turn.columns(); ++j) {
         const bool there = j / 2 < turn.pairs;
-        const size_t column = there ? size_t((j % 2 ? turn.second : turn.first)[j / 2]) : 0;
+        const size_t column = there ? column_of(turn, j) : 0;
         table.shift[j] = there && keys.rows ? from_half(keys.mean[head * width + column]) : 0;
         float* out = table.reals + j / kColumns * count * kColumns + j % kColumns;
         for (size_t k = 0; keys.rows && k < count; ++k) {
@@ -49,7 +52,7 @@ void prepare(const Arena& arena, size_t head, const Table& table) {
     for (size_t j = 0; j < turn.columns(); ++j) {
         table.scale[j] = table.shift[j] = 0;
         if (j / 2 >= turn.pairs) continue;
-        const size_t column = size_t((j % 2 ? turn.second : turn.first)[j / 2]);
+        const size_t column = column_of(turn, j);
         const auto entry_of = [&](size_t k) {
             const uint32_t row = component_of(keys, head, k).row;
             return float(keys.rows[row * keys.width + column]) * from_half(keys.scales[row]);
@@ -260,7 +263,7 @@ private:
             for (size_t i = 0; i < kAtOnce; ++i)
                 for (size_t h = 0; h < 2; ++h) {
                     keys[i][h] = Wide{};
-                    if ((j + i) / 2 < turn_.pairs) widen(keys[i][h], codes_ + size_t(((j + i) % 2 ? turn_.second : turn_.first)[(j + i) / 2]) * kBlock + t + h * kWide);
+                    if ((j + i) / 2 < turn_.pairs) widen(keys[i][h], codes_ + column_of(turn_, j + i) * kBlock + t + h * kWide);
                 }
         } else {
             Wide sums[kAtOnce][2];

@@ -59,6 +59,9 @@ cache::Turning turning(size_t width) {
     return cache::Turning(first, second, std::vector<double>(pairs, 0.3), width);
 }
 
+// Nothing turns.
+cache::Turning still(size_t width) { return cache::Turning({}, {}, {}, width); }
+
 // Columns of symbols, their models, and blocks that a coder might have written.
 struct Coding {
     size_t components, columns;
@@ -136,12 +139,12 @@ struct Made {
                 return;
             }
             case cache::Kind::plain:
-                coder.reset(new cache::Coder{kind, bare(heads, d, 0), bare(heads, e, 0), turning(0), {}, {}, nullptr, Float(random(3))});
+                coder.reset(new cache::Coder{kind, bare(heads, d, 0), bare(heads, e, 0), still(d), {}, {}, nullptr, Float(random(3))});
                 coder->nbytes = {heads * d * cache::kBlock * (coder->format == Float::f32 ? 4 : 2), heads * e * cache::kBlock * (coder->format == Float::f32 ? 4 : 2)};
                 return;
             default: {
                 const bool by_channel = kind == cache::Kind::channel;
-                coder.reset(new cache::Coder{kind, bare(heads, d, bits), bare(heads, e, value_bits), by_channel ? turning(d) : turning(0), {}, sizes, nullptr});
+                coder.reset(new cache::Coder{kind, bare(heads, d, bits), bare(heads, e, value_bits), by_channel ? turning(d) : still(d), {}, sizes, nullptr});
                 coder->values.stream.groups = groups;
                 const size_t token = 2 * heads * cache::kBlock, k = by_channel ? heads * d : token, v = by_channel ? heads * groups : token;
                 coder->nbytes = {coder->keys.nbytes, k, k, coder->values.nbytes, v, v};
