@@ -1,9 +1,9 @@
 """Attention of few queries over a cache of which most is coded, without decoding it to memory.
 
-What blocks hold is said by their kind (`waterfill.coding.cached_blocks`); most hold components, and a
-head's key or value is ``mean + components @ rows``. Keys are coded as they are before their rotary position (Su et al. 2021, arXiv
-2104.09864): the kernel turns each by its place in the block, and the queries to where the block begins.
-Values are summed as components and only the sum is multiplied. The softmax runs over chunks,
+What blocks hold is said by their kind (`waterfill.coding.cached_blocks`); most hold components, and a head's
+key or value is ``mean + components @ rows``. Keys are coded as they are before their rotary position (Su et
+al. 2021, arXiv 2104.09864): the kernel turns each by its place in the block, and the queries to where the
+block begins. Values are summed as components and only the sum is multiplied. The softmax runs over chunks,
 rescaled whenever a larger score comes (Milakov and Gimelshein 2018, arXiv 1805.02867).
 
 The kernel takes rows of keys in whole bits as integers of 16 bits, and gives the same bits with every instruction
