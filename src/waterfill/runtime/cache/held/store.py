@@ -108,12 +108,12 @@ class Store:
     @property
     def blocks(self) -> int:
         """Coded blocks of all tiers."""
-        return sum(tier.arena.count for tier in self.tiers)
+        return sum([tier.arena.count for tier in self.tiers])
 
     @property
     def patched_tokens(self) -> int:
         """Exact tokens between coded blocks."""
-        return sum(patch.tokens for patch in self.patches)
+        return sum([patch.tokens for patch in self.patches])
 
     @property
     def sink_tokens(self) -> int:
@@ -248,10 +248,11 @@ class Store:
         queries : (batch, query heads, tokens, width) that asked for them; None: unknown
         """
         with torch.no_grad():
-            self.track.extend(self.tokens, keys.shape[2], positions)
+            tokens = self.tokens
+            self.track.extend(tokens, keys.shape[2], positions)
             if any(t.coder.wants_saliency for t in self.tiers):
                 self._probe(queries)
-            self.asked = self.tokens + keys.shape[2]
+            self.asked = tokens + keys.shape[2]
             self.grow(keys, values)
 
     def grow(self, keys: torch.Tensor, values: torch.Tensor) -> None:
