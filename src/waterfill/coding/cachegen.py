@@ -9,6 +9,7 @@ rate, never accuracy. Transform coding with one water level: Goyal 2001.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,10 +40,10 @@ class Table:
     mean: Floats
     synthesis: Floats
 
-    def vectors(self, z: Floats) -> Floats:
-        """Components (heads, kept, rows) as vectors less the mean, (heads, rows, width)."""
-        found: Floats = np.matmul(z.swapaxes(1, 2), self.synthesis)
-        return found
+    @cached_property
+    def across(self) -> Floats:
+        """What components are multiplied with: float32 (heads, width, kept)."""
+        return np.ascontiguousarray(self.synthesis.swapaxes(1, 2))
 
     @property
     def components(self) -> int:
