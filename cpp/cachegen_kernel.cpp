@@ -74,48 +74,85 @@ void read(const void* from, Float format, size_t width, const Pairs& pairs, cons
 
 constexpr size_t kSide = cachegen::kTogether;
 
-template <class Word, class Convert> void gather_words(const void* const* rows, size_t count, size_t width, float* group, Convert convert) {
-    constexpr size_t kTile = 8;  // numbers of eight rows at a time: what is written stays in a few lines
-    for (size_t r = 0; r < kSide; r += kTile)
-        for (size_t i = 0; i < width; i += kTile) {
-            const size_t some = width - i < kTile ? width - i : kTile;
-            for (size_t s = r; s < r + kTile; ++s) {
-                if (s >= count) {
-                    for (size_t j = 0; j < some; ++j) group[(i + j) * kSide + s] = 0.0f;
-                    continue;
-                }
-                Word words[kTile];
-                std::memcpy(words, static_cast<const Word*>(rows[s]) + i, sizeof(Word) * some);
-                for (size_t j = 0; j < some; ++j) group[(i + j) * kSide + s] = convert(words[j]);
-            }
+// Eight rows of eight words, in place, to eight columns.
+typedef uint16_t Eight __attribute__((vector_size(16)));
+inline Eight low_halves(Eight a, Eight b) { return __builtin_shuffle(a, b, Eight{0, 8, 1, 9, 2, 10, 3, 11}); }
+inline Eight high_halves(Eight a, Eight b) { return __builtin_shuffle(a, b, Eight{4, 12, 5, 13, 6, 14, 7, 15}); }
+inline void transpose(Eight x[8]) {
+    Eight y[8];
+#pragma GCC unroll 3
+    for (int round = 0; round < 3; ++round) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) y[2 * i] = low_halves(x[i], x[i + 4]), y[2 * i + 1] = high_halves(x[i], x[i + 4]);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) x[i] = y[i];
+    }
+}
+constexpr size_t kTile = 8;
+
+// Words of 32 rows side by side: those of `some` numbers from number i on.
+void words_of_rows(const void* const* rows, size_t count, size_t i, size_t some, uint16_t to[kTile][kSide]) {
+    for (size_t r = 0; r < kSide; r += kTile) {
+        Eight x[kTile];
+#pragma GCC unroll 8
+        for (size_t s = 0; s < kTile; ++s) {
+            x[s] = Eight{};
+            if (r + s < count) std::memcpy(&x[s], static_cast<const uint16_t*>(rows[r + s]) + i, some == kTile ? sizeof(Eight) : 2 * some);
         }
+        transpose(x);
+#pragma GCC unroll 8
+        for (size_t s = 0; s < kTile; ++s) std::memcpy(&to[s][r], &x[s], sizeof(Eight));
+    }
+}
+
+template <class Convert> void gather_words(const void* const* rows, size_t count, size_t width, float* group, Convert convert) {
+    for (size_t i = 0; i < width; i += kTile) {
+        const size_t some = width - i < kTile ? width - i : kTile;
+        alignas(64) uint16_t words[kTile][kSide];
+        words_of_rows(rows, count, i, some, words);
+        for (size_t j = 0; j < some; ++j)
+            for (size_t r = 0; r < kSide; ++r) group[(i + j) * kSide + r] = convert(words[j][r]);
+    }
+}
+
+void gather_floats(const void* const* rows, size_t count, size_t width, float* group) {
+    for (size_t r = 0; r < kSide; ++r)
+        for (size_t i = 0; i < width; ++i) group[i * kSide + r] = r < count ? static_cast<const float*>(rows[r])[i] : 0.0f;
 }
 
 void gather(const void* const* rows, size_t count, Float format, size_t width, float* group) {
-    if (format == Float::f32) gather_words<uint32_t>(rows, count, width, group, [](uint32_t w) { return float_of(w); });
-    else if (format == Float::bf16) gather_words<uint16_t>(rows, count, width, group, [](uint16_t w) { return float_of(uint32_t(w) << 16); });
-    else gather_words<uint16_t>(rows, count, width, group, [](uint16_t w) { return from_half(w); });
+    if (format == Float::f32) gather_floats(rows, count, width, group);
+    else if (format == Float::bf16) gather_words(rows, count, width, group, [](uint16_t w) { return float_of(uint32_t(w) << 16); });
+    else gather_words(rows, count, width, group, [](uint16_t w) { return from_half(w); });
 }
 
-template <class Word, class Convert> void scatter_words(const float* group, size_t count, size_t width, void* const* rows, Convert convert) {
-    constexpr size_t kTile = 8;
-    Word words[kTile][kSide];
+template <class Convert> void scatter_words(const float* group, size_t count, size_t width, void* const* rows, Convert convert) {
     for (size_t i = 0; i < width; i += kTile) {
         const size_t some = width - i < kTile ? width - i : kTile;
+        alignas(64) uint16_t words[kTile][kSide] = {};
         for (size_t j = 0; j < some; ++j)
             for (size_t r = 0; r < kSide; ++r) words[j][r] = convert(group[(i + j) * kSide + r]);
-        for (size_t r = 0; r < count; ++r) {
-            Word row[kTile];
-            for (size_t j = 0; j < some; ++j) row[j] = words[j][r];
-            std::memcpy(static_cast<Word*>(rows[r]) + i, row, sizeof(Word) * some);
+        for (size_t r = 0; r < count; r += kTile) {
+            Eight x[kTile];
+#pragma GCC unroll 8
+            for (size_t s = 0; s < kTile; ++s) std::memcpy(&x[s], &words[s][r], sizeof(Eight));
+            transpose(x);
+#pragma GCC unroll 8
+            for (size_t s = 0; s < kTile; ++s)
+                if (r + s < count) std::memcpy(static_cast<uint16_t*>(rows[r + s]) + i, &x[s], some == kTile ? sizeof(Eight) : 2 * some);
         }
     }
 }
 
+void scatter_floats(const float* group, size_t count, size_t width, void* const* rows) {
+    for (size_t r = 0; r < count; ++r)
+        for (size_t i = 0; i < width; ++i) static_cast<float*>(rows[r])[i] = group[i * kSide + r];
+}
+
 void scatter(const float* group, size_t count, Float format, size_t width, void* const* rows) {
-    if (format == Float::f32) scatter_words<uint32_t>(group, count, width, rows, [](float x) { return bits_of(x); });
-    else if (format == Float::bf16) scatter_words<uint16_t>(group, count, width, rows, [](float x) { return to_bfloat(x); });
-    else scatter_words<uint16_t>(group, count, width, rows, [](float x) { return to_half(x); });
+    if (format == Float::f32) scatter_floats(group, count, width, rows);
+    else if (format == Float::bf16) scatter_words(group, count, width, rows, [](float x) { return to_bfloat(x); });
+    else scatter_words(group, count, width, rows, [](float x) { return to_half(x); });
 }
 
 void turn_group(float* group, const Pairs& pairs, const float* cos, const float* sin) {
