@@ -90,28 +90,28 @@ inline void transpose(Eight x[8]) {
 }
 constexpr size_t kTile = 8;
 
-// Words of 32 rows side by side: those of `some` numbers from number i on.
-void words_of_rows(const void* const* rows, size_t count, size_t i, size_t some, uint16_t to[kTile][kSide]) {
-    for (size_t r = 0; r < kSide; r += kTile) {
-        Eight x[kTile];
-#pragma GCC unroll 8
-        for (size_t s = 0; s < kTile; ++s) {
-            x[s] = Eight{};
-            if (r + s < count) std::memcpy(&x[s], static_cast<const uint16_t*>(rows[r + s]) + i, some == kTile ? sizeof(Eight) : 2 * some);
-        }
-        transpose(x);
-#pragma GCC unroll 8
-        for (size_t s = 0; s < kTile; ++s) std::memcpy(&to[s][r], &x[s], sizeof(Eight));
-    }
-}
-
 template <class Convert> void gather_words(const void* const* rows, size_t count, size_t width, float* group, Convert convert) {
     for (size_t i = 0; i < width; i += kTile) {
         const size_t some = width - i < kTile ? width - i : kTile;
-        alignas(64) uint16_t words[kTile][kSide];
-        words_of_rows(rows, count, i, some, words);
-        for (size_t j = 0; j < some; ++j)
-            for (size_t r = 0; r < kSide; ++r) group[(i + j) * kSide + r] = convert(words[j][r]);
+        for (size_t r = 0; r < kSide; r += kTile) {
+            Eight x[kTile];
+#pragma GCC unroll 8
+            for (size_t s = 0; s < kTile; ++s) {
+                x[s] = Eight{};
+                if (r + s >= count) continue;
+                const uint16_t* from = static_cast<const uint16_t*>(rows[r + s]) + i;
+                if (some == kTile) std::memcpy(&x[s], from, sizeof(Eight));
+                else std::memcpy(&x[s], from, 2 * some);
+            }
+            transpose(x);
+#pragma GCC unroll 8
+            for (size_t s = 0; s < kTile; ++s) {
+                if (s >= some) break;
+                uint16_t words[kTile];
+                std::memcpy(words, &x[s], sizeof(Eight));
+                for (size_t j = 0; j < kTile; ++j) group[(i + s) * kSide + r + j] = convert(words[j]);
+            }
+        }
     }
 }
 
@@ -206,7 +206,7 @@ template <size_t kMany> void transform_some(const float* from, size_t n, const f
 }
 
 void transform(const float* from, size_t n, const float* matrix, const float* start, size_t m, float* to) {
-    constexpr size_t kMany = kLanes == 16 ? 8 : 4;
+    constexpr size_t kMany = 4;
     size_t j = 0;
     for (; j + kMany <= m; j += kMany) transform_some<kMany>(from, n, matrix + j * n, start ? start + j : nullptr, to + j * kSide);
     for (; j < m; ++j) transform_some<1>(from, n, matrix + j * n, start ? start + j : nullptr, to + j * kSide);

@@ -91,6 +91,7 @@ def _encode(
                 part.start * stream.column.size
             )
             for part, together in parts(len(out))
+            if part.stop > part.start
         ]
     )
 
@@ -143,6 +144,7 @@ def _decode(
             symbols[part], step, stream, listed.between(part.start, part.stop, count), together, len(mean)
         )
         for part, together in parts(len(symbols))
+        if part.stop > part.start
     ]  # fmt: skip
     x = _transform(np.concatenate(z, axis=2), synthesis, mean)
     return write_rows(x.swapaxes(1, 2), dtype, shape, turn)

@@ -189,7 +189,7 @@ def fit_columns(sample: Sequence[Floats], step: float) -> Columns:
 
 def _side_by_side(z: Floats) -> Floats:
     """(heads, kept, tokens) as (tokens, heads * kept)."""
-    return z.reshape(-1, z.shape[2]).T
+    return z.reshape(z.shape[0] * z.shape[1], z.shape[2]).T
 
 
 def _halves(shifts: Bytes) -> Ints:

@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 from waterfill.coding import native, rans_numpy
 from waterfill.types import FormatError
 
-__all__ = ["MAX_ALPHABET", "TOTAL", "Models", "choose_lanes", "decode", "encode", "find", "histogram"]
+__all__ = [
+    "MAX_ALPHABET",
+    "TOTAL",
+    "Models",
+    "choose_lanes",
+    "decode",
+    "encode",
+    "find",
+    "histogram",
+]
 
 TOTAL = 4096
 MAX_ALPHABET = 256

@@ -40,12 +40,14 @@ if TYPE_CHECKING:
 __all__ = ["LEVEL", "Saving", "counted", "save", "saving_of"]
 
 CHUNK_NUMBERS = (
-    1 << 18
+    1 << 19
 )  # of a chunk of a layer, about: large enough that what is fixed costs little
-MOST_TOKENS, FEWEST_TOKENS = 1024, 32  # of a chunk
+MOST_TOKENS, FEWEST_TOKENS = 2048, 32  # of a chunk
 LEVEL = 1e-6  # nats per number, unless another is asked for
+FEW = 1 << 11  # words of a stream that are stored as they are
 RUNS = 4  # of tokens, at most, that make up a sample
-SAMPLE = 1024  # tokens, of all rows, that tables and models are fitted to
+SAMPLE = 1024  # tokens, of all rows, that tables are fitted to
+EACH = 2  # of these, that models are fitted to
 PRIOR = 16  # tokens that a layer's calibration counts for, against those of the cache itself
 TOKEN_NATS = 1.0  # lost if all of keys and values were, where nothing was measured
 
@@ -265,12 +267,13 @@ class _Source:
 
 
 def _exact(pair: Pair, dtype: str) -> bytes:
-    return join(
-        [
-            lossless.encode(lossless.words_of(words_of(x)), dtype, "rans", 1, tries=False)
-            for x in pair
-        ]
-    )
+    return join([_words(lossless.words_of(words_of(x)), dtype) for x in pair])
+
+
+def _words(words: Any, dtype: str) -> bytes:
+    if words.size <= FEW:
+        return lossless.store(words)
+    return lossless.encode(words, dtype, "rans", 1, tries=False)
 
 
 def _layer_parts(
@@ -288,7 +291,8 @@ def _layer_parts(
         if level.step is None or coder is None:
             yield b""
         else:
-            columns[level.name] = fit_columns(coder.sample, level.step)
+            some = [z[:, :, ::EACH] for z in coder.sample]
+            columns[level.name] = fit_columns(some, level.step)
             yield pack_columns(columns[level.name])
     for chunk in chunks:
         span = header.span(layer, chunk)
