@@ -163,7 +163,7 @@ class Models:
     def decode(self, data: Bytes, out: Bytes, classes: Bytes, threads: int | None = None) -> None:
         """As `decode` under these models, into a matrix that is there."""
         if native.core() is None:
-            out[:] = decode(data, *out.shape, classes, self.freqs, threads)
+            out[:] = decode(data, out.shape[0], out.shape[1], classes, self.freqs, threads)
             return
         try:
             self._tables.decode(data, out, classes, threads or native.threads())
