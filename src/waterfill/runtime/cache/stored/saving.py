@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["LEVEL", "Saving", "counted", "save", "saving_of"]
 
 CHUNK_NUMBERS = (
-    1 << 19
+    1 << 18
 )  # of a chunk of a layer, about: large enough that what is fixed costs little
-MOST_TOKENS, FEWEST_TOKENS = 2048, 32  # of a chunk
+MOST_TOKENS, FEWEST_TOKENS = 1024, 32  # of a chunk
 LEVEL = 1e-6  # nats per number, unless another is asked for
 FEW = 1 << 11  # words of a stream that are stored as they are
 RUNS = 4  # of tokens, at most, that make up a sample
