@@ -5,14 +5,9 @@
 #include <nanobind/stl/pair.h>
 
 #include <algorithm>
-#include <optional>
-#include <stdexcept>
 #include <utility>
-#include <vector>
 
-#include "bind_arrays.h"
-#include "cachegen.h"
-#include "dispatch.h"
+#include "bind_cachegen.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -20,72 +15,7 @@ using namespace waterfill;
 
 namespace {
 
-template <class T> using Cube = nb::ndarray<T, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-template <class T> using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Words = nb::ndarray<nb::ndim<4>, nb::device::cpu>;
-using Angles = std::optional<Cube<const float>>;  // (batch or 1, tokens, pairs)
-using Places = Vector<const int32_t>;
-
-const cachegen::Kernels& kernels() {
-#ifdef WATERFILL_X86
-    if (chosen_isa() == Isa::avx512) return avx512::cachegen_kernels();
-    if (chosen_isa() == Isa::avx2) return avx2::cachegen_kernels();
-#endif
-    return scalar::cachegen_kernels();
-}
-
-void require(bool ok, const char* what) {
-    if (!ok) throw std::invalid_argument(what);
-}
-
-bool counts_up(const int32_t* x, size_t n) {
-    for (size_t i = 1; i < n; ++i)
-        if (x[i] != x[0] + int32_t(i)) return false;
-    return n > 0;
-}
-
-cachegen::Pairs pairs_of(const Places& first, const Places& second, size_t width) {
-    const size_t n = first.shape(0);
-    require(second.shape(0) == n, "cachegen: pairs have two members");
-    for (size_t i = 0; i < n; ++i)
-        require(size_t(first.data()[i]) < width && size_t(second.data()[i]) < width && first.data()[i] >= 0 && second.data()[i] >= 0, "cachegen: a pair beyond the width");
-    bool run = counts_up(first.data(), n) && counts_up(second.data(), n);
-    if (run) {
-        const int32_t gap = first.data()[0] - second.data()[0];
-        run = size_t(gap < 0 ? -gap : gap) >= n;
-    }
-    return {first.data(), second.data(), n, run};
-}
-
-// Words (batch, heads, tokens, width) beside floats (heads, batch * tokens, width).
-struct Rows {
-    size_t batch, heads, tokens, width;
-    Float format;
-    const float *cos, *sin;
-    size_t pairs, turned;  // numbers of a row's angles; of a batch's, 0 where rows share them
-
-    Rows(const Words& words, const char* dtype, size_t h, size_t rows, size_t w, const Angles& c, const Angles& s, size_t n)
-        : batch(words.shape(0)), heads(words.shape(1)), tokens(words.shape(2)), width(words.shape(3)), format(float_named(dtype)), cos(nullptr), sin(nullptr), pairs(n), turned(0) {
-        require(words.itemsize() == (format == Float::f32 ? 4 : 2), "cachegen: words of another size");
-        require(width == 0 || words.stride(3) == 1, "cachegen: rows that do not lie in one piece");
-        require(h == heads && rows == batch * tokens && w == width, "cachegen: shapes that do not fit each other");
-        if (!c) return;
-        require(s && c->shape(2) == n && s->shape(2) == n && c->shape(1) == tokens && s->shape(1) == tokens && c->shape(0) == s->shape(0) && (c->shape(0) == 1 || c->shape(0) == batch), "cachegen: angles that do not fit");
-        cos = c->data(), sin = s->data(), turned = c->shape(0) == 1 ? 0 : tokens * n;
-    }
-
-    template <class Do> void each(const Words& words, Do&& run) const {
-        char* base = static_cast<char*>(words.data());
-        const int64_t size = format == Float::f32 ? 4 : 2;
-        for (size_t h = 0; h < heads; ++h)
-            for (size_t b = 0; b < batch; ++b)
-                for (size_t t = 0; t < tokens; ++t) {
-                    char* at = base + size * (int64_t(b) * words.stride(0) + int64_t(h) * words.stride(1) + int64_t(t) * words.stride(2));
-                    const size_t angle = b * turned + t * pairs;
-                    run(at, ((h * batch + b) * tokens + t) * width, h, cos ? cos + angle : nullptr, cos ? sin + angle : nullptr);
-                }
-    }
-};
+using namespace cachegen;
 
 void read_rows(const Words& words, const char* dtype, const Places& first, const Places& second, const Angles& cos, const Angles& sin, const Cube<float>& out) {
     const Rows rows(words, dtype, out.shape(0), out.shape(1), out.shape(2), cos, sin, first.shape(0));
@@ -94,42 +24,6 @@ void read_rows(const Words& words, const char* dtype, const Places& first, const
     nb::gil_scoped_release release;
     rows.each(words, [&](const char* at, size_t to, size_t, const float* c, const float* s) { run(at, rows.format, rows.width, pairs, c, s, out.data() + to); });
 }
-
-void write_rows(const Cube<const float>& x, const Matrix<const float>& mean, const char* dtype, const Places& first, const Places& second, const Angles& cos, const Angles& sin, const Words& out) {
-    const Rows rows(out, dtype, x.shape(0), x.shape(1), x.shape(2), cos, sin, first.shape(0));
-    require(mean.shape(0) == rows.heads && mean.shape(1) == rows.width, "cachegen: a mean of another shape");
-    const auto pairs = pairs_of(first, second, rows.width);
-    std::vector<float> scratch(rows.width);
-    const auto run = kernels().write;
-    nb::gil_scoped_release release;
-    rows.each(out, [&](char* at, size_t from, size_t h, const float* c, const float* s) {
-        run(x.data() + from, mean.data() + h * rows.width, rows.width, pairs, c, s, scratch.data(), rows.format, at);
-    });
-}
-
-// Columns of all components: of each its own, and of some, `wide`, one of low bits. So many tokens of a
-// column lie side by side, then as many of the next one.
-struct Columns {
-    const int32_t *column, *wide, *low;
-    size_t wides, columns, together;
-
-    Columns(const Places& c, const Places& w, const Places& l, size_t components, size_t n, size_t side, size_t rows) : column(c.data()), wide(w.data()), low(l.data()), wides(w.shape(0)), columns(n), together(side) {
-        require((side == 1 || side == cachegen::kTogether) && rows % side == 0, "cachegen: groups of 32 tokens, or of one");
-        require(c.shape(0) == components && l.shape(0) == wides, "cachegen: a column for each component");
-        for (size_t i = 0; i < components; ++i) require(column[i] >= 0 && size_t(column[i]) < columns, "cachegen: a column beyond the others");
-        for (size_t i = 0; i < wides; ++i)
-            require(low[i] >= 0 && size_t(low[i]) < columns && wide[i] >= 0 && size_t(wide[i]) < components && (!i || wide[i] > wide[i - 1]), "cachegen: a column beyond the others");
-    }
-
-    // Where the first token's symbol of a column is.
-    size_t at(int32_t place) const { return size_t(place) * together; }
-    // Low bits' column of each component, or -1.
-    std::vector<int32_t> lows(size_t components) const {
-        std::vector<int32_t> found(components, -1);
-        for (size_t i = 0; i < wides; ++i) found[size_t(wide[i])] = low[i];
-        return found;
-    }
-};
 
 std::pair<Owned<int64_t>, Owned<int32_t>> quantise(
     const Cube<const float>& z, const Vector<const float>& offset, float inverse, const Vector<const uint8_t>& shift, const Places& first, const Places& last,
@@ -192,7 +86,6 @@ void dequantise(const Matrix<const uint8_t>& symbols, float step, const Vector<c
 
 void bind_cachegen(nb::module_& m) {
     m.def("cachegen_read", &read_rows, "words"_a, "dtype"_a, "first"_a.noconvert(), "second"_a.noconvert(), "cos"_a.none().noconvert(), "sin"_a.none().noconvert(), "out"_a.noconvert(), "Rows of keys or values to floats, turned.");
-    m.def("cachegen_write", &write_rows, "x"_a.noconvert(), "mean"_a.noconvert(), "dtype"_a, "first"_a.noconvert(), "second"_a.noconvert(), "cos"_a.none().noconvert(), "sin"_a.none().noconvert(), "out"_a, "Rows of floats and a mean, turned, to a format.");
     m.def("cachegen_quantise", &quantise, "z"_a.noconvert(), "offset"_a.noconvert(), "inverse"_a, "shift"_a.noconvert(), "first"_a.noconvert(), "last"_a.noconvert(), "column"_a.noconvert(), "wide"_a.noconvert(), "low_column"_a.noconvert(), "together"_a, "out"_a.noconvert(), "Components to columns of symbols, and what has no symbol.");
     m.def("cachegen_dequantise", &dequantise, "symbols"_a.noconvert(), "step"_a, "shift"_a.noconvert(), "pull"_a.noconvert(), "column"_a.noconvert(), "wide"_a.noconvert(), "low_column"_a.noconvert(), "places"_a.noconvert(), "over"_a.noconvert(), "together"_a, "out"_a.noconvert(), "Inverse of cachegen_quantise.");
 }

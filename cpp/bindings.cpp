@@ -10,6 +10,7 @@ namespace nb = nanobind;
 void bind_attention(nb::module_& m);
 void bind_cache(nb::module_& m);
 void bind_cachegen(nb::module_& m);
+void bind_cachegen_rows(nb::module_& m);
 void bind_coded(nb::module_& m);
 void bind_delta(nb::module_& m);
 void bind_hadamard(nb::module_& m);
@@ -33,6 +34,7 @@ NB_MODULE(_core, m) {
     bind_attention(m);
     bind_cache(m);
     bind_cachegen(m);
+    bind_cachegen_rows(m);
     bind_coded(m);
     bind_delta(m);
     bind_hadamard(m);

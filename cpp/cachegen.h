@@ -29,11 +29,18 @@ constexpr int kMiddle = 16;
 constexpr size_t kTogether = 32;  // or one
 constexpr float kReach = 1073741824.0f;  // steps; beyond, nothing is coded
 
+// At most 32 rows of a head, side by side: number i of row r of a group is at i * 32 + r.
 struct Kernels {
+    // Rows of words to a group of floats; zeros where there is no row.
+    void (*gather)(const void* const* rows, size_t count, Float format, size_t width, float* group);
+    // A group to rows of words: to nearest, ties to even.
+    void (*scatter)(const float* group, size_t count, Float format, size_t width, void* const* rows);
+    // A group's rows turned by [pair][32] cosines and sines.
+    void (*turn)(float* group, const Pairs& pairs, const float* cos, const float* sin);
+    // A group of n numbers to one of m: number j is start[j] (null: 0) plus the sum over i, in order, of matrix[j * n + i] times number i.
+    void (*transform)(const float* from, size_t n, const float* matrix, const float* start, size_t m, float* to);
     // A row to float, then turned by these cosines and sines (null: not).
     void (*read)(const void* from, Float format, size_t width, const Pairs& pairs, const float* cos, const float* sin, float* to);
-    // A row plus a mean, turned, in a format: to nearest, ties to even.
-    void (*write)(const float* from, const float* mean, size_t width, const Pairs& pairs, const float* cos, const float* sin, float* scratch, Float format, void* to);
     // A component of all tokens in whole steps: what is above the low bits, the nearest symbols, the low bits
     // (null: it has none). Bit 0 of the result: some have no symbol of their own; bit 1: some are too far from
     // zero, or no numbers.

@@ -72,13 +72,144 @@ void read(const void* from, Float format, size_t width, const Pairs& pairs, cons
     if (cos) turn(to, pairs, cos, sin);
 }
 
-void write(const float* from, const float* mean, size_t width, const Pairs& pairs, const float* cos, const float* sin, float* __restrict scratch, Float format, void* to) {
-    for (size_t i = 0; i < width; ++i) scratch[i] = from[i] + mean[i];
-    if (cos) turn(scratch, pairs, cos, sin);
-    uint16_t* words = static_cast<uint16_t*>(to);
-    if (format == Float::f32) std::memcpy(to, scratch, 4 * width);
-    else if (format == Float::bf16) for (size_t i = 0; i < width; ++i) words[i] = to_bfloat(scratch[i]);
-    else for (size_t i = 0; i < width; ++i) words[i] = to_half(scratch[i]);
+constexpr size_t kSide = cachegen::kTogether;
+
+// Eight rows of eight words, in place, to eight columns.
+typedef uint16_t Eight __attribute__((vector_size(16)));
+inline Eight low_halves(Eight a, Eight b) { return __builtin_shuffle(a, b, Eight{0, 8, 1, 9, 2, 10, 3, 11}); }
+inline Eight high_halves(Eight a, Eight b) { return __builtin_shuffle(a, b, Eight{4, 12, 5, 13, 6, 14, 7, 15}); }
+inline void transpose(Eight x[8]) {
+    Eight y[8];
+#pragma GCC unroll 3
+    for (int round = 0; round < 3; ++round) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) y[2 * i] = low_halves(x[i], x[i + 4]), y[2 * i + 1] = high_halves(x[i], x[i + 4]);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) x[i] = y[i];
+    }
+}
+constexpr size_t kTile = 8;
+
+template <class Convert> void gather_words(const void* const* rows, size_t count, size_t width, float* group, Convert convert) {
+    for (size_t i = 0; i < width; i += kTile) {
+        const size_t some = width - i < kTile ? width - i : kTile;
+        for (size_t r = 0; r < kSide; r += kTile) {
+            Eight x[kTile];
+#pragma GCC unroll 8
+            for (size_t s = 0; s < kTile; ++s) {
+                x[s] = Eight{};
+                if (r + s >= count) continue;
+                const uint16_t* from = static_cast<const uint16_t*>(rows[r + s]) + i;
+                if (some == kTile) std::memcpy(&x[s], from, sizeof(Eight));
+                else std::memcpy(&x[s], from, 2 * some);
+            }
+            transpose(x);
+#pragma GCC unroll 8
+            for (size_t s = 0; s < kTile; ++s) {
+                if (s >= some) break;
+                uint16_t words[kTile];
+                std::memcpy(words, &x[s], sizeof(Eight));
+                for (size_t j = 0; j < kTile; ++j) group[(i + s) * kSide + r + j] = convert(words[j]);
+            }
+        }
+    }
+}
+
+void gather_floats(const void* const* rows, size_t count, size_t width, float* group) {
+    for (size_t r = 0; r < kSide; ++r)
+        for (size_t i = 0; i < width; ++i) group[i * kSide + r] = r < count ? static_cast<const float*>(rows[r])[i] : 0.0f;
+}
+
+void gather(const void* const* rows, size_t count, Float format, size_t width, float* group) {
+    if (format == Float::f32) gather_floats(rows, count, width, group);
+    else if (format == Float::bf16) gather_words(rows, count, width, group, [](uint16_t w) { return float_of(uint32_t(w) << 16); });
+    else gather_words(rows, count, width, group, [](uint16_t w) { return from_half(w); });
+}
+
+template <class Convert> void scatter_words(const float* group, size_t count, size_t width, void* const* rows, Convert convert) {
+    for (size_t i = 0; i < width; i += kTile) {
+        const size_t some = width - i < kTile ? width - i : kTile;
+        alignas(64) uint16_t words[kTile][kSide] = {};
+        for (size_t j = 0; j < some; ++j)
+            for (size_t r = 0; r < kSide; ++r) words[j][r] = convert(group[(i + j) * kSide + r]);
+        for (size_t r = 0; r < count; r += kTile) {
+            Eight x[kTile];
+#pragma GCC unroll 8
+            for (size_t s = 0; s < kTile; ++s) std::memcpy(&x[s], &words[s][r], sizeof(Eight));
+            transpose(x);
+#pragma GCC unroll 8
+            for (size_t s = 0; s < kTile; ++s)
+                if (r + s < count) std::memcpy(static_cast<uint16_t*>(rows[r + s]) + i, &x[s], some == kTile ? sizeof(Eight) : 2 * some);
+        }
+    }
+}
+
+void scatter_floats(const float* group, size_t count, size_t width, void* const* rows) {
+    for (size_t r = 0; r < count; ++r)
+        for (size_t i = 0; i < width; ++i) static_cast<float*>(rows[r])[i] = group[i * kSide + r];
+}
+
+void scatter(const float* group, size_t count, Float format, size_t width, void* const* rows) {
+    if (format == Float::f32) scatter_floats(group, count, width, rows);
+    else if (format == Float::bf16) scatter_words(group, count, width, rows, [](float x) { return to_bfloat(x); });
+    else scatter_words(group, count, width, rows, [](float x) { return to_half(x); });
+}
+
+void turn_group(float* group, const Pairs& pairs, const float* cos, const float* sin) {
+    for (size_t p = 0; p < pairs.count; ++p, cos += kSide, sin += kSide) {
+        float *__restrict a = group + size_t(pairs.first[p]) * kSide, *__restrict b = group + size_t(pairs.second[p]) * kSide;
+        for (size_t r = 0; r < kSide; ++r) {
+            const float u = a[r], v = b[r];
+            a[r] = u * cos[r] - v * sin[r];
+            b[r] = u * sin[r] + v * cos[r];
+        }
+    }
+}
+
+#if defined(WATERFILL_ISA_avx512)
+constexpr size_t kLanes = 16;
+#elif defined(WATERFILL_ISA_avx2)
+constexpr size_t kLanes = 8;
+#else
+constexpr size_t kLanes = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+
+inline Lanes load_lanes(const float* at) {
+    Lanes x;
+    std::memcpy(&x, at, sizeof(x));
+    return x;
+}
+
+// kMany numbers at a time, so that sums stay in registers and do not wait for each other.
+template <size_t kMany> void transform_some(const float* from, size_t n, const float* matrix, const float* start, float* to) {
+    for (size_t r = 0; r < kSide; r += 2 * kLanes) {
+        Lanes sum[kMany][2];
+#pragma GCC unroll 8
+        for (size_t j = 0; j < kMany; ++j) sum[j][0] = sum[j][1] = (start ? start[j] : 0.0f) - Lanes{};
+        const float* at = from + r;
+        for (size_t i = 0; i < n; ++i, at += kSide) {
+            const Lanes x = load_lanes(at), y = load_lanes(at + kLanes);
+#pragma GCC unroll 8
+            for (size_t j = 0; j < kMany; ++j) {
+                const float c = matrix[j * n + i];
+                sum[j][0] += c * x;
+                sum[j][1] += c * y;
+            }
+        }
+#pragma GCC unroll 8
+        for (size_t j = 0; j < kMany; ++j) {
+            std::memcpy(to + j * kSide + r, &sum[j][0], sizeof(Lanes));
+            std::memcpy(to + j * kSide + r + kLanes, &sum[j][1], sizeof(Lanes));
+        }
+    }
+}
+
+void transform(const float* from, size_t n, const float* matrix, const float* start, size_t m, float* to) {
+    constexpr size_t kMany = 4;
+    size_t j = 0;
+    for (; j + kMany <= m; j += kMany) transform_some<kMany>(from, n, matrix + j * n, start ? start + j : nullptr, to + j * kSide);
+    for (; j < m; ++j) transform_some<1>(from, n, matrix + j * n, start ? start + j : nullptr, to + j * kSide);
 }
 
 template <size_t kTogether> int quantise_groups(const float* __restrict z, size_t tokens, const Component& c, float inverse, int32_t* __restrict high, uint8_t* __restrict symbols, uint8_t* __restrict low) {
@@ -139,7 +270,7 @@ void dequantise(const uint8_t* symbols, const uint8_t* low, size_t tokens, const
 }  // namespace
 
 const cachegen::Kernels& cachegen_kernels() {
-    static constexpr cachegen::Kernels kernels{read, write, quantise, dequantise};
+    static constexpr cachegen::Kernels kernels{gather, scatter, turn_group, transform, read, quantise, dequantise};
     return kernels;
 }
 

@@ -66,10 +66,22 @@ struct EncodeSymbol {
     uint16_t base;  // of the symbol's offsets in `slots`
 };
 
+// Where the slots of at most 32 symbols are: a symbol's are those of its own bucket, up to the cut, and
+// then pieces of other buckets. Laid end to end, the pieces of all symbols make a line of at most 4096
+// places, where a table of cells of 32 places says which piece a cell begins in.
+struct SlotPieces {
+    static constexpr unsigned kCells = kTotal / 32, kMostSteps = 2;
+    bool usable = false;
+    unsigned steps = 0;  // pieces that may end within a cell
+    uint32_t cuts[kBuckets] = {}, shifts[kBuckets] = {};
+    uint8_t cells[kCells] = {};
+    uint16_t ends[kBuckets] = {}, moves[kBuckets] = {};
+};
+
 struct EncodeTables {
     const EncodeSymbol* symbols;  // [class][256]
     const uint16_t* slots;        // [class][4096]: base + offset -> slot, and two bytes more
-    bool few;                     // no class has more than 32 symbols
+    const SlotPieces* pieces;     // [class]; null where a class has more than 32 symbols
 };
 
 struct EncodeBlock {

@@ -1,9 +1,7 @@
 // Included by rans_kernel.cpp, inside its namespace, where AVX-512 is on: pushing symbols.
 //
 // One class of at most 32 symbols, rows of a multiple of 16 lanes: all that a symbol needs comes from
-// registers. Its slot too: the slots of a symbol are those of its own bucket, up to the cut, and then
-// pieces of other buckets. Laid end to end, the pieces of all symbols make a line of at most 4096
-// places, where a table of cells of 32 places says which piece a cell begins in.
+// registers, its slot too (`SlotPieces`).
 struct Counting {
     alignas(64) uint16_t from[32];
     constexpr Counting() : from() {
@@ -12,52 +10,14 @@ struct Counting {
 };
 constexpr Counting kCounting{};
 
-class SlotPieces {
-public:
-    static constexpr unsigned kCells = kTotal / 32;
-    static constexpr unsigned kMostSteps = 2;
-
-    SlotPieces(const EncodeSymbol* symbols, const uint16_t* slots) {
-        unsigned place = 0, piece = 0;
-        std::memset(ends_, 0xFF, sizeof(ends_));
-        for (unsigned s = 0; s < kBuckets; ++s) {
-            const unsigned frequency = symbols[s].frequency;
-            const uint16_t* slot = slots + symbols[s].base;
-            unsigned r = 0;
-            while (r < frequency && r < kBucketSlots && slot[r] == s * kBucketSlots + r) ++r;
-            cuts[s] = r;
-            shifts[s] = place - r;
-            while (r < frequency) {
-                if (piece == kBuckets) return;
-                moves_[piece] = uint16_t(slot[r] - place);
-                do ++r, ++place;
-                while (r < frequency && slot[r] == slot[r - 1] + 1 && slot[r] % kBucketSlots);
-                ends_[piece++] = uint16_t(place);
-            }
-        }
-        if (piece == kBuckets) return;  // the step behind the last one has to find an end
-        unsigned most = 0;
-        for (unsigned cell = 0, first = 0; cell < kCells; ++cell) {
-            while (first < piece && ends_[first] <= 32 * cell) ++first;
-            cells_[cell] = uint8_t(first);
-            unsigned within = 0;
-            while (first + within < piece && ends_[first + within] < 32 * (cell + 1)) ++within;
-            most = within > most ? within : most;
-        }
-        usable = most <= kMostSteps;
-        steps = most <= 1 ? 1 : kMostSteps;
-        for (int half = 0; half < 2; ++half) cell[half] = _mm512_load_si512(cells_ + 64 * half);
-        end = _mm512_load_si512(ends_), move = _mm512_load_si512(moves_);
-    }
-
-    bool usable = false;
-    unsigned steps = 0;  // pieces that may end within a cell
-    uint32_t cuts[kBuckets] = {}, shifts[kBuckets] = {};
+// A class's pieces in registers.
+struct RegisterPieces {
     __m512i cell[2], end, move;
 
-private:
-    alignas(64) uint8_t cells_[kCells] = {};
-    alignas(64) uint16_t ends_[kBuckets], moves_[kBuckets] = {};
+    explicit RegisterPieces(const SlotPieces& p) {
+        for (int half = 0; half < 2; ++half) cell[half] = _mm512_loadu_si512(p.cells + 64 * half);
+        end = _mm512_loadu_si512(p.ends), move = _mm512_loadu_si512(p.moves);
+    }
 };
 
 struct SymbolTables {
@@ -93,7 +53,7 @@ struct Pushing {
           full(_mm512_cmpgt_epu32_mask(_mm512_srli_epi32(x, 32 - kScaleBits), _mm512_and_si512(packed, _mm512_set1_epi32(kTotal - 1)))) {}
 };
 
-template <unsigned kSteps> inline __m512i push(__m512i x, const Pushing& p, const SlotPieces& pieces) {
+template <unsigned kSteps> inline __m512i push(__m512i x, const Pushing& p, const RegisterPieces& pieces) {
     const __m512i low12 = _mm512_set1_epi32(kTotal - 1), one = _mm512_set1_epi32(1);
     const __m512i frequency = _mm512_add_epi32(_mm512_and_si512(p.packed, low12), one);
     x = _mm512_mask_srli_epi32(x, p.full, x, 16);
@@ -118,7 +78,7 @@ template <unsigned kSteps> inline __m512i push(__m512i x, const Pushing& p, cons
 }
 
 // Lanes in pairs of vectors, as in decoding: words that leave 32 states go out with one compression.
-template <int G, unsigned kSteps> void push_rows(uint32_t* states, uint16_t*& words, const EncodePanel& panel, const SymbolTables& tables, const SlotPieces& pieces, bool& unknown) {
+template <int G, unsigned kSteps> void push_rows(uint32_t* states, uint16_t*& words, const EncodePanel& panel, const SymbolTables& tables, const RegisterPieces& pieces, bool& unknown) {
     __m512i x[G];
     WATERFILL_UNROLL
     for (int g = 0; g < G; ++g) x[g] = _mm512_load_si512(states + 16 * g);
@@ -156,23 +116,22 @@ template <int G, unsigned kSteps> void push_rows(uint32_t* states, uint16_t*& wo
     unknown |= _mm512_reduce_min_ps(least) == 0.0f || !_mm256_testz_si256(seen, _mm256_set1_epi8(char(~(kBuckets - 1))));
 }
 
-template <int G> void push_panel(uint32_t* states, uint16_t*& at, const EncodePanel& panel, const SymbolTables& tables, const SlotPieces& pieces, bool& unknown) {
-    if (pieces.steps == 1) push_rows<G, 1>(states, at, panel, tables, pieces, unknown);
+template <int G> void push_panel(uint32_t* states, uint16_t*& at, const EncodePanel& panel, const SymbolTables& tables, const RegisterPieces& pieces, unsigned steps, bool& unknown) {
+    if (steps == 1) push_rows<G, 1>(states, at, panel, tables, pieces, unknown);
     else push_rows<G, SlotPieces::kMostSteps>(states, at, panel, tables, pieces, unknown);
 }
 
-// What the last class of a block took long to make: panels of one class often follow each other.
+// Those of the last class of a block: panels of one class often follow each other.
 class RegisterTables {
 public:
     RegisterTables() {}
     void make(const EncodeTables& encode, size_t id) {
         if (id == id_) return;
         id_ = id;
-        const EncodeSymbol* symbols = encode.symbols + id * 256;
-        const SlotPieces* made = ::new (&pieces) SlotPieces(symbols, encode.slots + id * kTotal);
-        if (made->usable) ::new (&tables) SymbolTables(symbols, *made);
+        ::new (&pieces) RegisterPieces(encode.pieces[id]);
+        ::new (&tables) SymbolTables(encode.symbols + id * 256, encode.pieces[id]);
     }
-    union { SlotPieces pieces; };
+    union { RegisterPieces pieces; };
     union { SymbolTables tables; };
 
 private:
@@ -180,12 +139,11 @@ private:
 };
 
 bool encode_in_registers(uint32_t* states, uint16_t*& at, const EncodePanel& panel, const EncodeTables& encode, RegisterTables& made, bool& unknown) {
-    constexpr size_t kFewRows = 32;  // whose tables take longer to make than they save
-    if (panel.width % 32 || panel.width == 96 || panel.rows < kFewRows) return false;
+    if (panel.width % 32 || panel.width == 96 || !encode.pieces[panel.uniform].usable) return false;
+    const unsigned steps = encode.pieces[panel.uniform].steps;
     made.make(encode, panel.uniform);
-    if (!made.pieces.usable) return false;
-    if (panel.width == 128) push_panel<8>(states, at, panel, made.tables, made.pieces, unknown);
-    else if (panel.width == 64) push_panel<4>(states, at, panel, made.tables, made.pieces, unknown);
-    else push_panel<2>(states, at, panel, made.tables, made.pieces, unknown);
+    if (panel.width == 128) push_panel<8>(states, at, panel, made.tables, made.pieces, steps, unknown);
+    else if (panel.width == 64) push_panel<4>(states, at, panel, made.tables, made.pieces, steps, unknown);
+    else push_panel<2>(states, at, panel, made.tables, made.pieces, steps, unknown);
     return true;
 }

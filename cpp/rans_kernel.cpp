@@ -183,7 +183,7 @@ size_t encode_block(const EncodeBlock& block) {
 #endif
     const auto encode = [&](const EncodePanel& panel) {
 #if defined(WATERFILL_ISA_avx512)
-        if (block.tables->few && !panel.classes && encode_in_registers(x, at, panel, *block.tables, made, unknown)) return;
+        if (block.tables->pieces && !panel.classes && encode_in_registers(x, at, panel, *block.tables, made, unknown)) return;
 #endif
         encode_rows(x, at, panel, *block.tables, unknown);
     };

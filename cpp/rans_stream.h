@@ -164,16 +164,20 @@ inline std::string joined(Pieces pieces) {
     return out;
 }
 
-inline std::string encode(const Symbols& in, const Frequencies& frequencies, size_t lanes, unsigned threads, Isa isa) {
+inline std::string encode(const Symbols& in, const Encoder& encoder, size_t lanes, unsigned threads, Isa isa) {
     log2_of(lanes);
     if (in.rows == 0 || in.cols == 0) return {};
-    const Encoder encoder(frequencies);
     return joined(encode_blocks(geometry_for(in.rows, in.cols, lanes), 1, threads, [&](const Geometry::Part& part, uint32_t* states, uint16_t* words_end) {
         const size_t n = kernels_for(isa).encode_block({&encoder.tables(), in.values + part.row * in.cols + part.col, in.cols, part.rows, part.cols,
                                                         unsigned(lanes), in.classes ? in.classes + part.col : nullptr, states, words_end});
         if (n == SIZE_MAX) throw std::invalid_argument("rANS: a symbol that its class's model does not know");
         return n;
     }));
+}
+
+inline std::string encode(const Symbols& in, const Frequencies& frequencies, size_t lanes, unsigned threads, Isa isa) {
+    log2_of(lanes);
+    return in.rows == 0 || in.cols == 0 ? std::string() : encode(in, Encoder(frequencies), lanes, threads, isa);
 }
 
 // Where the blocks of a stream lie: every length checked against the stream's.
@@ -231,16 +235,19 @@ inline bool prefers_slots(size_t classes, Isa isa) {
     return isa == Isa::scalar && classes <= kFewClasses;
 }
 
-inline void decode(const uint8_t* data, size_t size, uint8_t* out, size_t rows, size_t cols, const uint8_t* classes,
-                   const Frequencies& frequencies, const uint8_t* lut, unsigned threads, Isa isa) {
+// Whether there is nothing to decode; refuses bytes where there is nothing, and classes without a model.
+inline bool nothing_in(size_t size, size_t rows, size_t cols, const uint8_t* classes, size_t models) {
     if (rows == 0 || cols == 0) {
         if (size) throw FormatError("rANS: bytes where there are no symbols");
-        return;
+        return true;
     }
-    if (classes)
-        for (size_t i = 0; i < cols; ++i)
-            if (classes[i] >= frequencies.classes) throw FormatError("rANS: class " + std::to_string(classes[i]) + " has no model");
-    const Decoder decoder(frequencies, lut, prefers_slots(frequencies.classes, isa));
+    for (size_t i = 0; classes && i < cols; ++i)
+        if (classes[i] >= models) throw FormatError("rANS: class " + std::to_string(classes[i]) + " has no model");
+    return false;
+}
+
+// With tables that are there; classes must have been looked at.
+inline void decode(const uint8_t* data, size_t size, uint8_t* out, size_t rows, size_t cols, const uint8_t* classes, const Decoder& decoder, unsigned threads, Isa isa) {
     const Layout layout = read_layout(data, size, rows, cols);
     in_parallel(layout.places.size(), threads, [&](size_t i) {
         const Geometry::Part part = layout.geometry.part(i);
@@ -250,6 +257,13 @@ inline void decode(const uint8_t* data, size_t size, uint8_t* out, size_t rows, 
                                                   unsigned(layout.geometry.lanes), classes ? classes + part.col : nullptr, nullptr, part.col}),
                    i);
     });
+}
+
+inline void decode(const uint8_t* data, size_t size, uint8_t* out, size_t rows, size_t cols, const uint8_t* classes,
+                   const Frequencies& frequencies, const uint8_t* lut, unsigned threads, Isa isa) {
+    if (nothing_in(size, rows, cols, classes, frequencies.classes)) return;
+    const Decoder decoder(frequencies, lut, prefers_slots(frequencies.classes, isa));
+    decode(data, size, out, rows, cols, classes, decoder, threads, isa);
 }
 
 // A stream of one row and one class, its symbols handed over as they come: sink_of(block) -> Sink.

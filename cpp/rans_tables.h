@@ -1,5 +1,6 @@
 // What the kernels look symbols up in, built from frequencies: integers only, the same everywhere.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -121,7 +122,7 @@ private:
 
 class Encoder {
 public:
-    explicit Encoder(const Frequencies& f) : symbols_(f.classes * 256), slots_(f.classes * kTotal + 1) {
+    explicit Encoder(const Frequencies& f) : symbols_(f.classes * 256), slots_(f.classes * kTotal + 1), pieces_(f.aliased() ? f.classes : 0) {
         check(f);
         for (size_t k = 0; k < f.classes; ++k) {
             const uint16_t* frequency = f.values + k * f.alphabet;
@@ -134,9 +135,11 @@ public:
                 base += n;
             }
             for (uint32_t i = 0; i < kTotal; ++i) slot[i] = uint16_t(i);
-            if (f.aliased()) alias_slots(slot, &symbols_[k * 256], AliasTable<kBuckets>(frequency, f.alphabet));
+            if (!f.aliased()) continue;
+            alias_slots(slot, &symbols_[k * 256], AliasTable<kBuckets>(frequency, f.alphabet));
+            fill_pieces(pieces_[k], &symbols_[k * 256], slot);
         }
-        tables_ = {symbols_.data(), slots_.data(), f.aliased()};
+        tables_ = {symbols_.data(), slots_.data(), f.aliased() ? pieces_.data() : nullptr};
     }
     Encoder(const Encoder&) = delete;
     Encoder& operator=(const Encoder&) = delete;
@@ -154,9 +157,41 @@ private:
         }
     }
 
+    static void fill_pieces(SlotPieces& to, const EncodeSymbol* symbols, const uint16_t* slots) {
+        unsigned place = 0, piece = 0;
+        std::fill(to.ends, to.ends + kBuckets, uint16_t(0xFFFF));
+        for (unsigned s = 0; s < kBuckets; ++s) {
+            const unsigned frequency = symbols[s].frequency;
+            const uint16_t* slot = slots + symbols[s].base;
+            unsigned r = 0;
+            while (r < frequency && r < kBucketSlots && slot[r] == s * kBucketSlots + r) ++r;
+            to.cuts[s] = r;
+            to.shifts[s] = place - r;
+            while (r < frequency) {
+                if (piece == kBuckets) return;
+                to.moves[piece] = uint16_t(slot[r] - place);
+                do ++r, ++place;
+                while (r < frequency && slot[r] == slot[r - 1] + 1 && slot[r] % kBucketSlots);
+                to.ends[piece++] = uint16_t(place);
+            }
+        }
+        if (piece == kBuckets) return;  // the step behind the last one has to find an end
+        unsigned most = 0;
+        for (unsigned cell = 0, first = 0; cell < SlotPieces::kCells; ++cell) {
+            while (first < piece && to.ends[first] <= 32 * cell) ++first;
+            to.cells[cell] = uint8_t(first);
+            unsigned within = 0;
+            while (first + within < piece && to.ends[first + within] < 32 * (cell + 1)) ++within;
+            most = within > most ? within : most;
+        }
+        to.usable = most <= SlotPieces::kMostSteps;
+        to.steps = most <= 1 ? 1 : SlotPieces::kMostSteps;
+    }
+
     EncodeTables tables_{};
     std::vector<EncodeSymbol> symbols_;
     std::vector<uint16_t> slots_;
+    std::vector<SlotPieces> pieces_;
 };
 
 }  // namespace waterfill::rans

@@ -48,6 +48,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("codebook_fuzz", ["packed_kernel"], 100),
         ("hadamard_fuzz", ["hadamard_kernel"], 150),
         ("coded_fuzz", ["coded_kernel"], 40),
+        ("cachegen_fuzz", ["cachegen_kernel"], 4000),
         ("words_fuzz", ["words_kernel", "rans_kernel", "huffman_kernel"], 500),
         ("attention_fuzz", ["attention_kernel", "norm_kernel"], 150),
         ("cache_fuzz", ["cache_kernel", "cachegen_kernel", "rans_kernel", "attention_kernel"], 200),

@@ -9,12 +9,14 @@ rate, never accuracy. Transform coding with one water level: Goyal 2001.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding.components import Basis, components_kept
 from waterfill.coding.entropy import decode_ints, encode_ints
+from waterfill.coding.models import Alphabet
 from waterfill.coding.sections import join, split
 from waterfill.types import Floats, FormatError
 
@@ -39,10 +41,10 @@ class Table:
     mean: Floats
     synthesis: Floats
 
-    def vectors(self, z: Floats) -> Floats:
-        """Components (heads, kept, rows) as vectors less the mean, (heads, rows, width)."""
-        found: Floats = np.matmul(z.swapaxes(1, 2), self.synthesis)
-        return found
+    @cached_property
+    def across(self) -> Floats:
+        """What components are multiplied with: float32 (heads, width, kept)."""
+        return np.ascontiguousarray(self.synthesis.swapaxes(1, 2))
 
     @property
     def components(self) -> int:
@@ -91,10 +93,12 @@ def analysis_of(table: Table, harm: Floats) -> Floats:
 
 def pack_table(table: Table) -> bytes:
     """A table made by `fit_table` as bytes, exactly."""
-    rows = table.synthesis.astype(np.float64)
-    mean, unit, whole = _integers(table.mean, rows)
-    kept = rows.shape[1].to_bytes(2, "little")
-    codes = encode_ints(whole.reshape(-1, whole.shape[2]).astype(np.int32), None)
+    mean, unit, whole = _integers(table.mean, table.synthesis.astype(np.float64))
+    kept = whole.shape[1].to_bytes(2, "little")
+    # Every value its own symbol: another alphabet saves next to nothing, and takes long to find.
+    alphabet = Alphabet(int(whole.min()), int(whole.max()) - int(whole.min()) + 1, False)
+    rows = whole.reshape(-1, whole.shape[2]).astype(np.int32)
+    codes = encode_ints(rows, None, alphabet=alphabet)
     return join([kept + mean.tobytes() + unit.tobytes(), codes])
 
 

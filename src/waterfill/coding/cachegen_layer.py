@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from waterfill.coding import lossless
 from waterfill.coding.cachegen import Table, read_table
+from waterfill.coding.cachegen_chunk import decode_rows
 from waterfill.coding.cachegen_file import Header, Layer, Part, Reader
-from waterfill.coding.cachegen_rows import UNTURNED, Turn, turn_of, write_rows
-from waterfill.coding.cachegen_symbols import Columns, decode_chunk, read_columns
+from waterfill.coding.cachegen_rows import UNTURNED, Turn, turn_of
+from waterfill.coding.cachegen_symbols import Columns, read_columns
 from waterfill.coding.sections import split
 from waterfill.types import DTYPES, Array, Floats, FormatError, to_float32
 
@@ -107,16 +108,15 @@ class LayerDecoder:
         if step is None or self.tables is None or level not in self.columns:
             raise FormatError("a chunk without its table or models")
         one, header = self.layer, self.header
-        tokens = header.batch * (stop - first)
-        found = decode_chunk(data, tokens, step, self.columns[level], one.heads)
-        keys, values = (
-            write_rows(
-                table.vectors(z), table.mean, header.dtype,
-                (header.batch, one.heads, stop - first, table.mean.shape[1]), how,
-            )
-            for z, table, how in zip(found, self.tables, (turn, UNTURNED), strict=True)
+        shapes = [
+            (header.batch, one.heads, stop - first, width)
+            for width in (one.key_width, one.value_width)
+        ]
+        keys, values = self.tables
+        return decode_rows(
+            data, header.dtype, shapes, (turn, UNTURNED), (keys.across, values.across),
+            (keys.mean, values.mean), step, self.columns[level],
         )  # fmt: skip
-        return keys, values
 
     def _exact(self, data: bytes, tokens: int) -> Arrays:
         one, header = self.layer, self.header

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding import native
-from waterfill.types import DTYPES, Array, Floats, from_float32, to_float32
+from waterfill.types import Array, Floats, from_float32, to_float32
 
 __all__ = ["UNTURNED", "Turn", "read_rows", "turn_of", "write_rows"]
 
@@ -63,17 +63,10 @@ def read_rows(words: Array, dtype: str, turn: Turn = UNTURNED) -> Floats:
     return out
 
 
-def write_rows(
-    x: Floats, mean: Floats, dtype: str, shape: tuple[int, ...], turn: Turn = UNTURNED
-) -> Array:
-    """Inverse of `read_rows`, with a mean (heads, width) added first: words of a shape."""
-    out = np.empty(shape, DTYPES[dtype])
-    core = native.core()
-    if core is not None:
-        core.cachegen_write(x, mean, dtype, turn.first, turn.second, turn.cos, turn.sin, out)
-        return out
+def write_rows(x: Floats, dtype: str, shape: tuple[int, ...], turn: Turn = UNTURNED) -> Array:
+    """Inverse of `read_rows`: words of a shape."""
     batch, heads, tokens, width = shape
-    y = (x + mean[:, None]).reshape(heads, batch, tokens, width).swapaxes(0, 1)
+    y = x.reshape(heads, batch, tokens, width).swapaxes(0, 1).copy()
     _turn(y, turn)
     return from_float32(y, dtype).reshape(shape)
 

@@ -51,6 +51,15 @@ def bank() -> tuple[NDArray[np.uint16], Floats]:
     return freqs, bits
 
 
+@lru_cache(maxsize=1)
+def classes_known() -> rans.Models:
+    """The bank's models, then plain bits, 1 to so many as a component may have."""
+    plain = np.zeros((MAX_SHIFT, SYMBOLS), np.uint16)
+    for width, row in enumerate(plain, 1):
+        row[: 1 << width] = rans.TOTAL >> width
+    return rans.Models(np.concatenate([bank()[0], plain]))
+
+
 @dataclass(frozen=True, eq=False)
 class Stream:
     """What of a level's columns concerns keys, or values: a place for each of their components.
@@ -90,16 +99,15 @@ class Columns:
     sizes: tuple[int, int]
 
     @cached_property
-    def classes(self) -> tuple[Bytes, NDArray[np.uint16]]:
-        """Class of each column, and frequencies of the classes: plain bits have classes of their own."""
-        used, ids = np.unique(self.models, return_inverse=True)
-        widths = np.unique(self.shifts[self.low])
-        plain = np.zeros((widths.size, SYMBOLS), np.uint16)
-        for row, width in zip(plain, widths.tolist(), strict=True):
-            row[: 1 << width] = rans.TOTAL >> width
-        lower = used.size + np.searchsorted(widths, self.shifts[self.low])
-        table = np.concatenate([bank()[0][used], plain])
-        return np.concatenate([ids[self.order], lower]).astype(np.uint8), table
+    def classes(self) -> Bytes:
+        """Class of each column, of those that are known."""
+        lower = self.shifts[self.low] + (len(bank()[0]) - 1)
+        return np.concatenate([self.models[self.order], lower]).astype(np.uint8)
+
+    @cached_property
+    def repeated(self) -> Bytes:
+        """Class of each column of a matrix of whole groups."""
+        return np.repeat(self.classes, TOGETHER)
 
     @cached_property
     def order(self) -> Longs:
@@ -137,6 +145,35 @@ class Columns:
         return part(slice(0, self.sizes[0])), part(slice(self.sizes[0], None))
 
 
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """Components without a symbol of their own.
+
+    Attributes
+    ----------
+    places : int64 (n,), token times components plus component
+    over : int32 (n,), what is to be added to their nearest symbols
+    """
+
+    places: Longs
+    over: Ints
+
+    @classmethod
+    def of(cls, parts: Sequence[Listed]) -> Listed:
+        """One after another."""
+        return cls(
+            np.concatenate([one.places for one in parts]), np.concatenate([one.over for one in parts])
+        )  # fmt: skip
+
+    def moved(self, by: int) -> Listed:
+        return Listed(self.places + by, self.over)
+
+    def between(self, first: int, stop: int, count: int) -> Listed:
+        """Those of tokens first to stop, counted from there, where they ascend; of so many components."""
+        some = slice(*np.searchsorted(self.places, [first * count, stop * count]))
+        return Listed(self.places[some] - first * count, self.over[some])
+
+
 def fit_columns(sample: Sequence[Floats], step: float) -> Columns:
     """Columns for components like a sample: of keys and of values, each float32 (heads, kept, tokens)."""
     steps = np.concatenate([_side_by_side(z) for z in sample], axis=1) * np.float32(1 / step)
@@ -152,7 +189,7 @@ def fit_columns(sample: Sequence[Floats], step: float) -> Columns:
 
 def _side_by_side(z: Floats) -> Floats:
     """(heads, kept, tokens) as (tokens, heads * kept)."""
-    return z.reshape(-1, z.shape[2]).T
+    return z.reshape(z.shape[0] * z.shape[1], z.shape[2]).T
 
 
 def _halves(shifts: Bytes) -> Ints:
@@ -213,16 +250,29 @@ def encode_chunk(
         If a number is not finite, or a thousand million steps from zero.
     """
     tokens = z[0].shape[2]
-    listed, streams = [], []
-    for part, together in _parts(tokens):
-        some = [x[:, :, part] for x in z]
-        symbols, found = _to_symbols(some, offsets, step, columns, together)
-        listed += [(part.start * sum(columns.sizes) + places, over) for places, over in found]
-        streams.append(_encode(symbols, columns, together))
-    return join([_pack_list(listed), *streams])
+    symbols = np.empty((tokens, columns.classes.size), np.uint8)
+    listed = []
+    for x, offset, stream in zip(z, offsets, columns.streams, strict=True):
+        found = []
+        for part, together in parts(tokens):
+            some = quantise_to(x[:, :, part], offset, step, stream, together, symbols[part])
+            found.append(some.moved(part.start * stream.column.size))
+        listed.append(Listed.of(found))
+    return write_chunk(symbols, listed, columns)
 
 
-def _parts(tokens: int) -> tuple[tuple[slice, int], tuple[slice, int]]:
+def write_chunk(symbols: Bytes, listed: Sequence[Listed], columns: Columns) -> bytes:
+    """Bytes of a chunk's symbols (tokens, columns), and of what has none, of keys and of values."""
+    start, every = 0, []
+    for one, count in zip(listed, columns.sizes, strict=True):
+        token, place = np.divmod(one.places, count)
+        every.append(Listed(token * sum(columns.sizes) + start + place, one.over))
+        start += count
+    streams = [_encode(symbols[part], columns, side) for part, side in parts(len(symbols))]
+    return join([_pack_list(Listed.of(every)), *streams])
+
+
+def parts(tokens: int) -> tuple[tuple[slice, int], tuple[slice, int]]:
     """Tokens in whole groups, which a coder reads a column at a time, and what is left; and how many together."""
     body = tokens // TOGETHER * TOGETHER
     return (slice(0, body), TOGETHER), (slice(body, tokens), 1)
@@ -230,41 +280,26 @@ def _parts(tokens: int) -> tuple[tuple[slice, int], tuple[slice, int]]:
 
 def _encode(symbols: Bytes, columns: Columns, together: int) -> bytes:
     """Symbols (tokens, columns), so many tokens of a column side by side."""
-    ids, freqs = columns.classes
-    matrix = symbols.reshape(-1, ids.size * together)
+    ids = columns.classes if together == 1 else columns.repeated
     lanes = min(TOGETHER, rans.choose_lanes(symbols.size))
-    return rans.encode(matrix, np.repeat(ids, together), freqs, lanes, 1)
+    return classes_known().encode(symbols.reshape(-1, ids.size), ids, lanes, 1)
 
 
-def _to_symbols(
-    z: Sequence[Floats], offsets: Sequence[Floats], step: float, columns: Columns, together: int
-) -> tuple[Bytes, list[tuple[Longs, Ints]]]:
-    """Symbols (tokens, columns), and places (token * components + component) that have none."""
-    symbols = np.empty((z[0].shape[2], columns.classes[0].size), np.uint8)
-    listed, start = [], 0
-    for one, offset, stream in zip(z, offsets, columns.streams, strict=True):
-        count = stream.column.size
-        places, over = _quantise(one, offset, step, stream, together, symbols)
-        listed.append((places // count * sum(columns.sizes) + start + places % count, over))
-        start += count
-    return symbols, listed
-
-
-def _quantise(
+def quantise_to(
     z: Floats, offset: Floats, step: float, stream: Stream, together: int, out: Bytes
-) -> tuple[Longs, Ints]:
-    """Fill the columns of a stream; places (token * components + component) without a symbol, and how far."""
+) -> Listed:
+    """Fill the columns of a stream; what has no symbol."""
     core = native.core()
     inverse = float(np.float32(1 / step))
     if core is not None:
         try:
-            found: tuple[Longs, Ints] = core.cachegen_quantise(
+            found = core.cachegen_quantise(
                 np.ascontiguousarray(z), offset, inverse, stream.shift, stream.first, stream.last,
                 stream.column, stream.wide, stream.low_column, together, out,
             )  # fmt: skip
         except RuntimeError as error:
             raise ValueError(str(error)) from None
-        return found
+        return Listed(*found)
     steps = np.rint((_side_by_side(z) - offset) * np.float32(inverse))
     if not (np.abs(steps) < REACH).all():
         raise ValueError("numbers that are not finite, or too large for this level")
@@ -276,17 +311,17 @@ def _quantise(
     for column, x in ((stream.column, near), (stream.low_column, lower)):
         grouped[:, :, column] = x.reshape(-1, together, x.shape[1])
     places = np.flatnonzero(high != near)
-    return places, (high - near).reshape(-1)[places]
+    return Listed(places, (high - near).reshape(-1)[places])
 
 
-def _pack_list(listed: Sequence[tuple[Longs, Ints]]) -> bytes:
+def _pack_list(listed: Listed) -> bytes:
     """Values that their models have no symbol for: how many, where, and how far they are."""
-    places = np.concatenate([places for places, _ in listed])
+    places = listed.places
     if not places.size:
         return b"\0"
     order = np.argsort(places)
     gaps = np.diff(places[order], prepend=-1) - 1
-    over = gamma.zigzag(np.concatenate([over for _, over in listed])[order].astype(np.int64))
+    over = gamma.zigzag(listed.over[order].astype(np.int64))
     kinds = [np.min_scalar_type(int(x.max())) for x in (gaps, over)]
     packed = [x.astype(kind).tobytes() for x, kind in zip((gaps, over), kinds, strict=True)]
     return b"".join([gamma.varint(places.size), bytes(kind.itemsize for kind in kinds), *packed])
@@ -304,7 +339,7 @@ def _read_list(data: Bytes, size: int) -> tuple[Longs, Ints]:
     gaps = np.frombuffer(data, f"<u{widths[0]}", count, at + 2).astype(np.int64)
     over = np.frombuffer(data, f"<u{widths[1]}", count, at + 2 + count * widths[0])
     places = np.cumsum(gaps + 1) - 1
-    if gaps.max() >= size or places[-1] >= size:
+    if gaps.min() < 0 or gaps.max() >= size or places[-1] >= size:
         raise FormatError("a list of places that are not there")
     return places, gamma.unzigzag(over.astype(np.int64)).astype(np.int32)
 
@@ -313,40 +348,40 @@ def decode_chunk(
     data: bytes, tokens: int, step: float, columns: Columns, heads: int
 ) -> tuple[Floats, Floats]:
     """Inverse of `encode_chunk`, but for the offsets: of keys and of values, float32 (heads, kept, tokens)."""
-    listed, *coded = (np.frombuffer(part, np.uint8) for part in split(data, 3))
-    components = sum(columns.sizes)
-    places, over = _read_list(listed, tokens * components)
-    ids, freqs = columns.classes
+    symbols, listed = read_chunk(data, tokens, columns)
     out: tuple[list[Floats], list[Floats]] = ([], [])
-    for (part, together), stream in zip(_parts(tokens), coded, strict=True):
-        rows = (part.stop - part.start) // together
-        classes = np.repeat(ids, together)
-        symbols = rans.decode(stream, rows, classes.size, classes, freqs, 1).reshape(-1, ids.size)
-        token, place = np.divmod(places - part.start * components, components)
-        start = 0
-        for z, one in zip(out, columns.streams, strict=True):
-            count = one.column.size
-            mine = (
-                (token >= 0) & (token < len(symbols)) & (place >= start) & (place < start + count)
-            )
-            where = token[mine] * count + place[mine] - start
-            if len(symbols) or not tokens:
-                z.append(_dequantise(symbols, step, one, where, over[mine], together, heads))
-            start += count
+    for part, together in parts(tokens):
+        for z, stream, some in zip(out, columns.streams, listed, strict=True):
+            if part.stop > part.start or not tokens:
+                where = some.between(part.start, part.stop, stream.column.size)
+                z.append(dequantise(symbols[part], step, stream, where, together, heads))
     keys, values = (z[0] if len(z) == 1 else np.concatenate(z, axis=2) for z in out)
     return keys, values
 
 
-def _dequantise(
-    symbols: Bytes,
-    step: float,
-    stream: Stream,
-    places: Longs,
-    over: Ints,
-    together: int,
-    heads: int,
+def read_chunk(data: bytes, tokens: int, columns: Columns) -> tuple[Bytes, list[Listed]]:
+    """Symbols (tokens, columns) as they are coded, and what has none, of keys and of values."""
+    packed, *streams = (np.frombuffer(part, np.uint8) for part in split(data, 3))
+    components = sum(columns.sizes)
+    places, over = _read_list(packed, tokens * components)
+    symbols = np.empty((tokens, columns.classes.size), np.uint8)
+    for (part, together), stream in zip(parts(tokens), streams, strict=True):
+        ids = columns.classes if together == 1 else columns.repeated
+        classes_known().decode(stream, symbols[part].reshape(-1, ids.size), ids, 1)
+    token, place = np.divmod(places, components)
+    listed, start = [], 0
+    for count in columns.sizes:
+        mine = (place >= start) & (place < start + count)
+        listed.append(Listed(token[mine] * count + place[mine] - start, over[mine]))
+        start += count
+    return symbols, listed
+
+
+def dequantise(
+    symbols: Bytes, step: float, stream: Stream, listed: Listed, together: int, heads: int
 ) -> Floats:
-    """Components, float32 (heads, kept, tokens)."""
+    """Components of tokens that lie so many together, float32 (heads, kept, tokens)."""
+    places, over = listed.places, listed.over
     tokens, kept = len(symbols), stream.column.size // heads
     core = native.core()
     if core is not None:

@@ -38,6 +38,7 @@ def encode_ints(
     values: NDArray[Any],
     classes: Bytes | Literal["auto"] | None = "auto",
     threads: int | None = None,
+    alphabet: Alphabet | None = None,
 ) -> bytes:
     """Code a matrix of signed integers of any size.
 
@@ -50,6 +51,8 @@ def encode_ints(
         bytes; None takes all columns alike.
     threads : int, optional
         Threads over blocks; the bytes do not depend on it.
+    alphabet : Alphabet, optional
+        That has all values; None looks for the one that takes the fewest bytes.
 
     Returns
     -------
@@ -65,7 +68,7 @@ def encode_ints(
         raise ValueError("integers must fit in 32 bits")
     if least == most:
         return bytes([CONSTANT]) + gamma.varint(int(gamma.zigzag(least)))
-    alphabet = choose_alphabet(values, least, most)
+    alphabet = alphabet or choose_alphabet(values, least, most)
     symbols = to_symbols(values, alphabet)
     if isinstance(classes, str):
         ids = choose_classes(values, symbols, alphabet)
@@ -202,8 +205,11 @@ def _direct_bytes(counts: Ints, present: Ints) -> tuple[Ints, bool]:
     """Which bytes get symbols of their own, and whether others are left to escape."""
     by_count = present[np.argsort(-counts[present], kind="stable")]
     common = int(np.count_nonzero(counts[present] > counts.sum() // RARE))
+    sizes = {present.size, common, min(common, rans.FAST_ALPHABET - 1)}
+    if len(sizes) == 1:
+        return present, False
     options = []
-    for few in {present.size, common, min(common, rans.FAST_ALPHABET - 1)}:
+    for few in sizes:
         direct = np.sort(by_count[:few])
         rest = int(counts.sum() - counts[direct].sum())
         if rest and few == 256:

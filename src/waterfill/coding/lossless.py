@@ -20,7 +20,7 @@ from waterfill.coding.entropy import decode_bytes, encode_bytes
 from waterfill.coding.split import CODERS, EXPONENT_BITS
 from waterfill.types import FormatError
 
-__all__ = ["CODERS", "decode", "encode", "words_of"]
+__all__ = ["CODERS", "decode", "encode", "store", "words_of"]
 
 Words = NDArray[Any]
 Bytes = NDArray[np.uint8]
@@ -67,6 +67,11 @@ def encode(
         coded = min(_candidates(source, dtype, coder, threads), key=len)
         coded = _encode_deflated(raw, len(coded)) or coded
     return coded if len(coded) <= raw.size else bytes([STORED]) + raw.tobytes()
+
+
+def store(source: Words) -> bytes:
+    """Words as they are, as of `encode`: for so few that coding them saves less than it takes."""
+    return bytes([STORED]) + source.tobytes() if source.size else b""
 
 
 def _candidates(source: Words, dtype: str, coder: str, threads: int | None) -> Iterator[bytes]:

@@ -12,6 +12,8 @@ WATERFILL_THREADS : threads to use where the caller names no number.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,16 @@ from numpy.typing import NDArray
 from waterfill.coding import native, rans_numpy
 from waterfill.types import FormatError
 
-__all__ = ["MAX_ALPHABET", "TOTAL", "choose_lanes", "decode", "encode", "find", "histogram"]
+__all__ = [
+    "MAX_ALPHABET",
+    "TOTAL",
+    "Models",
+    "choose_lanes",
+    "decode",
+    "encode",
+    "find",
+    "histogram",
+]
 
 TOTAL = 4096
 MAX_ALPHABET = 256
@@ -117,6 +128,47 @@ def decode(
     except RuntimeError as error:
         raise FormatError(str(error)) from None
     return out
+
+
+class Models:
+    """Models that code many streams: what coders look up is made once.
+
+    Parameters
+    ----------
+    freqs : as of `encode`
+    """
+
+    def __init__(self, freqs: Freqs) -> None:
+        self.freqs = _table(freqs)
+
+    @cached_property
+    def _tables(self) -> Any:
+        core = native.core()
+        assert core is not None
+        return core.RansModels(self.freqs)
+
+    def encode(
+        self, symbols: Bytes, classes: Bytes, lanes: int, threads: int | None = None
+    ) -> bytes:
+        """As `encode` under these models."""
+        if native.core() is None:
+            return encode(symbols, classes, self.freqs, lanes, threads)
+        threads = threads or native.threads()
+        try:
+            coded: bytes = self._tables.encode(symbols, classes, lanes, threads)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+        return coded
+
+    def decode(self, data: Bytes, out: Bytes, classes: Bytes, threads: int | None = None) -> None:
+        """As `decode` under these models, into a matrix that is there."""
+        if native.core() is None:
+            out[:] = decode(data, out.shape[0], out.shape[1], classes, self.freqs, threads)
+            return
+        try:
+            self._tables.decode(data, out, classes, threads or native.threads())
+        except RuntimeError as error:
+            raise FormatError(str(error)) from None
 
 
 def histogram(

@@ -196,9 +196,10 @@ def method_ids() -> list[str]:
 
 def find_method(id: str) -> type[Method]:
     """The class of this id, imported at first use; SpecError if there is none."""
-    if id not in method_ids():
-        raise SpecError(f"no cache method is called {id!r}; known: {', '.join(method_ids())}")
-    importlib.import_module(f"waterfill.runtime.cache.methods.{id}")
+    if id not in _REGISTRY:
+        if id not in method_ids():
+            raise SpecError(f"no cache method is called {id!r}; known: {', '.join(method_ids())}")
+        importlib.import_module(f"waterfill.runtime.cache.methods.{id}")
     return _REGISTRY[id]
 
 

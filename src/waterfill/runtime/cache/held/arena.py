@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,13 +21,19 @@ def _room(part: torch.Tensor) -> torch.Tensor:
     """Room for a segment of such blocks.
 
     Large ones get pages of their own: between what forward passes allocate and free, a heap of blocks grows
-    to half as much again as they take.
+    to half as much again as they take. Private ones: those that processes can share are slow to come.
     """
     shape = (part.shape[0], SEGMENT, *part.shape[2:])
     nbytes = math.prod(shape) * part.element_size()
     if part.device.type != "cpu" or nbytes < PAGES:
         return part.new_empty(shape)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=part.dtype).reshape(shape)
+    return torch.frombuffer(_pages(nbytes), dtype=part.dtype).reshape(shape)
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, nbytes)
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class Arena:

@@ -15,9 +15,10 @@ import torch
 
 from waterfill.coding import lossless
 from waterfill.coding.cachegen import Table, analysis_of, components, fit_table, pack_table
+from waterfill.coding.cachegen_chunk import Basis, encode_rows
 from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer, front_nbytes
 from waterfill.coding.cachegen_rows import UNTURNED, Turn, read_rows, turn_of
-from waterfill.coding.cachegen_symbols import encode_chunk, fit_columns, pack_columns
+from waterfill.coding.cachegen_symbols import fit_columns, pack_columns
 from waterfill.coding.components import basis_of
 from waterfill.coding.sections import join
 from waterfill.runtime.cache.facts import LayerFacts
@@ -43,8 +44,10 @@ CHUNK_NUMBERS = (
 )  # of a chunk of a layer, about: large enough that what is fixed costs little
 MOST_TOKENS, FEWEST_TOKENS = 1024, 32  # of a chunk
 LEVEL = 1e-6  # nats per number, unless another is asked for
+FEW = 1 << 11  # words of a stream that are stored as they are
 RUNS = 4  # of tokens, at most, that make up a sample
-SAMPLE = 1024  # tokens, of all rows, that tables and models are fitted to
+SAMPLE = 1024  # tokens, of all rows, that tables are fitted to
+EACH = 2  # of these, that models are fitted to
 PRIOR = 16  # tokens that a layer's calibration counts for, against those of the cache itself
 TOKEN_NATS = 1.0  # lost if all of keys and values were, where nothing was measured
 
@@ -223,6 +226,8 @@ class _Source:
         self.store, self._turns = store, turns  # turns are the same for all layers
         self._pieces: tuple[Piece, ...] = store.pieces()
         self._last: tuple[Piece, Pair] | None = None
+        rotary = store.facts.rotary
+        self._rotation = None if rotary is None else rotation_of(rotary)
 
     def read(self, first: int, stop: int) -> Pair:
         parts = []
@@ -242,28 +247,33 @@ class _Source:
             self._last = piece, piece.read()
         return self._last[1]
 
+    def turn(self, first: int, stop: int) -> Turn:
+        """How keys of some tokens turn back to position 0."""
+        rotary = self.store.facts.rotary
+        if rotary is None:
+            return UNTURNED
+        key = self._rotation, first, stop
+        if key not in self._turns:
+            positions = self.store.track.positions(first, stop).numpy()
+            frequencies = rotary.frequencies.numpy()
+            self._turns[key] = turn_of(rotary.first, rotary.second, frequencies, positions).back
+        return self._turns[key]
+
     def plain(self, first: int, stop: int) -> tuple[Floats, Floats]:
         """Float32, keys turned back to position 0: (heads, batch * tokens, width)."""
         keys, values = (words_of(x) for x in self.read(first, stop))
-        rotary, turn = self.store.facts.rotary, UNTURNED
-        if rotary is not None:
-            key = rotation_of(rotary), first, stop
-            if key not in self._turns:
-                positions = self.store.track.positions(first, stop).numpy()
-                frequencies = rotary.frequencies.numpy()
-                self._turns[key] = turn_of(rotary.first, rotary.second, frequencies, positions).back
-            turn = self._turns[key]
         dtype = DTYPE_NAMES[self.store.facts.dtype]
-        return read_rows(keys, dtype, turn), read_rows(values, dtype)
+        return read_rows(keys, dtype, self.turn(first, stop)), read_rows(values, dtype)
 
 
 def _exact(pair: Pair, dtype: str) -> bytes:
-    return join(
-        [
-            lossless.encode(lossless.words_of(words_of(x)), dtype, "rans", 1, tries=False)
-            for x in pair
-        ]
-    )
+    return join([_words(lossless.words_of(words_of(x)), dtype) for x in pair])
+
+
+def _words(words: Any, dtype: str) -> bytes:
+    if words.size <= FEW:
+        return lossless.store(words)
+    return lossless.encode(words, dtype, "rans", 1, tries=False)
 
 
 def _layer_parts(
@@ -281,16 +291,20 @@ def _layer_parts(
         if level.step is None or coder is None:
             yield b""
         else:
-            columns[level.name] = fit_columns(coder.sample, level.step)
+            some = [z[:, :, ::EACH] for z in coder.sample]
+            columns[level.name] = fit_columns(some, level.step)
             yield pack_columns(columns[level.name])
     for chunk in chunks:
         span = header.span(layer, chunk)
-        z = None if coder is None else coder.components(*source.plain(*span))
+        pair, turns = source.read(*span), (source.turn(*span), UNTURNED)
+        words = [words_of(x) for x in pair]
         for level in header.levels:
-            if level.step is None or z is None or coder is None:
-                yield _exact(source.read(*span), header.dtype)
+            if level.step is None or coder is None:
+                yield _exact(pair, header.dtype)
             else:
-                yield encode_chunk(z, coder.offsets, level.step, columns[level.name])
+                yield encode_rows(
+                    words, header.dtype, turns, coder.bases, level.step, columns[level.name]
+                )
 
 
 class _Coder:
@@ -302,25 +316,19 @@ class _Coder:
         chunks = header.chunks(layer)
         taken = [source.plain(*span) for span in _spread(header, layer, chunks)]
         streams = len(header.layers) * 2
-        self.tables, self.analyses, self.offsets = [], [], []
+        tables: list[Table] = []
+        self.bases: list[Basis] = []
+        self.sample: list[Floats] = []
         for which in (0, 1):
             x = np.concatenate([pair[which] for pair in taken], axis=1)
             given = None if own is None else (own.keys, own.values)[which]
             table, analysis = _fit(x, given, step, streams)
-            self.tables.append(table)
-            self.analyses.append(analysis)
-            self.offsets.append((table.mean[:, None] @ analysis).reshape(-1))
-        self.packed = join([pack_table(table) for table in self.tables])
-        self.sample = [
-            np.concatenate(x, axis=2)
-            for x in zip(*(self.components(*pair) for pair in taken), strict=True)
-        ]
-        for x, offset in zip(self.sample, self.offsets, strict=True):
-            x -= offset.reshape(len(x), -1, 1)
-
-    def components(self, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
-        """Of keys, and of values, each float32 (heads, kept, rows), before their offsets."""
-        return components(keys, self.analyses[0]), components(values, self.analyses[1])
+            offset = table.mean[:, None] @ analysis
+            across = np.ascontiguousarray(analysis.swapaxes(1, 2))
+            tables.append(table)
+            self.bases.append(Basis(across, offset.reshape(-1)))
+            self.sample.append(components(x, analysis) - offset.swapaxes(1, 2))
+        self.packed = join([pack_table(table) for table in tables])
 
 
 def _spread(header: Header, layer: Layer, chunks: range) -> Iterator[tuple[int, int]]:

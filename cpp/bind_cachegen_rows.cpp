@@ -1,0 +1,165 @@
+// Whole chunks of a stream, 32 rows at a time: words to symbols, and back. What lies between stays in the
+// nearest cache.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "bind_cachegen.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace waterfill;
+using namespace waterfill::cachegen;
+
+namespace {
+
+using Ints = Vector<const int32_t>;
+using Floats = Vector<const float>;
+using Shifts = Vector<const uint8_t>;
+
+// Rows `first` to `first + count` of all: where they are for each head, and how they turn.
+class Group {
+public:
+    Group(const Rows& rows, const Words& words, size_t pairs) : rows_(rows), base_(static_cast<char*>(words.data())), stride_{words.stride(0), words.stride(1), words.stride(2)}, cos_(pairs * kTogether), sin_(pairs * kTogether), pairs_(pairs) {}
+
+    void move(size_t first) {
+        count = std::min(kTogether, rows_.batch * rows_.tokens - first);
+        for (size_t r = 0; r < count; ++r) {
+            const size_t b = (first + r) / rows_.tokens, t = (first + r) % rows_.tokens;
+            offset_[r] = int64_t(b) * stride_[0] + int64_t(t) * stride_[2];
+            if (!rows_.cos) continue;
+            const size_t angle = b * rows_.turned + t * pairs_;
+            for (size_t p = 0; p < pairs_; ++p) cos_[p * kTogether + r] = rows_.cos[angle + p], sin_[p * kTogether + r] = rows_.sin[angle + p];
+        }
+    }
+
+    // Of a head; valid until the next call.
+    void* const* at(size_t head) {
+        const int64_t size = rows_.format == Float::f32 ? 4 : 2;
+        for (size_t r = 0; r < count; ++r) places_[r] = base_ + size * (offset_[r] + int64_t(head) * stride_[1]);
+        return places_;
+    }
+
+    void turn(const Kernels& run, const Pairs& pairs, float* x) const {
+        if (rows_.cos) run.turn(x, pairs, cos_.data(), sin_.data());
+    }
+
+    size_t count = 0;
+
+private:
+    const Rows& rows_;
+    char* base_;
+    int64_t stride_[3];
+    std::vector<float> cos_, sin_;
+    size_t pairs_;
+    int64_t offset_[kTogether] = {};
+    void* places_[kTogether] = {};
+};
+
+// Symbols of all rows: whole groups of 32 first, then the rows that are left, one by one.
+struct Symbols {
+    size_t rows, columns;
+    std::vector<int32_t> low;
+
+    Symbols(const Ints& column, const Ints& wide, const Ints& low_column, const Shifts& shift, size_t components, size_t n, size_t all)
+        : rows(all), columns(n), low(Columns(column, wide, low_column, components, n, 1, all).lows(components)) {
+        require(shift.shape(0) == components, "cachegen: a shift for each component");
+        for (size_t j = 0; j < components; ++j) require(shift.data()[j] < 8, "cachegen: a shift of too many bits");
+    }
+
+    size_t together(size_t first) const { return first + kTogether <= rows ? kTogether : 1; }
+    size_t place(size_t first, int32_t column) const { return first * columns + size_t(column) * together(first); }
+};
+
+std::pair<Owned<int64_t>, Owned<int32_t>> encode_rows(
+    const Words& words, const char* dtype, const Ints& first_of, const Ints& second_of, const Angles& cos, const Angles& sin, const Cube<const float>& analysis,
+    const Floats& offset, float inverse, const Shifts& shift, const Ints& first, const Ints& last, const Ints& column, const Ints& wide, const Ints& low_column, const Matrix<uint8_t>& out) {
+    const size_t heads = analysis.shape(0), kept = analysis.shape(1), components = heads * kept;
+    const Rows rows(words, dtype, heads, out.shape(0), analysis.shape(2), cos, sin, first_of.shape(0));
+    const Pairs pairs = pairs_of(first_of, second_of, rows.width);
+    require(offset.shape(0) == components && first.shape(0) == components && last.shape(0) == components, "cachegen: shapes that do not fit each other");
+    const Symbols symbols(column, wide, low_column, shift, components, out.shape(1), out.shape(0));
+    const Kernels& run = kernels();
+    std::vector<float> x(rows.width * kTogether), z(kept * kTogether);
+    std::vector<int64_t> places;
+    std::vector<int32_t> over;
+    bool far = false;
+    {
+        nb::gil_scoped_release release;
+        Group group(rows, words, pairs.count);
+        for (size_t at = 0; at < symbols.rows; at += kTogether) {
+            group.move(at);
+            const size_t together = symbols.together(at);
+            for (size_t h = 0; h < heads; ++h) {
+                run.gather(group.at(h), group.count, rows.format, rows.width, x.data());
+                group.turn(run, pairs, x.data());
+                run.transform(x.data(), rows.width, analysis.data() + h * kept * rows.width, nullptr, kept, z.data());
+                for (size_t i = 0; i < kept; ++i) {
+                    const size_t j = h * kept + i;
+                    const Component one{offset.data()[j], shift.data()[j], first.data()[j], last.data()[j], 0.0f, together, together * symbols.columns};
+                    uint8_t* low = symbols.low[j] < 0 ? nullptr : out.data() + symbols.place(at, symbols.low[j]);
+                    int32_t high[kTogether];
+                    const int flags = run.quantise(z.data() + i * kTogether, group.count, one, inverse, high, out.data() + symbols.place(at, column.data()[j]), low);
+                    far |= flags >> 1;
+                    for (size_t r = 0; (flags & 1) && r < group.count; ++r) {
+                        const int32_t near = std::min(std::max(high[r], one.first), one.last);
+                        if (high[r] != near) places.push_back(int64_t((at + r) * components + j)), over.push_back(high[r] - near);
+                    }
+                }
+            }
+        }
+    }
+    if (far) throw std::runtime_error("numbers that are not finite, or too large for this level");
+    return {owned(std::move(places)), owned(std::move(over))};
+}
+
+void decode_rows(
+    const Matrix<const uint8_t>& coded, float step, const Shifts& shift, const Floats& pull, const Ints& column, const Ints& wide, const Ints& low_column,
+    const Vector<const int64_t>& places, const Ints& over, const Cube<const float>& synthesis, const Matrix<const float>& mean,
+    const char* dtype, const Ints& first_of, const Ints& second_of, const Angles& cos, const Angles& sin, const Words& out) {
+    const size_t heads = synthesis.shape(0), kept = synthesis.shape(2), components = heads * kept;
+    const Rows rows(out, dtype, heads, coded.shape(0), synthesis.shape(1), cos, sin, first_of.shape(0));
+    const Pairs pairs = pairs_of(first_of, second_of, rows.width);
+    require(pull.shape(0) == components && mean.shape(0) == heads && mean.shape(1) == rows.width && places.shape(0) == over.shape(0), "cachegen: shapes that do not fit each other");
+    const Symbols symbols(column, wide, low_column, shift, components, coded.shape(1), coded.shape(0));
+    for (size_t i = 0; i < places.shape(0); ++i)
+        require(places.data()[i] >= 0 && size_t(places.data()[i]) < symbols.rows * components && (!i || places.data()[i] > places.data()[i - 1]), "cachegen: places that do not ascend, or are not there");
+    const Kernels& run = kernels();
+    std::vector<float> x(rows.width * kTogether), z(components * kTogether);
+    nb::gil_scoped_release release;
+    Group group(rows, out, pairs.count);
+    size_t next = 0;
+    for (size_t at = 0; at < symbols.rows; at += kTogether) {
+        group.move(at);
+        const size_t together = symbols.together(at), stride = together * symbols.columns;
+        for (size_t j = 0; j < components; ++j) {
+            const uint8_t* low = symbols.low[j] < 0 ? nullptr : coded.data() + symbols.place(at, symbols.low[j]);
+            run.dequantise(coded.data() + symbols.place(at, column.data()[j]), low, group.count, {0.0f, shift.data()[j], 0, 0, pull.data()[j], together, stride}, step, z.data() + j * kTogether);
+        }
+        // What had no symbol of its own, once more from its nearest.
+        for (; next < places.shape(0) && size_t(places.data()[next]) < (at + group.count) * components; ++next) {
+            const size_t r = size_t(places.data()[next]) / components - at, j = size_t(places.data()[next]) % components;
+            const size_t row = together == 1 ? r * symbols.columns : r;
+            const float scale = float(1 << shift.data()[j]);
+            float k = float(int64_t(coded.data()[symbols.place(at, column.data()[j]) + row]) - kMiddle + over.data()[next]) * scale;
+            if (symbols.low[j] >= 0) k = k - 0.5f * scale + float(coded.data()[symbols.place(at, symbols.low[j]) + row]);
+            z[j * kTogether + r] = (k > 0 ? k - pull.data()[j] : k < 0 ? k + pull.data()[j] : k) * step;
+        }
+        for (size_t h = 0; h < heads; ++h) {
+            run.transform(z.data() + h * kept * kTogether, kept, synthesis.data() + h * kept * rows.width, mean.data() + h * rows.width, rows.width, x.data());
+            group.turn(run, pairs, x.data());
+            run.scatter(x.data(), group.count, rows.format, rows.width, group.at(h));
+        }
+    }
+}
+
+}  // namespace
+
+void bind_cachegen_rows(nb::module_& m) {
+    m.def("cachegen_encode", &encode_rows, "words"_a, "dtype"_a, "first_of"_a.noconvert(), "second_of"_a.noconvert(), "cos"_a.none().noconvert(), "sin"_a.none().noconvert(), "analysis"_a.noconvert(), "offset"_a.noconvert(), "inverse"_a, "shift"_a.noconvert(), "first"_a.noconvert(), "last"_a.noconvert(), "column"_a.noconvert(), "wide"_a.noconvert(), "low_column"_a.noconvert(), "out"_a.noconvert(), "Rows of words to columns of symbols, and what has no symbol.");
+    m.def("cachegen_decode", &decode_rows, "coded"_a.noconvert(), "step"_a, "shift"_a.noconvert(), "pull"_a.noconvert(), "column"_a.noconvert(), "wide"_a.noconvert(), "low_column"_a.noconvert(), "places"_a.noconvert(), "over"_a.noconvert(), "synthesis"_a.noconvert(), "mean"_a.noconvert(), "dtype"_a, "first_of"_a.noconvert(), "second_of"_a.noconvert(), "cos"_a.none().noconvert(), "sin"_a.none().noconvert(), "out"_a, "Inverse of cachegen_encode.");
+}
