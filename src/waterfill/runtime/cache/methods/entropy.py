@@ -16,12 +16,13 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 
-from waterfill.coding.cachegen import analysis_of, fit_table
+from waterfill.coding.cachegen import LEAST
 from waterfill.coding.cachegen_symbols import Columns, decode_chunk, encode_chunk, fit_columns
+from waterfill.coding.components import components_kept
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.fitting.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, method
-from waterfill.runtime.cache.tables import Rows
+from waterfill.runtime.cache.tables import Rows, inverse
 from waterfill.types import Floats, SpecError
 
 __all__ = ["Entropy"]
@@ -31,6 +32,7 @@ FURTHEST = 1 << 14  # steps from zero, at most
 SPARE = 1.01  # of the bytes that the samples take on average
 HEAD = 3  # bytes: the step, and how many are used
 TRIES = 8
+HALF_MAX = 65504.0
 CUT = np.array([-0.25, 0.25], np.float32)
 
 
@@ -64,26 +66,33 @@ class Entropy(Method):
 
 @dataclass(frozen=True, eq=False)
 class _Stream:
-    """Keys or values of a layer: the mean float16 (heads, width), and rows both ways (heads, kept, width)."""
+    """Keys or values of a layer.
 
+    Attributes
+    ----------
+    kept : components of each head that are coded
+    mean : float16 (heads, width)
+    rows : (heads, width, width), what components are multiplied with, also those that are not coded
+    """
+
+    kept: int
     mean: torch.Tensor
-    down: Rows
-    up: Rows
+    rows: Rows
 
     @classmethod
     def of(cls, stream: StreamStatistics, step: float) -> _Stream:
-        table = fit_table(stream.mean, stream.basis, step)
-        down = analysis_of(table, stream.harm).swapaxes(1, 2)
-        mean = torch.from_numpy(table.mean).half()
-        return cls(mean, Rows.of(down), Rows.of(table.synthesis))
+        kept = components_kept(stream.basis.variances > LEAST * step * step)
+        mean = np.clip(stream.mean, -HALF_MAX, HALF_MAX).astype(np.float16)
+        return cls(kept, torch.from_numpy(mean), Rows.of(stream.basis.synthesis))
 
     def components(self, x: torch.Tensor) -> torch.Tensor:
         """(..., heads, tokens, kept) of float32 (..., heads, tokens, width)."""
-        return (x - self.mean.float()[:, None]) @ self.down.floats().transpose(1, 2)
+        down = inverse(self.rows.floats())[:, :, : self.kept]
+        return (x - self.mean.float()[:, None]) @ down
 
     def vectors(self, z: torch.Tensor) -> torch.Tensor:
         """Inverse of `components`, near enough."""
-        return z @ self.up.floats() + self.mean.float()[:, None]
+        return z @ self.rows.floats()[:, : self.kept] + self.mean.float()[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +127,7 @@ class _Entropy(Coder):
             "models": torch.from_numpy(self.columns.models),
         }
         for name, one in zip(("keys", "values"), self.both, strict=True):
-            parts = one.mean, *one.down.parts, *one.up.parts
+            parts = one.mean, *one.rows.parts
             found |= {f"{name}.{i}": part for i, part in enumerate(parts)}
         return found
 
@@ -180,10 +189,7 @@ class _Entropy(Coder):
         codes = coded["codes"].cpu().numpy()
         batch, blocks = codes.shape[:2]
         heads = self.facts.heads
-        z = [
-            np.empty((batch, heads, blocks * BLOCK, one.up.codes.shape[1]), np.float32)
-            for one in self.both
-        ]
+        z = [np.empty((batch, heads, blocks * BLOCK, one.kept), np.float32) for one in self.both]
         for row in range(batch):
             for block in range(blocks):
                 one = codes[row, block]
