@@ -197,8 +197,7 @@ def filled(model: Any, pairs: Pairs, statistics: Any, tokens: int | None = None)
     cache = KVCache(model, method="exact", statistics=statistics, tokens=tokens)
     for layer, (keys, values) in zip(cache.coded_layers, pairs, strict=True):
         layer.resume(keys.dtype, keys.device, 0)
-        layer.store.append(keys, values)
-        layer.resumed()
+        layer.restore(keys, values)
     return cache
 
 

@@ -392,11 +392,15 @@ class Reader:
     def read(self, part: Part) -> bytes:
         """A part, checked."""
         at = self.numbers[part]
-        nbytes, crc = (int(x) for x in self._entries[at])
         self._file.seek(int(self._starts[at]))
-        data = self._file.read(nbytes)
-        check(data, nbytes, crc, str(self.path), part)
+        data = self._file.read(int(self._entries["nbytes"][at]))
+        self.check(part, data)
         return data
+
+    def check(self, part: Part, data: bytes) -> None:
+        """FormatError if a part is not what the front says."""
+        nbytes, crc = (int(x) for x in self._entries[self.numbers[part]])
+        check(data, nbytes, crc, str(self.path), part)
 
 
 def _header(found: Mapping[str, Any]) -> Header:

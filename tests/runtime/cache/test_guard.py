@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import waterfill.runtime.cache.guard as guard_module
-from tests.runtime.cache.models import decoder, plant_outliers, statistics, tokens
 from tests.runtime.cache.editing.test_splicing import read
+from tests.runtime.cache.models import decoder, plant_outliers, statistics, tokens
 from waterfill.runtime.cache.cache import KVCache
 from waterfill.runtime.cache.guard import Guard, safer
 from waterfill.runtime.cache.method import parse_method

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from tests.runtime.cache.models import decoder, statistics, tokens
 from waterfill.runtime.cache.cache import KVCache
@@ -94,3 +95,17 @@ def test_a_full_cache_says_how_to_have_room() -> None:
     with torch.no_grad(), pytest.raises(BudgetError, match=r"100 tokens, and 101.*tokens=101"):
         model(input_ids=ids, past_key_values=cache)
     assert cache.get_seq_length() == 0
+
+
+def test_what_is_no_decoder() -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(WaterfillError, match="BertModel reads in both directions"):
+        KVCache(BertModel(BertConfig(intermediate_size=32, **small)))
+    with pytest.raises(
+        WaterfillError, match=r"of a transformers model, and this is str.*load_model"
+    ):
+        KVCache("model")
+
+
+def test_a_model_without_a_head_has_no_guard_by_itself() -> None:
+    assert KVCache(decoder().model, bits=14, tokens=300).guard is None

@@ -55,7 +55,8 @@ class KVCache(Cache):  # type: ignore[misc]
     statistics : what `calibrate_cache` learned, or a file of it; by default the file beside the model
     sinks, recent : tokens kept as they were, at the beginning, and at least at the end
     guard : measures harm and has layers fall back (`guard`); "auto": with its defaults where the method is
-        "auto" too, since a method that is named is held as it is named; None: no guard
+        "auto" too, since a method that is named is held as it is named, and the model says next tokens;
+        None: no guard
 
     Raises
     ------
@@ -104,7 +105,7 @@ class KVCache(Cache):  # type: ignore[misc]
             if isinstance(guard, Guard):
                 raise WaterfillError(f"{method} evicts tokens, which a guard cannot bring back")
         if guard == "auto":
-            guard = Guard() if method == "auto" else None
+            guard = Guard() if method == "auto" and model.can_generate() else None
         self.guard = None if guard is None else Sentry(self, guard)
         if self.guard is not None:
             self.guard.try_new()

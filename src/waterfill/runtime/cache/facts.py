@@ -68,13 +68,10 @@ def facts_of(model: Any) -> tuple[LayerFacts | None, ...]:
     WaterfillError
         If the model is no decoder with a cache.
     """
+    _check_decoder(model)
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None) or 1 << 15
     positions = tuple(p for p in POSITIONS if p < min(longest, 1 << 19))
-    if model.config.is_encoder_decoder:
-        raise WaterfillError(
-            f"{type(model).__name__} has an encoder: only caches of decoders alone can be coded"
-        )
     token = 1 if getattr(config, "pad_token_id", None) == 0 else 0  # padding may embed as zeros
     ids = torch.full((len(positions), 1), token, dtype=torch.long, device=model.device)
     try:
@@ -95,6 +92,20 @@ def facts_of(model: Any) -> tuple[LayerFacts | None, ...]:
             f"{type(model).__name__} takes no cache of keys and values: {error}"
         ) from error
     return tuple(_layer(i, layer, positions, model) for i, layer in enumerate(cache.layers))
+
+
+def _check_decoder(model: Any) -> None:
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise WaterfillError(
+            f"a cache is of a transformers model, and this is {type(model).__name__}: "
+            "make one with waterfill.load_model, or transformers' own from_pretrained"
+        )
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise WaterfillError(f"{name} has an encoder: only caches of decoders alone can be coded")
+    causal = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
+    if causal and not any(causal):
+        raise WaterfillError(f"{name} reads in both directions: only decoders have a cache")
 
 
 def context_of(model: Any) -> int | None:

@@ -31,7 +31,15 @@ from transformers import LogitsProcessor
 from waterfill.runtime.cache.editing.replaying import Past
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.fitting.planning import Budget, Choice, choice_of, plan
-from waterfill.runtime.cache.fitting.probing import READ, Nats, Reference, draw_text, read_exactly
+from waterfill.runtime.cache.fitting.probing import (
+    READ,
+    Nats,
+    Reference,
+    draw_text,
+    last_span,
+    read_exactly,
+    spread_spans,
+)
 from waterfill.runtime.cache.fitting.statistics import LayerStatistics
 from waterfill.runtime.cache.held.store import Store
 from waterfill.runtime.cache.held.track import Track
@@ -187,12 +195,13 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
         stores = {layer.store.facts.index: layer.store for layer in layers}
         facts = [store.facts for store in stores.values()]
         ids = input_ids[:, :tokens].cpu()
-        reference = read_exactly(cache.model, facts, ids, cache.track.positions(0, tokens))
+        positions = cache.track.positions(0, tokens)
+        reference = read_exactly(cache.model, facts, ids, positions, last_span(tokens))
 
-        def shown(choices: Choices, changed: set[int]) -> dict[int, Past]:
+        def shown(choices: Choices, changed: set[int]) -> dict[int, Store]:
             for index in changed:
                 _code_anew(stores[index], choices[index], reference.exact[index], cache.budget)
-            return {i: Past.of(stores[i], reference.past_tokens) for i in changed or stores}
+            return {i: stores[i] for i in changed or stores}
 
         return self._keep_limit(reference, shown, self._in_place)
 
@@ -203,13 +212,13 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
         ids = self._probe()
         if ids is None:
             return
-        positions = torch.arange(ids.shape[1])[None]
-        reference = read_exactly(cache.model, known, ids, positions)
-        n = reference.past_tokens
+        tokens = ids.shape[1]
+        positions = torch.arange(tokens)[None]
+        reference = read_exactly(cache.model, known, ids, positions, spread_spans(tokens))
         track = Track()
-        track.extend(0, n, positions[:, :n])
+        track.extend(0, tokens, positions)
 
-        def shown(choices: Choices, changed: set[int]) -> dict[int, Past]:
+        def shown(choices: Choices, changed: set[int]) -> dict[int, Store]:
             found = {}
             for one in known:
                 if one.index in changed or not changed:
@@ -217,8 +226,8 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
                     store = Store(
                         one, choices[one.index].coders, track, budget.sinks, budget.recent
                     )
-                    store.grow(*reference.exact[one.index].states(0, n))
-                    found[one.index] = Past.of(store, n)
+                    store.grow(*reference.exact[one.index].states(0, tokens))
+                    found[one.index] = store
             return found
 
         self._keep_limit(reference, shown, self._replanned)
@@ -240,7 +249,7 @@ class Sentry(LogitsProcessor):  # type: ignore[misc]
     def _keep_limit(
         self,
         reference: Reference,
-        shown: Callable[[Choices, set[int]], dict[int, Past]],
+        shown: Callable[[Choices, set[int]], dict[int, Store]],
         fallen_back: Callable[[set[int]], dict[int, Choice] | None],
     ) -> float:
         """Let layers fall back until the limit is kept or nothing can; nats that are left.

@@ -72,14 +72,17 @@ class _Remembering:
         """WaterfillError if so few tokens cannot be gone back to."""
 
     def resume(self, dtype: torch.dtype, device: torch.device, start: int) -> None:
-        """Begin with what was remembered elsewhere, from token `start` on; the store is given it next."""
+        """Begin with what was remembered elsewhere, from token `start` on; `restore` is given it next."""
         self.reset()
         self.dtype, self.device, self.is_initialized = dtype, device, True
         self.store.dropped = start
+        self._count(start)
 
-    def resumed(self) -> None:
-        """That was all of it."""
-        self._count(self.store.tokens)
+    def restore(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Remember tokens that were read elsewhere, (batch, heads, tokens, width) each."""
+        self.commit()
+        self.store.append(keys, values)
+        self._count(keys.shape[2])
 
     def reset(self) -> None:
         """Forget everything."""

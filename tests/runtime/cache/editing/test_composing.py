@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.runtime.cache.models import decoder, tokens
 from tests.runtime.cache.editing.test_splicing import CLOSE, read
+from tests.runtime.cache.models import decoder, tokens
 from waterfill.runtime.cache.cache import KVCache
 from waterfill.runtime.cache.editing.composing import positions_of
 from waterfill.types import BudgetError, WaterfillError

@@ -25,14 +25,15 @@ class Link:
     def __init__(self, offers: list[Offer], trace: list[tuple[float, float]]) -> None:
         self.offers, self.trace, self.now = offers, trace, 0.0
 
-    def transfer(self, chunk: int, level: int) -> float:
-        left, start = float(self.offers[chunk].nbytes[level]), self.now
+    def transfer(self, chunk: int, level: int) -> tuple[int, float]:
+        nbytes = self.offers[chunk].nbytes[level]
+        left, start = float(nbytes), self.now
         while True:
             rate = [rate for at, rate in self.trace if at <= self.now][-1]
             until = min([at for at, _ in self.trace if at > self.now], default=float("inf"))
             if left <= rate * (until - self.now):
                 self.now += left / rate
-                return self.now - start
+                return nbytes, self.now - start
             left -= rate * (until - self.now)
             self.now = until
 
@@ -110,12 +111,13 @@ def test_offers_count_every_byte_of_a_file(tmp_path: Path) -> None:
     cache = KVCache(model, method="exact")
     model(input_ids=ids, past_key_values=cache)
     cache.save(tmp_path / "one.kv", ids, 1e-6)
-    found, order = offers_of(tmp_path / "one.kv", prefill_tokens_per_second=50.0)
+    with Reader(tmp_path / "one.kv") as reader:
+        found, order = offers_of(reader, prefill_tokens_per_second=50.0)
     assert sum(o.nbytes[0] for o in found) == (tmp_path / "one.kv").stat().st_size
     assert sum(o.seconds or 0 for o in found) == 4.0 and order == (0,)
     cache.save(tmp_path / "two.kv", ids, [1e-3, "exact", 1e-6])
-    found, order = offers_of(tmp_path / "two.kv")
-    assert order == (1, 2, 0)
     with Reader(tmp_path / "two.kv") as reader:
+        found, order = offers_of(reader)
         assert len(found) == reader.header.count
+    assert order == (1, 2, 0)
     assert found[0].nbytes[1] > found[0].nbytes[2] > found[0].nbytes[0]

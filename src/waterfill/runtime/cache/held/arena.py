@@ -42,11 +42,6 @@ class Arena:
         return self.last - self.first
 
     @property
-    def at_segment(self) -> bool:
-        """Whether the last segment is full."""
-        return self.last == len(self.segments) * SEGMENT
-
-    @property
     def block_nbytes(self) -> int:
         """Bytes of one block, of all rows of the batch."""
         parts = self.segments[0].values() if self.segments else ()

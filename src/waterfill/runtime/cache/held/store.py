@@ -311,7 +311,7 @@ class Store:
                 looked = None if probes is None else probes.saliency(start + low, k)
                 tier.arena.append(tier.coder.encode(k, values[:, :, some], positions, looked))
                 low = some.stop
-        if n == BLOCK and self.tiers[0].arena.at_segment:
+        if n == BLOCK:
             # Growing step by step: what each allocates and frees would leave holes as large as the blocks.
             trim_memory()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from waterfill.coding.cachegen_file import Header, Part, Reader
 
@@ -42,7 +41,7 @@ class Choice:
 
 
 def offers_of(
-    path: Path, prefill_tokens_per_second: float | None = None
+    reader: Reader, prefill_tokens_per_second: float | None = None
 ) -> tuple[list[Offer], tuple[int, ...]]:
     """Offers for the chunks of a stored cache, and its levels, best first.
 
@@ -50,21 +49,21 @@ def offers_of(
 
     Parameters
     ----------
-    prefill_tokens_per_second : of all rows together, measured; None: nothing is computed again
+    prefill_tokens_per_second : of all rows together, measured; None: nothing is computed again, and so it is
+        where a layer with a window has lost its first tokens, which the ones after them would need
     """
-    with Reader(path) as reader:
-        header = reader.header
-        count = len(header.levels)
-        nbytes = [[0] * count for _ in range(header.count)]
-        for part in reader.numbers:
-            _add(nbytes, part, reader.part_nbytes(part), header)
-        front = reader.nbytes - sum(reader.part_nbytes(part) for part in reader.numbers)
+    header = reader.header
+    count = len(header.levels)
+    nbytes = [[0] * count for _ in range(header.count)]
+    for part in reader.numbers:
+        _add(nbytes, part, reader.part_nbytes(part), header)
+    front = reader.nbytes - sum(reader.part_nbytes(part) for part in reader.numbers)
     nbytes[0] = [n + front for n in nbytes[0]]
     order = sorted(range(count), key=lambda i: header.levels[i].step or 0.0)
     offers = []
+    speed = None if any(layer.start for layer in header.layers) else prefill_tokens_per_second
     for chunk, each in enumerate(nbytes):
         tokens = min(header.tokens, (chunk + 1) * header.chunk) - chunk * header.chunk
-        speed = prefill_tokens_per_second
         seconds = None if speed is None else tokens * header.batch / speed
         offers.append(Offer(tuple(each), seconds))
     return offers, tuple(order)
@@ -117,7 +116,7 @@ def send(
     order: Sequence[int],
     deadline: float,
     bandwidth: float,
-    transfer: Callable[[int, int], float],
+    transfer: Callable[[int, int], tuple[int, float]],
     compute: Callable[[int], float],
 ) -> list[Choice]:
     """Bring all chunks over, one after another, choosing before each.
@@ -126,7 +125,7 @@ def send(
     ----------
     deadline : seconds from now
     bandwidth : bytes per second, a first guess; later what the last transfer had
-    transfer : brings a chunk at a level, (chunk, level) -> seconds it took
+    transfer : brings a chunk at a level, (chunk, level) -> bytes, and seconds they took
     compute : computes a chunk again, (chunk) -> seconds it took
     """
     now, done = 0.0, []
@@ -135,9 +134,9 @@ def send(
         if level == RECOMPUTE:
             now += compute(chunk)
         else:
-            took = transfer(chunk, level)
+            nbytes, took = transfer(chunk, level)
             now += took
-            if took > 0 and offers[chunk].nbytes[level]:
-                bandwidth = offers[chunk].nbytes[level] / took
+            if took > 0 and nbytes:
+                bandwidth = nbytes / took
         done.append(Choice(level, now))
     return done

@@ -14,6 +14,7 @@ from waterfill.coding.cachegen_file import Header, Part, PartStream, Reader, par
 from waterfill.coding.cachegen_layer import LayerDecoder, positions_of, read_ids, wanted_at
 from waterfill.coding.cachegen_rows import Turn
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.naming import as_argument
 from waterfill.runtime.cache.stored.fingerprint import model_fingerprint, tokenizer_fingerprint
 from waterfill.runtime.cache.stored.words import (
     DTYPE_NAMES,
@@ -63,7 +64,7 @@ class CacheStream:
         self.token_ids: torch.Tensor | None = None
         self._stream = PartStream(self._wanted, name)
         self._header: Header | None = None
-        self._decoder: LayerDecoder | None = None
+        self._decoders: dict[int, LayerDecoder] = {}
         self._ready = 0
         self._turns: dict[Any, Turn] = {}  # the same for all layers
 
@@ -116,35 +117,54 @@ class CacheStream:
             return
         assert part.layer is not None
         layer = header.layers[part.layer]
-        if self._decoder is None or self._decoder.layer is not layer:
-            self._decoder = LayerDecoder(header, layer)
-        decoder = self._decoder
+        if part.layer not in self._decoders:
+            self._decoders[part.layer] = LayerDecoder(header, layer)
+        decoder = self._decoders[part.layer]
         if part.kind == "table":
             decoder.table(data)
         elif part.kind == "first":
             self._begin(part.layer)
             first = decoder.first(data)
             if first is not None:
-                self._append(part.layer, _tensors(first, header.dtype))
+                self._restore(part.layer, _tensors(first, header.dtype))
         elif part.kind == "models":
-            decoder.models(data, self.level)
+            assert part.level is not None
+            decoder.models(data, part.level)
         else:
-            assert part.chunk is not None
-            self._append(part.layer, self._chunk(decoder, data, part.chunk))
+            assert part.chunk is not None and part.level is not None
+            self._restore(part.layer, self._chunk(decoder, data, part.level, part.chunk))
         last = header.chunks(layer)
         if (part.kind == "chunk" and part.chunk == last[-1]) or (
             part.kind == "models" and not last
         ):
-            self._end(part.layer)
+            self._ready = part.layer + 1
+            del self._decoders[part.layer]
 
-    def _chunk(self, decoder: LayerDecoder, data: bytes, chunk: int) -> Pair:
+    @torch.no_grad()
+    def recompute(self, stop: int) -> None:
+        """Have the model read the tokens from those that are here up to `stop`."""
+        header, cache, ids = self._header, self.cache, self.token_ids
+        assert header is not None and ids is not None
+        start = cache.get_seq_length()
+        positions = torch.from_numpy(positions_of(header, 0, stop))
+        padded = bool((positions < 0).any())
+        model = cache.model
+        model(
+            input_ids=ids[:, start:stop].to(model.device),
+            attention_mask=(positions >= 0).long().to(model.device) if padded else None,
+            position_ids=positions[:, start:].clamp_min(0).expand(len(ids), -1).to(model.device),
+            **as_argument(model, cache),
+            use_cache=True,
+        )
+
+    def _chunk(self, decoder: LayerDecoder, data: bytes, level: int, chunk: int) -> Pair:
         header, layer = decoder.header, decoder.layer
-        if header.levels[self.level].step is None:
+        if header.levels[level].step is None:
             return _tensors(decoder.exact(data, chunk), header.dtype)
         key = layer.rotation, header.span(layer, chunk)
         if key not in self._turns:
             self._turns[key] = decoder.turn(chunk)
-        return _tensors(decoder.coded(data, chunk, self.level, self._turns[key]), header.dtype)
+        return _tensors(decoder.coded(data, chunk, level, self._turns[key]), header.dtype)
 
     def _facts(self, index: int) -> LayerFacts:
         facts = self.cache.facts[index]
@@ -157,17 +177,10 @@ class CacheStream:
         layer = self.cache.layers[one.index]
         layer.resume(self._facts(one.index).dtype, self.device, one.start)
 
-    def _append(self, number: int, pair: Pair) -> None:
-        assert self._header is not None
-        store = self.cache.layers[self._header.layers[number].index].store
-        keys, values = (x.to(self.device) for x in pair)
-        store.append(keys, values)
-
-    def _end(self, number: int) -> None:
+    def _restore(self, number: int, pair: Pair) -> None:
         assert self._header is not None
         layer = self.cache.layers[self._header.layers[number].index]
-        layer.resumed()
-        self._ready = number + 1
+        layer.restore(*(x.to(self.device) for x in pair))
 
 
 def load(path: Path, stream: CacheStream) -> KVCache:
