@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 __all__ = ["Rows", "inverse"]
 
+LEAST, MOST = 1e-6, 6e4  # of a scale: what float16 holds well
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -30,11 +32,10 @@ class Rows:
 
     @classmethod
     def of(cls, rows: NDArray[np.floating]) -> Rows:
-        """Rows near these, (..., rows, width)."""
+        """Rows near these, (..., rows, width); of too large or small ones, the direction."""
         top = np.abs(rows).max(-1, keepdims=True, initial=0)
-        scale = np.minimum(top / 127, 6e4).astype(np.float16)
-        safe = np.where(scale > 0, scale, 1).astype(np.float64)
-        codes = np.clip(np.rint(rows / safe), -127, 127).astype(np.int8)
+        codes = np.rint(rows * (127 / np.where(top > 0, top, 1))).astype(np.int8)
+        scale = np.where(top > 0, np.clip(top / 127, LEAST, MOST), 0).astype(np.float16)
         return cls(torch.from_numpy(codes), torch.from_numpy(scale))
 
     @property

@@ -70,29 +70,35 @@ class _Stream:
 
     Attributes
     ----------
-    kept : components of each head that are coded
     mean : float16 (heads, width)
-    rows : (heads, width, width), what components are multiplied with, also those that are not coded
+    up : (heads, kept, width), what components are multiplied with
+    rest : (heads, width - kept, width), the other rows of the basis, which the way down needs
     """
 
-    kept: int
     mean: torch.Tensor
-    rows: Rows
+    up: Rows
+    rest: Rows
 
     @classmethod
     def of(cls, stream: StreamStatistics, step: float) -> _Stream:
         kept = components_kept(stream.basis.variances > LEAST * step * step)
         mean = np.clip(stream.mean, -HALF_MAX, HALF_MAX).astype(np.float16)
-        return cls(kept, torch.from_numpy(mean), Rows.of(stream.basis.synthesis))
+        rows = stream.basis.synthesis
+        return cls(torch.from_numpy(mean), Rows.of(rows[:, :kept]), Rows.of(rows[:, kept:]))
+
+    @property
+    def kept(self) -> int:
+        """Components of each head that are coded."""
+        return self.up.codes.shape[1]
 
     def components(self, x: torch.Tensor) -> torch.Tensor:
         """(..., heads, tokens, kept) of float32 (..., heads, tokens, width)."""
-        down = inverse(self.rows.floats())[:, :, : self.kept]
-        return (x - self.mean.float()[:, None]) @ down
+        down = inverse(torch.cat([self.up.floats(), self.rest.floats()], 1))
+        return (x - self.mean.float()[:, None]) @ down[:, :, : self.kept]
 
     def vectors(self, z: torch.Tensor) -> torch.Tensor:
         """Inverse of `components`, near enough."""
-        return z @ self.rows.floats()[:, : self.kept] + self.mean.float()[:, None]
+        return z @ self.up.floats() + self.mean.float()[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +133,7 @@ class _Entropy(Coder):
             "models": torch.from_numpy(self.columns.models),
         }
         for name, one in zip(("keys", "values"), self.both, strict=True):
-            parts = one.mean, *one.rows.parts
+            parts = one.mean, *one.up.parts, *one.rest.parts
             found |= {f"{name}.{i}": part for i, part in enumerate(parts)}
         return found
 

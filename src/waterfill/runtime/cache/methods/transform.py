@@ -86,8 +86,8 @@ class _Stream:
     kept: int  # components of a head at most
     mean: torch.Tensor  # float16 (heads, width)
     place: torch.Tensor  # int32 (components,), head * kept + component of the head
-    rows: Rows  # (heads * width, width) what components are multiplied with, in units of their steps: coded
-    # ones in the order of `place`, then the others of all heads
+    up: Rows  # what they are multiplied with, in units of their steps
+    rest: Rows  # what the other components of all heads would be: the way down needs them
     groups: tuple[tuple[int, int], ...]
 
     @classmethod
@@ -101,30 +101,32 @@ class _Stream:
         head, component = np.divmod(order, width)
         step = np.take(np.array(STEPS), bits) * np.sqrt(basis.variances)
         rows = basis.synthesis * np.where(bits > 0, step, 1.0)[:, :, None]
+        rows = rows.reshape(heads * width, width)
         return cls(
             heads,
             kept,
             torch.from_numpy(stream.mean.astype(np.float16)),
             torch.from_numpy((head * kept + component)[:coded].astype(np.int32)),
-            Rows.of(rows.reshape(heads * width, width)[order]),
+            Rows.of(rows[order[:coded]]),
+            Rows.of(rows[order[coded:]]),
             tuple((-int(b), int(n)) for b, n in zip(of_bits, counts, strict=True)),
         )
 
     @property
     def tables(self) -> tuple[torch.Tensor, ...]:
         """All that is held."""
-        return self.mean, self.place, *self.rows.parts
+        return self.mean, self.place, *self.up.parts, *self.rest.parts
 
     @functools.cached_property
     def coded(self) -> CodedStream:
         """The same memory, for kernels."""
         mean, place = self.mean.numpy(), self.place.numpy()
-        rows, scale = (part[: len(place)].numpy() for part in self.rows.parts)
+        rows, scale = self.up.codes.numpy(), self.up.scale.numpy()
         return CodedStream(self.kept, mean, place, rows, scale, self.groups)
 
     def synthesis(self) -> torch.Tensor:
         """What components are multiplied with, float32 (heads, width, width)."""
-        rows = self.rows.floats()
+        rows = torch.cat([self.up.floats(), self.rest.floats()])
         heads, width, place = self.heads, rows.shape[1], self.place.long()
         at = place // self.kept * width + place % self.kept
         others = torch.ones(heads * width, dtype=torch.bool, device=place.device)
