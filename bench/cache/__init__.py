@@ -77,16 +77,18 @@ def held_out(name: str, count: int, length: int | None = None) -> torch.Tensor:
 @functools.cache
 def statistics_of(name: str) -> CacheStatistics:
     """Statistics of a model's cache, kept under out/bench/cache."""
-    path = KEPT / f"{name}.safetensors"
+    return learned(name, name, model_of(name), context_of(name))
+
+
+def learned(label: str, name: str, model: Any, length: int) -> CacheStatistics:
+    """Statistics of the cache of a model, from windows of a named model's texts, kept under a label."""
+    path = KEPT / f"{label}.safetensors"
     if path.is_file():
         return load_statistics(path)
-    length = context_of(name)
     files = TEXTS[name]
     count = max(1, CALIBRATION_TOKENS // length // len(files))
     windows = torch.cat([windows_of(name, *file, count, length) for file in files])
-    statistics = calibrate_cache(
-        model_of(name), windows, protocol={"texts": [file for file, _ in files]}
-    )
+    statistics = calibrate_cache(model, windows, protocol={"texts": [file for file, _ in files]})
     path.parent.mkdir(parents=True, exist_ok=True)
     save_statistics(statistics, path)
     return statistics

@@ -20,7 +20,7 @@ from waterfill.coding.models import Alphabet
 from waterfill.coding.sections import join, split
 from waterfill.types import Floats, FormatError
 
-__all__ = ["Table", "analysis_of", "components", "fit_table", "pack_table", "read_table"]
+__all__ = ["LEAST", "Table", "analysis_of", "components", "fit_table", "pack_table", "read_table"]
 
 F64 = NDArray[np.float64]
 TOP = 31  # of the integers that rows are made of

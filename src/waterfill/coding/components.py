@@ -19,6 +19,7 @@ __all__ = ["Basis", "basis_of", "components_kept"]
 
 F64 = NDArray[np.float64]
 RIDGE = 1e-4  # of the mean harm: no direction is free
+ALIKE = 100.0  # condition of a basis: beyond, its rows in small integers may be none any more
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Basis:
 
 
 def basis_of(covariance: Floats, harm: Floats) -> Basis:
-    """The basis of vectors with this covariance under this harm.
+    """The basis of vectors with this covariance under this harm, or one a little rounder.
 
     Parameters
     ----------
@@ -47,12 +48,26 @@ def basis_of(covariance: Floats, harm: Floats) -> Basis:
     harm = harm.astype(np.float64)
     eye = np.eye(harm.shape[1])
     mean = np.trace(harm, axis1=1, axis2=2)[:, None, None] / len(eye)
-    lower = np.linalg.cholesky(harm + (RIDGE * mean + 1e-30) * eye)
-    seen = lower.swapaxes(1, 2) @ covariance.astype(np.float64) @ lower
-    variances, turn = np.linalg.eigh(seen)
+    ridge = RIDGE
+    while True:
+        basis = _basis(covariance.astype(np.float64), harm + (ridge * mean + 1e-30) * eye)
+        if _condition(basis.synthesis) < ALIKE:
+            return basis
+        # Where every direction costs the same, rows are at right angles.
+        ridge *= 10
+
+
+def _basis(covariance: F64, harm: F64) -> Basis:
+    lower = np.linalg.cholesky(harm)
+    variances, turn = np.linalg.eigh(lower.swapaxes(1, 2) @ covariance @ lower)
     variances, turn = np.maximum(variances[:, ::-1], 0.0), turn[:, :, ::-1]
     analysis = lower @ turn
     return Basis(analysis, np.linalg.inv(analysis), variances)
+
+
+def _condition(rows: F64) -> float:
+    """Of the worst head, were all rows of the same length."""
+    return float(np.linalg.cond(rows / np.linalg.norm(rows, axis=2, keepdims=True)).max())
 
 
 def components_kept(coded: NDArray[np.bool_]) -> int:

@@ -27,10 +27,8 @@ TARGET_NATS = 3e-3  # predicted of a stream as it is coded here: seen well, and 
 TOKENS = 512  # of a window, at most
 LEAST, MOST = 1 / 8, 8.0  # a ratio beyond is noise
 
-YOUNG, SINKS = (
-    BLOCK // 2 + 8,
-    4,
-)  # tokens that a cache still has as they were: the last, about, and the first
+# Tokens that a cache still has as they were: the last, about, and the first.
+YOUNG, SINKS = BLOCK // 2 + 4, 4
 
 Layer = tuple[int, str]
 Pair = tuple[torch.Tensor, torch.Tensor]

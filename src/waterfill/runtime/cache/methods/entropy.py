@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from waterfill.coding.cached_steps import HEAD, StepBlocks, StepTable, write_block
-from waterfill.coding.cachegen import analysis_of, fit_table
+from waterfill.coding.cachegen import LEAST
 from waterfill.coding.cachegen_symbols import Columns, encode_chunk, fit_columns
+from waterfill.coding.components import components_kept
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.fitting.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, method
-from waterfill.runtime.cache.tables import Rows
+from waterfill.runtime.cache.tables import Rows, inverse
 from waterfill.types import Floats, SpecError
 
 __all__ = ["Entropy"]
@@ -32,6 +33,7 @@ OCTAVE, MIDDLE = 64, 128  # a block's step, in a byte: so many to the octave, ab
 FURTHEST = 1 << 14  # steps from zero, at most
 SPARE = 1.01  # of the bytes that the samples take on average
 TRIES = 8
+HALF_MAX = 65504.0
 CUT = np.array([-0.25, 0.25], np.float32)
 
 
@@ -65,22 +67,35 @@ class Entropy(Method):
 
 @dataclass(frozen=True, eq=False)
 class _Stream:
-    """Keys or values of a layer: the mean float16 (heads, width), and rows both ways (heads, kept, width)."""
+    """Keys or values of a layer.
+
+    Attributes
+    ----------
+    mean : float16 (heads, width)
+    up : (heads, kept, width), what components are multiplied with
+    rest : (heads, width - kept, width), the other rows of the basis, which the way down needs
+    """
 
     mean: torch.Tensor
-    down: Rows
     up: Rows
+    rest: Rows
 
     @classmethod
     def of(cls, stream: StreamStatistics, step: float) -> _Stream:
-        table = fit_table(stream.mean, stream.basis, step)
-        down = analysis_of(table, stream.harm).swapaxes(1, 2)
-        mean = torch.from_numpy(table.mean).half()
-        return cls(mean, Rows.of(down), Rows.of(table.synthesis))
+        kept = components_kept(stream.basis.variances > LEAST * step * step)
+        mean = np.clip(stream.mean, -HALF_MAX, HALF_MAX).astype(np.float16)
+        rows = stream.basis.synthesis
+        return cls(torch.from_numpy(mean), Rows.of(rows[:, :kept]), Rows.of(rows[:, kept:]))
+
+    @property
+    def kept(self) -> int:
+        """Components of each head that are coded."""
+        return self.up.codes.shape[1]
 
     def components(self, x: torch.Tensor) -> torch.Tensor:
         """(..., heads, tokens, kept) of float32 (..., heads, tokens, width)."""
-        return (x - self.mean.float()[:, None]) @ self.down.floats().transpose(1, 2)
+        down = inverse(torch.cat([self.up.floats(), self.rest.floats()], 1))
+        return (x - self.mean.float()[:, None]) @ down[:, :, : self.kept]
 
     def vectors(self, z: torch.Tensor) -> torch.Tensor:
         """Inverse of `components`, near enough."""
@@ -129,7 +144,7 @@ class _Entropy(Coder):
             "models": torch.from_numpy(self.columns.models),
         }
         for name, one in zip(("keys", "values"), self.both, strict=True):
-            parts = one.mean, *one.down.parts, *one.up.parts
+            parts = one.mean, *one.up.parts, *one.rest.parts
             found |= {f"{name}.{i}": part for i, part in enumerate(parts)}
         return found
 

@@ -23,7 +23,7 @@ from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.fitting.statistics import LayerStatistics, StreamStatistics
 from waterfill.runtime.cache.method import BLOCK, Coded, Coder, Method, in_blocks, in_order, method
-from waterfill.runtime.cache.tables import Rows
+from waterfill.runtime.cache.tables import Rows, inverse
 from waterfill.types import SpecError
 
 __all__ = ["Transform"]
@@ -86,8 +86,8 @@ class _Stream:
     kept: int  # components of a head at most
     mean: torch.Tensor  # float16 (heads, width)
     place: torch.Tensor  # int32 (components,), head * kept + component of the head
-    down: Rows  # vectors times its rows are components in units of their steps
-    up: Rows  # components times its rows are vectors
+    up: Rows  # what they are multiplied with, in units of their steps
+    rest: Rows  # what the other components of all heads would be: the way down needs them
     groups: tuple[tuple[int, int], ...]
 
     @classmethod
@@ -95,29 +95,27 @@ class _Stream:
         basis = stream.basis
         bits = _bits(basis.variances, level)
         heads, kept = len(bits), components_kept(bits > 0)
-        flat = bits[:, :kept].reshape(-1)
-        place = np.flatnonzero(flat)
-        place = place[np.argsort(-flat[place], kind="stable")]
-        step = np.take(np.array(STEPS), flat[place]) * np.sqrt(
-            basis.variances[:, :kept].reshape(-1)[place]
-        )
-        down = basis.analysis[:, :, :kept].swapaxes(1, 2).reshape(heads * kept, -1)[place]
-        up = basis.synthesis[:, :kept].reshape(heads * kept, -1)[place]
-        of_bits, counts = np.unique(-flat[place], return_counts=True)
+        order = np.argsort(-bits.reshape(-1), kind="stable")
+        of_bits, counts = np.unique(-bits[bits > 0], return_counts=True)
+        coded, width = int(counts.sum()), bits.shape[1]
+        head, component = np.divmod(order, width)
+        step = np.take(np.array(STEPS), bits) * np.sqrt(basis.variances)
+        rows = basis.synthesis * np.where(bits > 0, step, 1.0)[:, :, None]
+        rows = rows.reshape(heads * width, width)
         return cls(
             heads,
             kept,
             torch.from_numpy(stream.mean.astype(np.float16)),
-            torch.from_numpy(place.astype(np.int32)),
-            Rows.of(down / step[:, None]),
-            Rows.of(up * step[:, None]),
+            torch.from_numpy((head * kept + component)[:coded].astype(np.int32)),
+            Rows.of(rows[order[:coded]]),
+            Rows.of(rows[order[coded:]]),
             tuple((-int(b), int(n)) for b, n in zip(of_bits, counts, strict=True)),
         )
 
     @property
     def tables(self) -> tuple[torch.Tensor, ...]:
         """All that is held."""
-        return self.mean, self.place, *self.down.parts, *self.up.parts
+        return self.mean, self.place, *self.up.parts, *self.rest.parts
 
     @property
     def coded(self) -> CodedStream:
@@ -126,16 +124,20 @@ class _Stream:
         rows, scale = self.up.codes.numpy(), self.up.scale.numpy()
         return CodedStream(self.kept, mean, place, rows, scale, self.groups)
 
-    def by_head(self, table: Rows) -> torch.Tensor:
-        """A table's rows as float32 (heads, kept, width), zero where a component is not coded."""
-        rows = table.floats()
-        out = rows.new_zeros((self.heads * self.kept, rows.shape[1]))
-        out[self.place.long()] = rows
-        return out.reshape(self.heads, self.kept, -1)
+    def synthesis(self) -> torch.Tensor:
+        """What components are multiplied with, float32 (heads, width, width)."""
+        rows = torch.cat([self.up.floats(), self.rest.floats()])
+        heads, width, place = self.heads, rows.shape[1], self.place.long()
+        at = place // self.kept * width + place % self.kept
+        others = torch.ones(heads * width, dtype=torch.bool, device=place.device)
+        others[at] = False
+        out = torch.empty_like(rows)
+        out[torch.cat([at, others.nonzero()[:, 0]])] = rows
+        return out.reshape(heads, width, width)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 (batch, blocks, bytes) of x float32 (batch, heads, blocks * BLOCK, width)."""
-        z = (x - self.mean.float()[:, None]) @ self.by_head(self.down).transpose(1, 2)
+        z = (x - self.mean.float()[:, None]) @ inverse(self.synthesis())[:, :, : self.kept]
         flat = in_blocks(z).transpose(3, 4).flatten(2, 3)[:, :, self.place.long()]
         parts, at = [flat.new_empty((*flat.shape[:2], 0), dtype=torch.uint8)], 0
         for bits, n in self.groups:
@@ -156,7 +158,7 @@ class _Stream:
             z[:, :, self.place[done : done + n].long()] = codes.float().sub_(2 ** (bits - 1) - 0.5)
             at, done = at + nbytes, done + n
         z = in_order(z.reshape(batch, blocks, self.heads, self.kept, BLOCK).transpose(3, 4))
-        decoded: torch.Tensor = z @ self.by_head(self.up) + self.mean.float()[:, None]
+        decoded: torch.Tensor = z @ self.synthesis()[:, : self.kept] + self.mean.float()[:, None]
         return decoded
 
 
