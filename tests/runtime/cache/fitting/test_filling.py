@@ -55,7 +55,7 @@ def _filled(
     ("step", "more"), [(1, 0), (1, 9_000), (480, 0), (480, -9_000), (15_360, 804)]
 )
 def test_a_level_is_found(step: int, more: int) -> None:
-    prices = {n: _ladder(100_000, [1, 2, 3, 4, 6, 8], True) for n in ("a", "b")}
+    prices = {n: _ladder(100_000, [1, 8], True) for n in ("a", "b")}
     _, total = _filled(prices, step, more)
     assert BUDGET - 2 * step - BUDGET // 1000 <= total <= BUDGET
 
