@@ -210,7 +210,7 @@ def statistics() -> CacheStatistics:
     path = KEPT / "needle" / "cache.safetensors"
     if not path.is_file():
         generator = torch.Generator().manual_seed(1)
-        windows = with_questions(12, 1024, PAIRS, generator)[0]
+        windows = with_questions(24, 512, PAIRS, generator)[0]
         found = calibrate_cache(model(torch.float32), windows, protocol={"texts": ["needle"]})
         save_statistics(found, path)
     return load_statistics(path)

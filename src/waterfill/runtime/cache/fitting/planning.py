@@ -28,9 +28,10 @@ from waterfill.runtime.cache.method import (
 )
 from waterfill.types import BudgetError, Point
 
-__all__ = ["Budget", "Choice", "choice_of", "plan"]
+__all__ = ["Budget", "Choice", "choice_of", "plan", "plan_at_scale"]
 
 UNKNOWN_DECAY = 4.0  # harm falls by so much for each bit where nothing was measured
+LARGE_NATS = 1e-3  # of keys or values of a layer, beyond which errors count as large
 RUNS = 4  # of positions, that a size leaves room for
 
 
@@ -83,6 +84,18 @@ class Choice:
     coders: list[tuple[Coder, int | None]]
     nbytes: int
     nats: float | None
+
+
+def plan_at_scale(
+    facts: Sequence[LayerFacts], budget: Budget, method: str, statistics: CacheStatistics | None
+) -> tuple[CacheStatistics | None, dict[int, Choice]]:
+    """As `plan`, and the statistics by which it is: of large errors, where the size leaves no others."""
+    choices = plan(facts, budget, method, statistics)
+    nats = [one.nats for one in choices.values() if one.nats is not None]
+    if statistics is None or not nats or sum(nats) / (2 * len(nats)) < LARGE_NATS:
+        return statistics, choices
+    statistics = statistics.of_large_errors
+    return statistics, plan(facts, budget, method, statistics)
 
 
 def plan(
