@@ -31,7 +31,7 @@ from waterfill.types import BudgetError, Point
 __all__ = ["Budget", "Choice", "choice_of", "plan", "plan_at_scale"]
 
 UNKNOWN_DECAY = 4.0  # harm falls by so much for each bit where nothing was measured
-LARGE_NATS = 1e-3  # of keys or values of a layer, beyond which errors count as large
+LARGE_NATS = 3e-4  # of keys or values of a layer, beyond which errors count as large
 RUNS = 4  # of positions, that a size leaves room for
 
 
