@@ -197,11 +197,7 @@ def model(dtype: torch.dtype = torch.bfloat16) -> Any:
 
     folder = KEPT / "needle"
     if not (folder / "config.json").is_file():
-        # Matrices so small gain nothing from more threads, and sums come out alike everywhere.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         train(say=lambda text: sys.stdout.write(f"  {text}\n")).save_pretrained(folder)
-        torch.set_num_threads(threads)
     return LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
@@ -257,6 +253,7 @@ def rows(quick: bool) -> Iterator[Row]:
     """The exact cache, then every method there is, by length, then by depth; a quarter of the sequences if `quick`."""
     from transformers import DynamicCache
 
+    torch.set_num_threads(1)  # matrices so small gain nothing from more, and sums come out alike
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
     for length in LENGTHS:
         sample = asked(ROWS // 4 if quick else ROWS, length, seed=length)
