@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import pkgutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,19 @@ def shared_data() -> Path:
         sys.stdout.write("skipped: no ../shared/data beside this checkout\n")
         raise SystemExit(0)
     return folder
+
+
+def main_of(package: ModuleType, protocol: str) -> None:
+    """As `main`, of a package's modules, or of those that are named: ``rows(quick)`` of each."""
+    every = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
+    chosen = [word for word in sys.argv[1:] if word in every]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in every]
+
+    def run(quick: bool) -> Iterator[Row]:
+        for name in chosen or every:
+            yield from importlib.import_module(f"{package.__name__}.{name}").rows(quick)
+
+    main(package.__name__.removeprefix("bench."), protocol, run)
 
 
 def main(

@@ -7,7 +7,7 @@ import json
 import shlex
 from typing import Any
 
-from waterfill.cli.grammar import Verb, checked, count, force, named, path, trust
+from waterfill.cli.grammar import Verb, bits, checked, count, force, named, path, trust
 from waterfill.cli.printing import short, table
 from waterfill.cli.running import cache_method
 
@@ -131,7 +131,7 @@ def _cache_options(p: argparse.ArgumentParser) -> None:
         help="bytes of a whole cache when a window is full: 1MB 500kB",
     )  # fmt: skip
     p.add_argument(
-        "--bits", nargs="+", type=_bits, metavar="B",
+        "--bits", nargs="+", type=bits, metavar="B",
         help="the same by bits of each number in keys and values, everything counted (default 2 3 4)",
     )  # fmt: skip
     p.add_argument(
@@ -154,16 +154,6 @@ def _cache_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("-o", "--out", type=path, metavar="JSON", help="write the result into a file")
     p.add_argument("--report", type=path, metavar="HTML", help="draw one self-contained page")
     trust(p)
-
-
-def _bits(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 64:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bits; try 3")
-    return value
 
 
 VERBS = (

@@ -89,13 +89,13 @@ def count(text: str) -> int:
 
 
 def bits(text: str) -> float:
-    """An average number of bits per weight."""
+    """An average number of bits, of a weight or a number."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 < value <= 128:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits per weight; try 3.2")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bits; try 3.2")
     return value
 
 

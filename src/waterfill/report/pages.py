@@ -28,16 +28,17 @@ def fill(
         If jinja2 is not installed.
     """
     try:
-        from jinja2 import Environment, StrictUndefined
+        from jinja2 import Environment, FunctionLoader, StrictUndefined
         from markupsafe import Markup
     except ImportError as error:
         raise WaterfillError("reports need jinja2: pip install 'waterfill[cli]'") from error
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=FunctionLoader(asset), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters.update(filters or {})
     css = Markup(asset("report.css"))
-    return environment.from_string(asset(template)).render(css=css, **context)
+    return environment.get_template(template).render(css=css, **context)
 
 
 def write_whole(path: Path, page: str) -> Path:
