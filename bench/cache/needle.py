@@ -40,6 +40,7 @@ BANDS = ("early", "middle", "late")
 BAR = 0.95
 GOOD = 0.995  # accuracy at which a stage of training ends
 ROWS, BATCH = 64, 16  # sequences of a length, and how many share a cache
+VARIANTS = ("elastic:merged=0", "elastic:merged=0,attention=mean")  # beside the methods
 BYTES, TOKENS = 8, 10  # times fewer, for methods that code, and for those that evict
 
 
@@ -196,11 +197,7 @@ def model(dtype: torch.dtype = torch.bfloat16) -> Any:
 
     folder = KEPT / "needle"
     if not (folder / "config.json").is_file():
-        # Matrices so small gain nothing from more threads, and sums come out alike everywhere.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         train(say=lambda text: sys.stdout.write(f"  {text}\n")).save_pretrained(folder)
-        torch.set_num_threads(threads)
     return LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
@@ -210,7 +207,7 @@ def statistics() -> CacheStatistics:
     path = KEPT / "needle" / "cache.safetensors"
     if not path.is_file():
         generator = torch.Generator().manual_seed(1)
-        windows = with_questions(12, 1024, PAIRS, generator)[0]
+        windows = with_questions(24, 512, PAIRS, generator)[0]
         found = calibrate_cache(model(torch.float32), windows, protocol={"texts": ["needle"]})
         save_statistics(found, path)
     return load_statistics(path)
@@ -234,53 +231,106 @@ def right(sample: Asked, make: Callable[[], Any]) -> torch.Tensor:
     return torch.cat(found)
 
 
-def compared(name: str, exact: torch.Tensor, found: torch.Tensor, sample: Asked, more: str) -> Row:
-    """A row with the bar: accuracy over that of the exact cache; by depth in the note."""
-    ratio = float(found.sum() / exact.sum())
-    bands = (sample.depth * len(BANDS)).long().clamp_max(len(BANDS) - 1)
-    parts = [
-        f"{band} {float(found[bands == i].float().mean()):.3f}" for i, band in enumerate(BANDS)
-    ]
-    return Row(name, ratio, "ratio", BAR, ">=", f"{', '.join(parts)}; {more}")
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """A way to hold a cache, and which answers came out of it, of one length.
+
+    Attributes
+    ----------
+    what : the method, and its share of bytes or tokens
+    barred : whether the share is the one that is asked for
+    found : bool (rows, ASKED)
+    more : what else there is to say
+    """
+
+    what: str
+    barred: bool
+    found: torch.Tensor
+    more: str
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    """The exact cache, then every method there is, at each length; a quarter of the sequences if `quick`."""
+    """The exact cache, then every method there is, by length, then by depth; a quarter of the sequences if `quick`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices so small gain nothing from more, and sums come out alike
+    try:
+        yield from _rows(ROWS // 4 if quick else ROWS)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows(count: int) -> Iterator[Row]:
     from transformers import DynamicCache
 
-    one = sum(facts.token_nbytes for facts in facts_of(model()) if facts is not None)
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
     for length in LENGTHS:
-        sample = asked(ROWS // 4 if quick else ROWS, length, seed=length)
+        sample = asked(count, length, seed=length)
         exact = right(sample, lambda: DynamicCache(config=model().config))
         share = float(exact.float().mean())
         note = f"{PAIRS} pairs, {ASKED} asked for, {len(exact)} sequences"
         yield Row(f"needle, {length} tokens: exact cache", share, "accuracy", 0.99, ">=", note)
-        for id in method_ids():
-            yield _row(id, sample, exact, length, length * BATCH * one)
+        for id in (*method_ids(), *VARIANTS):
+            one = tried(id, sample, length)
+            if one is None:
+                continue
+            ratio = float(one.found.sum() / exact.sum())
+            name, bar = f"needle, {length} tokens: {one.what}", (BAR, ">=") if one.barred else ()
+            yield Row(name, ratio, "of exact", *bar, note=f"{by_depth(one, sample)}; {one.more}")
+            if one.barred:
+                seen.setdefault(one.what, []).append((one.found, exact, sample.depth))
+    for what, parts in seen.items():
+        found, exact, depth = (torch.cat(some) for some in zip(*parts, strict=True))
+        for band, name in enumerate(BANDS):
+            inside = band_of(depth) == band
+            ratio = float(found[inside].sum() / exact[inside].sum())
+            note = f"{int(inside.sum())} questions, of all lengths with a bar"
+            yield Row(f"needle, {name} in the text: {what}", ratio, "of exact", BAR, ">=", note)
 
 
-def _row(id: str, sample: Asked, exact: torch.Tensor, tokens: int, exact_nbytes: int) -> Row:
-    """A method at its share of the exact cache's bytes, or of the tokens."""
-    evicts = find_method(id).evicts
-    held: list[int] = []
-    caches: list[KVCache] = []
+def band_of(depth: torch.Tensor) -> torch.Tensor:
+    """Index of the band that each depth is in."""
+    return (depth * len(BANDS)).long().clamp_max(len(BANDS) - 1)
+
+
+def by_depth(one: Tried, sample: Asked) -> str:
+    """Accuracy in each band."""
+    bands = band_of(sample.depth)
+    parts = (f"{b} {float(one.found[bands == i].float().mean()):.3f}" for i, b in enumerate(BANDS))
+    return ", ".join(parts)
+
+
+def tried(id: str, sample: Asked, tokens: int) -> Tried | None:
+    """A method at its share of the tokens or bytes, or at the least it fits in; None: it does not compress."""
+    exact_nbytes = tokens * BATCH * sum(f.token_nbytes for f in facts_of(model()) if f is not None)
     # Calibration needs gradients, which `right` has switched off.
     options: dict[str, Any] = {"tokens": tokens, "batch": BATCH, "statistics": statistics()}
+    method, _, rest = id.partition(":")
+    if find_method(method).evicts:
+        text = ",".join(filter(None, (f"share={1 / TOKENS}", rest)))
+        found, most = _through(sample, {"method": f"{method}:{text}", **options})
+        bytes_too = f"1/{exact_nbytes / most:.1f} of the bytes"
+        # A variant says why a method does as it does: the bar is the method's own.
+        return Tried(f"{id} at 1/{TOKENS} of the tokens", not rest, found, bytes_too)
+    for times in range(BYTES, 1, -1):
+        try:
+            found, most = _through(sample, {"method": id, "size": exact_nbytes // times, **options})
+        except BudgetError:
+            continue
+        note = f"1/{exact_nbytes / most:.1f} of the bytes held"
+        note += "" if times == BYTES else f"; 1/{times + 1} is too small for it"
+        return Tried(f"{id} at 1/{times} of the bytes", times == BYTES, found, note)
+    return None
+
+
+def _through(sample: Asked, options: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    """Which answers are right over caches of these options, and the bytes of the largest."""
+    held: list[int] = []
+    caches: list[KVCache] = []
 
     def make() -> KVCache:
         held.extend(cache.nbytes for cache in caches)
-        caches.clear()
-        size = {} if evicts else {"size": exact_nbytes // BYTES}
-        method = f"{id}:share={1 / TOKENS}" if evicts else id
-        caches.append(KVCache(model(), method=method, **size, **options))
+        caches[:] = [KVCache(model(), **options)]
         return caches[0]
 
-    what = f"1/{TOKENS} of the tokens" if evicts else f"1/{BYTES} of the bytes"
-    name = f"needle, {tokens} tokens: {id} at {what}, over exact"
-    try:
-        found = right(sample, make)
-    except BudgetError as error:
-        # Too short for what is exact anyway: no figure with a bar.
-        return Row(name, 0.0, "ratio", note=f"does not fit: {error}")
-    most = max([*held, *(cache.nbytes for cache in caches)])
-    return compared(name, exact, found, sample, f"1/{exact_nbytes / most:.1f} of the bytes")
+    found = right(sample, make)
+    return found, max([*held, caches[0].nbytes])

@@ -20,7 +20,7 @@ from waterfill.runtime.cache.checking import check_counts, check_statistics, tot
 from waterfill.runtime.cache.editing.composing import compose
 from waterfill.runtime.cache.editing.splicing import splice
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
-from waterfill.runtime.cache.fitting.planning import Budget, Choice, plan
+from waterfill.runtime.cache.fitting.planning import Budget, Choice, plan_at_scale
 from waterfill.runtime.cache.fitting.statistics import FILE_NAME, CacheStatistics, load_statistics
 from waterfill.runtime.cache.guard import Guard, Sentry
 from waterfill.runtime.cache.held.evicting import refuse_other_attention
@@ -92,10 +92,12 @@ class KVCache(Cache):  # type: ignore[misc]
         self._model = weakref.ref(model)
         self.tokens = tokens or context_of(model) or LONGEST
         self.budget = _budget(known, size, bytes_per_token, bits, self.tokens, batch, sinks, recent)
-        self.method, self.statistics = method, _statistics(model, statistics)
-        if self.statistics is not None:
-            check_statistics(self.statistics, known, model.config)
-        self.choices: dict[int, Choice] = plan(known, self.budget, method, self.statistics)
+        learned = _statistics(model, statistics)
+        if learned is not None:
+            check_statistics(learned, known, model.config)
+        self.method = method
+        self.choices: dict[int, Choice]
+        self.statistics, self.choices = plan_at_scale(known, self.budget, method, learned)
         self.track = Track()
         super().__init__(layers=list(DynamicCache(config=model.config).layers))
         self.open_stores()

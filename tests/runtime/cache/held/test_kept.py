@@ -101,6 +101,9 @@ class Plain:
             np.mean([self.slots[h][k].mass for h in range(HEADS)])
             for k in range(len(self.slots[0]))
         ]
+        if self.method.attention == "mean":
+            ages = [self.count - slot.index for slot in self.slots[0]]
+            mass = [m / age for m, age in zip(mass, ages, strict=True)]
         self.slots = [self._elastic(slots, mass, keep, prompt) for slots in self.slots]
 
     def _stays(self, slot: Slot) -> bool:
@@ -157,7 +160,7 @@ class Plain:
         kept, evicted = self._best(slots, mass, keep)
         anchors = [k for k in kept if slots[k].index >= self.padding and not self._stays(slots[k])]
         for k in evicted:
-            if slots[k].index >= self.padding:
+            if self.method.merged and slots[k].index >= self.padding:
                 near = min(anchors, key=lambda a: abs(slots[a].index - slots[k].index))
                 a, b = slots[near], slots[k]
                 a.key = (a.weight * a.key + b.weight * b.key) / (a.weight + b.weight)
@@ -169,8 +172,11 @@ class Plain:
 @pytest.mark.parametrize("padding", [0, 9])
 @pytest.mark.parametrize(
     "method",
-    ["ems:count=40", "ems:count=40,candidates=0.5,threshold=0.8", "elastic:count=40,distance=11"],
-)
+    [
+        "ems:count=40", "ems:count=40,candidates=0.5,threshold=0.8", "elastic:count=40,distance=11",
+        "elastic:count=40,merged=0,attention=mean",
+    ],
+)  # fmt: skip
 def test_what_stays_is_what_loops_say(method: str, padding: int) -> None:
     store, (keys, values, queries) = store_of(method), states(110)
     chosen = parse_method(method)
@@ -198,8 +204,9 @@ def test_what_stays_is_what_loops_say(method: str, padding: int) -> None:
                 ):
                     found = getattr(kept, name)[row, head].numpy()
                     np.testing.assert_allclose(found, np.array(wanted), rtol=2e-3, atol=2e-4)
-    merged = store.kept
-    assert merged is not None and float(merged.weight.max()) > 1
+    found = store.kept
+    assert found is not None
+    assert (float(found.weight.max()) > 1) == bool(getattr(chosen, "merged", 1))
 
 
 @pytest.mark.parametrize("method", ["ems:count=40,candidates=0", "elastic:count=40"])
@@ -385,6 +392,8 @@ def test_what_needs_every_token_is_refused(tmp_path: Path) -> None:
         ({"method": "ems:share=0"}, SpecError, "share must be"),
         ({"method": "ems:threshold=2"}, SpecError, "threshold must be"),
         ({"method": "elastic:distance=-1"}, SpecError, "distance must"),
+        ({"method": "elastic:merged=2"}, SpecError, "merged must"),
+        ({"method": "elastic:attention=some"}, SpecError, "attention must"),
         ({"method": "elastic:count=-1"}, SpecError, "count must"),
     ],
 )

@@ -5,6 +5,9 @@ a sampled next token there, the Fisher information makes the harm of a change ``
 first order a key's error e changes o by ``p (q . e) scale (v - o)``, a value's by ``p e``. Summed over the
 tokens that read it, either is a quadratic form in e (`harm`). One forward and one backward pass of each
 window; no weight gets a gradient.
+
+A prediction that is all but certain has no such information, yet an error that is not small may turn it. So
+next tokens are sampled, and their likelihood is taken, at a temperature above 1.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ SAMPLES = 256  # tokens kept of each layer
 ROWS = 256  # of logits that are looked at in float32 at once
 PROBE = 1024  # tokens kept, at most, for the guard to try a cache on
 MEASURED = 2  # windows on which the scale of harm is measured
+TEMPERATURE = 2.0
 READERS = 32  # keys of a window whose readers are looked at in the key's own frame
 
 
@@ -127,10 +131,10 @@ def calibrate_cache(
 
 
 def _pull(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Gradient of the log-likelihood of tokens drawn from these logits (tokens, vocabulary)."""
+    """Gradient of the log-likelihood of tokens drawn from logits (tokens, vocabulary) at the temperature."""
     found = torch.empty_like(logits)
     for low in range(0, len(logits), ROWS):
-        chances = logits[low : low + ROWS].float().softmax(-1).cpu()
+        chances = (logits[low : low + ROWS].float() / TEMPERATURE).softmax(-1).cpu()
         drawn = torch.multinomial(chances, 1, generator=generator)
         found[low : low + ROWS] = chances.neg_().scatter_add_(1, drawn, torch.ones(drawn.shape))
     return found

@@ -2,12 +2,14 @@
 
 Each stream of each layer in turn is replaced by what a coarse coding leaves of it, and the KL divergence
 of the next token is held against what the matrices predict of the very same errors. The ratio, between a
-third and three on real models, scales the stream's matrices.
+third and three on real models, scales the stream's matrices. It is measured of small errors and of large
+ones, which a confident model hardly minds until they turn its answer.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,14 +25,15 @@ from waterfill.runtime.quick import attention_forward, standing_in
 
 __all__ = ["still_exact", "to_scale"]
 
-TARGET_NATS = 3e-3  # predicted of a stream as it is coded here: seen well, and still small
+# Predicted of a stream as it is coded here: seen well and still small, and as where bytes are few.
+SMALL_NATS, LARGE_NATS = 3e-3, 3e-2
 TOKENS = 512  # of a window, at most
 LEAST, MOST = 1 / 8, 8.0  # a ratio beyond is noise
 
 # Tokens that a cache still has as they were: the last, about, and the first.
 YOUNG, SINKS = BLOCK // 2 + 4, 4
 
-Layer = tuple[int, str]
+Case = tuple[int, str, float]  # layer, stream, nats
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -48,23 +51,26 @@ def to_scale(
 ) -> dict[int, LayerStatistics]:
     """The same statistics, each stream's harm multiplied by what was measured of it over what was predicted.
 
+    The harm of small errors; how much more, or less, large ones cost by it goes beside it as `growth`.
+
     Parameters
     ----------
     model : transformers.PreTrainedModel, whose attention is this package's
     facts, layers : by index of the layer
-    windows : int64 (count, tokens); takes two forward passes of each window for every layer, and one more
+    windows : int64 (count, tokens); takes four forward passes of each window for every layer, and one more
     """
-    ratios: dict[Layer, list[float]] = {}
+    ratios: dict[Case, list[float]] = {}
     for window in windows[:, :TOKENS]:
         exact = _chances(model, window)
-        for index, one in layers.items():
-            for stream in ("keys", "values"):
-                coarse = _Coarse(facts[index], getattr(one, stream), stream)
-                with standing_in(coarse.attention):
-                    coded = _chances(model, window)
-                measured = float((exact.exp() * (exact - coded)).sum(-1).mean())
-                predicted = coarse.harm_nats / len(window)
-                ratios.setdefault((index, stream), []).append(measured / max(predicted, 1e-30))
+        for index, stream, nats in itertools.product(
+            layers, ("keys", "values"), (SMALL_NATS, LARGE_NATS)
+        ):
+            coarse = _Coarse(facts[index], getattr(layers[index], stream), stream, nats)
+            with standing_in(coarse.attention):
+                coded = _chances(model, window)
+            measured = float((exact.exp() * (exact - coded)).sum(-1).mean())
+            predicted = coarse.harm_nats / len(window)
+            ratios.setdefault((index, stream, nats), []).append(measured / max(predicted, 1e-30))
     return {
         index: LayerStatistics(*(_scaled(one, ratios, index, s) for s in ("keys", "values")))
         for index, one in layers.items()
@@ -80,11 +86,14 @@ def _chances(model: Any, window: torch.Tensor) -> torch.Tensor:
 
 
 def _scaled(
-    one: LayerStatistics, ratios: Mapping[Layer, list[float]], index: int, stream: str
+    one: LayerStatistics, ratios: Mapping[Case, list[float]], index: int, stream: str
 ) -> StreamStatistics:
     own: StreamStatistics = getattr(one, stream)
-    ratio = float(np.clip(np.mean(ratios[index, stream]), LEAST, MOST))
-    return dataclasses.replace(own, harm=own.harm * np.float32(ratio))
+    small, large = (
+        np.clip(np.float32(np.mean(ratios[index, stream, nats])), LEAST, MOST)
+        for nats in (SMALL_NATS, LARGE_NATS)
+    )
+    return dataclasses.replace(own, harm=own.harm * small, growth=np.array([large / small]))
 
 
 class _Coarse:
@@ -95,10 +104,12 @@ class _Coarse:
     harm_nats : that the matrices predict of all errors so far
     """
 
-    def __init__(self, facts: LayerFacts, statistics: StreamStatistics, stream: str) -> None:
+    def __init__(
+        self, facts: LayerFacts, statistics: StreamStatistics, stream: str, nats: float
+    ) -> None:
         self.facts, self.stream, self.harm_nats = facts, stream, 0.0
         basis = statistics.basis
-        self.step = _step(basis.variances)
+        self.step = _step(basis.variances, nats)
         self.mean = torch.from_numpy(statistics.mean)[:, None]
         self.down = torch.from_numpy(basis.analysis.astype(np.float32))
         self.up = torch.from_numpy(basis.synthesis.astype(np.float32))
@@ -151,12 +162,12 @@ class _Coarse:
         return (coded if rotary is None else rotary.turn(coded, positions)).to(x.device, x.dtype)
 
 
-def _step(variances: NDArray[np.float64]) -> float:
-    """The step that brings components of these variances to `TARGET_NATS`, or all of them to nothing."""
+def _step(variances: NDArray[np.float64], nats: float) -> float:
+    """The step that brings components of these variances to so many nats, or all of them to nothing."""
     low, high = -60.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2
-        if np.minimum(variances, 4.0**middle / 12).sum() > TARGET_NATS:
+        if np.minimum(variances, 4.0**middle / 12).sum() > nats:
             high = middle
         else:
             low = middle

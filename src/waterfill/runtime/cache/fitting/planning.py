@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from waterfill.plan.hull import Curves, at_level, cheapest, curves, point_on, solve_level
+from waterfill.plan.hull import cheapest, curves
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.fitting.filling import fill as fill_budget
 from waterfill.runtime.cache.fitting.statistics import CacheStatistics, LayerStatistics
 from waterfill.runtime.cache.held.evicting import fit
 from waterfill.runtime.cache.method import (
@@ -27,10 +28,10 @@ from waterfill.runtime.cache.method import (
 )
 from waterfill.types import BudgetError, Point
 
-__all__ = ["Budget", "Choice", "choice_of", "plan"]
+__all__ = ["Budget", "Choice", "choice_of", "plan", "plan_at_scale"]
 
 UNKNOWN_DECAY = 4.0  # harm falls by so much for each bit where nothing was measured
-ROUNDS = 24
+LARGE_NATS = 3e-4  # of keys or values of a layer, beyond which errors count as large
 RUNS = 4  # of positions, that a size leaves room for
 
 
@@ -85,6 +86,18 @@ class Choice:
     nats: float | None
 
 
+def plan_at_scale(
+    facts: Sequence[LayerFacts], budget: Budget, method: str, statistics: CacheStatistics | None
+) -> tuple[CacheStatistics | None, dict[int, Choice]]:
+    """As `plan`, and the statistics by which it is: of large errors, where the size leaves no others."""
+    choices = plan(facts, budget, method, statistics)
+    nats = [one.nats for one in choices.values() if one.nats is not None]
+    if statistics is None or not nats or sum(nats) / (2 * len(nats)) < LARGE_NATS:
+        return statistics, choices
+    statistics = statistics.of_large_errors
+    return statistics, plan(facts, budget, method, statistics)
+
+
 def plan(
     facts: Sequence[LayerFacts], budget: Budget, method: str, statistics: CacheStatistics | None
 ) -> dict[int, Choice]:
@@ -120,31 +133,18 @@ def plan(
         return choose(
             {n: min(points, key=lambda p: p.distortion_nats) for n, points in prices.items()}
         )
-    return _fill(c, budget.layers_nbytes, choose)
 
+    def real_nbytes(points: Mapping[str, Point]) -> dict[str, int]:
+        return {str(index): one.nbytes for index, one in choose(points).items()}
 
-def _fill(c: Curves, nbytes: int, choose: object) -> dict[int, Choice]:
-    """The lowest water level whose real bytes keep to the budget."""
-    assert callable(choose)
-    least: dict[int, Choice] = choose(cheapest(c))
-    need = sum(one.nbytes for one in least.values())
-    if need > nbytes:
+    least = cheapest(c)
+    need = sum(real_nbytes(least).values())
+    if need > budget.layers_nbytes:
         raise BudgetError(
-            f"a cache of {nbytes:,} bytes is too small: the cheapest rungs take {need:,}; "
+            f"a cache of {budget.layers_nbytes:,} bytes is too small: the cheapest rungs take {need:,}; "
             "name a larger size or fewer tokens"
         )
-    best, best_total, room = least, need, float(nbytes)
-    for _ in range(ROUNDS):
-        at, _, pick = at_level(c, solve_level(c, room))
-        points = {n: point_on(c, int(s), b) for n, s, b in zip(c.names, pick, at, strict=True)}
-        found: dict[int, Choice] = choose(points)
-        total = sum(one.nbytes for one in found.values())
-        if best_total < total <= nbytes:
-            best, best_total = found, total
-        if 0 <= nbytes - total <= nbytes // 2000:
-            break
-        room += (nbytes - total) if total <= nbytes else -max(total - nbytes, 1) * 1.02
-    return best
+    return choose(fill_budget(c, prices, least, budget.layers_nbytes, real_nbytes))
 
 
 def _candidates(method: str, facts: LayerFacts, statistics: LayerStatistics | None) -> list[Method]:

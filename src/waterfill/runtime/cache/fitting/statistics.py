@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 FILE_NAME = "cache.safetensors"
-FORMAT, VERSION = "waterfill-cache-statistics", 1
+FORMAT, VERSION = "waterfill-cache-statistics", 2
 
 F32 = NDArray[np.float32]
 
@@ -45,17 +45,26 @@ class StreamStatistics:
     covariance : float32 (heads, width, width)
     harm : float32 (heads, width, width), nats per squared error: the matrix W
     samples : float32 (heads, tokens, width), whole blocks of consecutive tokens
+    growth : float32 (1,), what large errors cost over what `harm` says of them
     """
 
     mean: F32
     covariance: F32
     harm: F32
     samples: F32
+    growth: F32 = dataclasses.field(default_factory=lambda: np.ones(1, np.float32))
 
     @functools.cached_property
     def basis(self) -> Basis:
         """The basis of least harm."""
         return basis_of(self.covariance, self.harm)
+
+    @property
+    def of_large_errors(self) -> StreamStatistics:
+        """The same with the harm of large errors."""
+        return dataclasses.replace(
+            self, harm=self.harm * self.growth, growth=np.ones_like(self.growth)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +87,15 @@ class CacheStatistics:
 
     layers: Mapping[int, LayerStatistics]
     protocol: Mapping[str, Any]
+
+    @property
+    def of_large_errors(self) -> CacheStatistics:
+        """The same with the harm of large errors."""
+        layers = {
+            index: LayerStatistics(one.keys.of_large_errors, one.values.of_large_errors)
+            for index, one in self.layers.items()
+        }
+        return CacheStatistics(layers, self.protocol)
 
 
 def save_statistics(statistics: CacheStatistics, path: Path) -> None:
@@ -149,6 +167,7 @@ def _stream(arrays: Mapping[str, Any], prefix: str) -> StreamStatistics:
     square = (heads, width, width)
     samples = made.samples.shape
     fits = made.covariance.shape == made.harm.shape == square and len(samples) == 3
+    fits = fits and made.growth.shape == (1,)
     if not fits or (samples[0], samples[2]) != (heads, width):
         raise ValueError(f"{prefix}: shapes do not fit each other")
     if not all(np.isfinite(getattr(made, f.name)).all() for f in dataclasses.fields(made)):

@@ -4,6 +4,10 @@ While a prompt is read, the tokens that received most attention become anchors, 
 merged into the anchor closest to it. While text is written, tokens leave at a fixed distance from the
 cache's end as it was after the prompt, so that the first and the most recent ones stay (Liu et al. 2024,
 Elastic Cache, arXiv 2407.18121). All heads of a layer keep the same tokens.
+
+As in the paper the mean is plain, and attention is summed over all queries. Where few tokens are kept that
+blurs an anchor with many that lie around it, and favours those that were there early: a needle is lost so.
+Both can be chosen otherwise. Other than in the paper, an anchor weighs in the scores as many as it stands for.
 """
 
 from __future__ import annotations
@@ -25,12 +29,20 @@ class Elastic(Evictor):
     Parameters
     ----------
     distance : slots from the end at which tokens leave while text is written
+    merged : whether what is no anchor is merged into one, 1, or dropped, 0
+    attention : that makes an anchor: the "sum" over all queries, or the "mean" over those that see a token
     """
 
     distance: int = 25
+    merged: int = 1
+    attention: str = "sum"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.merged not in (0, 1):
+            raise SpecError(f"elastic: merged must be 0 or 1, not {self.merged}")
+        if self.attention not in ("sum", "mean"):
+            raise SpecError(f"elastic: attention must be sum or mean, not {self.attention}")
         if self.distance < 0:
             raise SpecError(f"elastic: distance must not be negative, not {self.distance}")
 
@@ -38,11 +50,14 @@ class Elastic(Evictor):
         return self._anchored(held, moment) if moment.prompt else self._slid(held, moment)
 
     def _anchored(self, held: Held, moment: Moment) -> Held:
-        importance = held.mass.mean(1, True).expand_as(held.mass)
+        mass = held.mass if self.attention == "sum" else held.mass / moment.age.clamp_min(1)
+        importance = mass.mean(1, True).expand_as(mass)
         order = moment.ranked(importance).argsort(dim=2, descending=True, stable=True)
         kept = order[:, :, : moment.keep].sort(2).values
         evicted = order[:, :, moment.keep :]
         found, other = held.take(kept), held.take(evicted)
+        if not self.merged:
+            return found
         closed = (moment.forced | moment.gone).gather(2, kept)
         anchors = found.index.float().masked_fill(closed, torch.inf)
         target = _closest(anchors, other.index)
