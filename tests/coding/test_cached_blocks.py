@@ -142,7 +142,8 @@ def test_tables_that_do_not_fit_are_refused() -> None:
     core = native.required()
     made, _ = steps(rng, 1, 0.0, False)
     assert isinstance(made, StepBlocks)
-    streams, (classes, models) = made.columns.streams, made.columns.classes
+    streams = made.columns.streams
+    classes, models = made.classes
     keys, values = made.keys.raw(streams[0]), made.values.raw(streams[1])
     still = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     good = [keys, values, still, classes, models, made.steps, made.block_nbytes]

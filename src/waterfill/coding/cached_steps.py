@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from waterfill.coding import native
 from waterfill.coding.cached_blocks import BLOCK, STILL, Turn
-from waterfill.coding.cachegen_symbols import Columns, Stream, decode_chunk
+from waterfill.coding.cachegen_symbols import Columns, Stream, classes_known, decode_chunk
 from waterfill.types import Floats
 
 __all__ = ["HEAD", "StepBlocks", "StepTable", "write_block"]
@@ -96,11 +96,17 @@ class StepBlocks:
     @functools.cached_property
     def handle(self) -> Any:
         keys, values = self.columns.streams
-        classes, models = self.columns.classes
         return native.required().cache_steps(
-            self.keys.raw(keys), self.values.raw(values), (self.turn or STILL).raw, classes, models,
+            self.keys.raw(keys), self.values.raw(values), (self.turn or STILL).raw,
+            *self.classes,
             self.steps, self.block_nbytes,
         )  # fmt: skip
+
+    @property
+    def classes(self) -> tuple[U8, NDArray[np.uint16]]:
+        """The class of each column, and the frequencies of the classes that there are."""
+        used, found = np.unique(self.columns.classes, return_inverse=True)
+        return found.astype(np.uint8), classes_known().freqs[used]
 
     def components(self, codes: U8) -> tuple[Floats, Floats]:
         """Of blocks uint8 (batch, blocks, bytes): twice float32 (batch, heads, blocks * BLOCK, kept)."""
