@@ -220,7 +220,7 @@ class _Watch:
         value_harm = v.new_zeros((v.shape[0], v.shape[2], v.shape[2]))
         gap = positions[:, None] - positions[None]
         hidden = (gap < 0) if window is None else (gap < 0) | (gap >= window)
-        exact = still_exact(n)
+        exact = still_exact(0, n)
         readers = torch.linspace(0, n - 1, min(READERS, n)).long()
         for head in range(heads):
             own = head // group

@@ -27,7 +27,8 @@ __all__ = ["still_exact", "to_scale"]
 
 # Predicted of a stream as it is coded here: seen well and still small, and as where bytes are few.
 SMALL_NATS, LARGE_NATS = 3e-3, 3e-2
-TOKENS = 512  # of a window, at most
+TOKENS = 2048  # of a window, at most: errors in a long past add up otherwise than in a short one
+ROWS = 256  # queries at once
 LEAST, MOST = 1 / 8, 8.0  # a ratio beyond is noise
 
 # Tokens that a cache still has as they were: the last, about, and the first.
@@ -37,10 +38,10 @@ Case = tuple[int, str, float]  # layer, stream, nats
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def still_exact(tokens: int) -> torch.Tensor:
-    """Which keys (columns) a cache has as they were when a query (row) comes: bool (tokens, tokens)."""
-    index = torch.arange(tokens)
-    return (index[:, None] - index < YOUNG) | (index < SINKS)
+def still_exact(first: int, stop: int) -> torch.Tensor:
+    """Which keys a cache has as they were when queries first to stop come: bool (stop - first, stop)."""
+    index = torch.arange(stop)
+    return (index[first:, None] - index < YOUNG) | (index < SINKS)
 
 
 def to_scale(
@@ -137,18 +138,30 @@ class _Coarse:
 
     def _attend(self, query: torch.Tensor, exact: Pair, coded: Pair, scale: float) -> torch.Tensor:
         """Attention to tokens as they were where they still are exact, else as they are coded."""
-        batch, heads, n, _ = query.shape
-        shared = exact[0].shape[1]
-        q = query.float().reshape(batch, shared, heads // shared * n, -1) * scale
-        gap = torch.arange(n)[:, None] - torch.arange(n)
+        n = query.shape[2]
+        found = [
+            self._attend_some(query, exact, coded, scale, low, min(low + ROWS, n))
+            for low in range(0, n, ROWS)
+        ]
+        return torch.cat(found, 1)
+
+    def _attend_some(
+        self, query: torch.Tensor, exact: Pair, coded: Pair, scale: float, low: int, high: int
+    ) -> torch.Tensor:
+        """The same of queries low to high: (batch, queries, heads, width)."""
+        batch, heads, _, _ = query.shape
+        shared, n = exact[0].shape[1], high - low
+        q = query[:, :, low:high].float().reshape(batch, shared, heads // shared * n, -1) * scale
+        gap = torch.arange(low, high)[:, None] - torch.arange(high)
         window = self.facts.window
         hidden = (gap < 0) if window is None else (gap < 0) | (gap >= window)
-        new, hidden = (x.repeat(heads // shared, 1) for x in (still_exact(n), hidden))
-        as_was, as_coded = (q @ pair[0].float().transpose(2, 3) for pair in (exact, coded))
+        seen = [[x[:, :, :high].float() for x in pair] for pair in (exact, coded)]
+        new = still_exact(low, high)
+        new, hidden = (x.repeat(heads // shared, 1) for x in (new, hidden))
+        as_was, as_coded = (q @ pair[0].transpose(2, 3) for pair in seen)
         p = torch.where(new, as_was, as_coded).masked_fill_(hidden, -torch.inf).softmax(-1)
-        out = (p * new) @ exact[1].float() + p.masked_fill(new, 0.0) @ coded[1].float()
-        seen: torch.Tensor = out.reshape(batch, heads, n, -1).transpose(1, 2)
-        return seen
+        out: torch.Tensor = (p * new) @ seen[0][1] + p.masked_fill(new, 0.0) @ seen[1][1]
+        return out.reshape(batch, heads, n, -1).transpose(1, 2)
 
     def _coded(self, x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
         positions = torch.arange(x.shape[2])[None]
