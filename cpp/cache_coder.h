@@ -100,8 +100,8 @@ public:
         fit(tables);
         require(bits <= 8, "codes have 1 to 8 bits");
         for (size_t h = 0; h <= tables.heads; ++h) first_[h] = uint32_t(h * tables.kept);
-        components_.reserve(first_.back());
-        for (uint32_t i = 0; i < first_.back(); ++i) components_.push_back({i, uint32_t(i * bits * (kBlock / 8)), bits});
+        components_.resize(first_.back());
+        for (uint32_t i = 0; i < first_.back(); ++i) components_[i] = {i, uint32_t(i * bits * (kBlock / 8)), bits};
         nbytes = components_.size() * bits * (kBlock / 8), settle(tables);
     }
     OwnedStream(const OwnedStream&) = delete;
