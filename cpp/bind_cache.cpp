@@ -7,6 +7,7 @@
 #include <array>
 
 #include "bind_arrays.h"
+#include "bind_rans.h"
 #include "cache_run.h"
 
 namespace nb = nanobind;
@@ -32,10 +33,8 @@ template <class T> using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig
 using TableArgs = std::tuple<size_t, Matrix<uint16_t>, Matrix<int8_t>, Vector<const uint16_t>>;
 // place, groups of bits and how many components
 using WholeArgs = std::tuple<TableArgs, Vector<const int32_t>, std::vector<std::pair<unsigned, size_t>>>;
-// column, column of low bits, shift and pull of each component
-using StepsArgs = std::tuple<TableArgs, Vector<const int32_t>, Vector<const int32_t>, Vector<const uint8_t>, Vector<const float>>;
-// first and second columns, frequencies
-using TurnArgs = std::tuple<Vector<const int64_t>, Vector<const int64_t>, Vector<const double>>;
+// shifts and models of components, pulls of the models in use, classes of plain bits
+using ColumnArgs = std::tuple<Vector<const uint8_t>, Vector<const uint8_t>, Vector<const uint8_t>, size_t>;
 
 template <class T> T* at(uintptr_t address) {
     if (!address) throw std::invalid_argument("cache: no memory at null");
@@ -47,17 +46,10 @@ attention::Tensor tensor_of(uintptr_t address, const Strides& strides) {
     return {at<const void>(address), {strides[0], strides[1], strides[2]}};
 }
 
-// A coder, and the arrays whose memory it reads.
-struct Held {
-    std::vector<TableArgs> tables;
-    std::unique_ptr<cache::Coder> coder;
-};
-
 template <class T> std::vector<T> copied(const Vector<const T>& x) { return {x.data(), x.data() + x.shape(0)}; }
 
-cache::Turning turning_of(const TurnArgs& args, size_t width) {
-    const auto& [first, second, frequencies] = args;
-    return cache::Turning(copied(first), copied(second), copied(frequencies), width);
+void make_turning(cache::Turning* made, const Vector<const int64_t>& first, const Vector<const int64_t>& second, const Vector<const double>& frequencies) {
+    new (made) cache::Turning(copied(first), copied(second), copied(frequencies));
 }
 
 cache::Tables tables_of(const TableArgs& args) {
@@ -66,67 +58,60 @@ cache::Tables tables_of(const TableArgs& args) {
     return {mean.shape(0), kept, mean.shape(1), mean.data(), rows.data(), scales.data()};
 }
 
-Held* whole(const WholeArgs& keys, const WholeArgs& values, const TurnArgs& turn) {
-    const auto stream = [](const WholeArgs& args) {
+// The caller's memory stays as long as the coder: `owner` of a call has it.
+cache::Coder* whole(const WholeArgs& keys, const WholeArgs& values, const cache::Turning& turn, const nb::object&) {
+    const auto recipe = [](const WholeArgs& args) {
         const auto& [tables, place, groups] = args;
         size_t count = 0;
         for (const auto& [bits, n] : groups) cache::require(n <= place.shape(0) - count, "more components than places"), count += n;
         cache::require(count == place.shape(0) && std::get<2>(tables).shape(0) == count, "components, their places and rows differ in number");
-        return cache::OwnedStream(tables_of(tables), place.data(), groups);
+        static constexpr int32_t none[1] = {};
+        return cache::Recipe{tables_of(tables), 0, count ? place.data() : none, groups};
     };
-    auto held = std::make_unique<Held>();
-    held->tables = {std::get<0>(keys), std::get<0>(values)};
-    held->coder.reset(new cache::Coder{cache::Kind::whole, stream(keys), stream(values), turning_of(turn, std::get<1>(std::get<0>(keys)).shape(1)), {}, {}, nullptr});
-    held->coder->nbytes = {held->coder->keys.nbytes, held->coder->values.nbytes};
-    return held.release();
+    std::unique_ptr<cache::Coder> made(new cache::Coder{cache::Kind::whole, recipe(keys), recipe(values), &turn, {}});
+    const cache::Reading reading(*made);
+    made->nbytes = {reading.keys.nbytes, reading.values.nbytes};
+    return made.release();
 }
 
-Held* steps(const StepsArgs& keys, const StepsArgs& values, const TurnArgs& turn, const Vector<const uint8_t>& classes, const Matrix<uint16_t>& models, const Vector<const float>& sizes, size_t nbytes) {
-    const auto stream = [&](const StepsArgs& args) {
-        const auto& [table, column, low, shift, pull] = args;
-        const cache::Tables tables = tables_of(table);
-        const size_t count = column.shape(0), columns = classes.shape(0);
-        cache::require(count == tables.heads * tables.kept && std::get<2>(table).shape(0) == count && low.shape(0) == count && shift.shape(0) == count && pull.shape(0) == count, "components and their columns differ in number");
-        std::vector<cache::Column> made;
-        for (size_t i = 0; i < count; ++i) {
-            const int32_t c = column.data()[i], l = low.data()[i];
-            cache::require(c >= 0 && size_t(c) < columns && l >= -1 && (l < 0 || size_t(l) < columns) && shift.data()[i] < 8, "no such column");
-            made.push_back({c, l, shift.data()[i], pull.data()[i]});
-        }
-        return cache::OwnedStream(tables, 0, std::move(made));
+cache::Coder* steps(const TableArgs& keys, const TableArgs& values, const cache::Turning& turn, const ColumnArgs& columns, const RansModels& known, double step, const Vector<const double>& ratios, size_t nbytes,
+                    const nb::object&) {
+    const auto& [shifts, models, pulls, plain] = columns;
+    const auto recipe = [](const TableArgs& args) {
+        const cache::Tables tables = tables_of(args);
+        cache::require(std::get<2>(args).shape(0) == tables.heads * tables.kept, "components and their rows differ in number");
+        return cache::Recipe{tables, 0, nullptr, {}};
     };
-    cache::require(sizes.shape(0) == 256, "a step for each byte");
-    auto held = std::make_unique<Held>();
-    held->tables = {std::get<0>(keys), std::get<0>(values)};
-    const size_t listed = std::get<1>(keys).shape(0), components = listed + std::get<1>(values).shape(0);
-    held->coder.reset(new cache::Coder{cache::Kind::steps, stream(keys), stream(values), turning_of(turn, std::get<1>(std::get<0>(keys)).shape(1)), {nbytes}, {},
-                                       std::make_unique<cache::SymbolCoder>(classes.data(), classes.shape(0), waterfill::rans::Frequencies{models.data(), models.shape(0), models.shape(1)}, sizes.data(), components)});
-    held->coder->values.stream.base = listed;
-    return held.release();
+    cache::require(ratios.shape(0) == 256, "a step for each byte");
+    cache::require(known.alphabet <= rans::kBuckets && plain < known.classes && plain < 8, "symbols of a component are 32 at most");
+    const size_t of_keys = std::get<2>(keys).shape(0), of_values = std::get<2>(values).shape(0);
+    cache::require(shifts.shape(0) == of_keys + of_values && models.shape(0) == of_keys + of_values, "components and their columns differ in number");
+    std::unique_ptr<cache::Coder> made(new cache::Coder{cache::Kind::steps, recipe(keys), recipe(values), &turn, {nbytes}});
+    made->symbols.reset(new cache::SymbolTables{of_keys, of_values, shifts.data(), models.data(), pulls.data(), pulls.shape(0), &known.decoder, known.classes, plain, step, ratios.data()});
+    const cache::Reading checked(*made);
+    return made.release();
 }
 
-Held* grids(bool by_channel, size_t heads, size_t key_width, size_t value_width, unsigned key_bits, unsigned value_bits, size_t groups, const Vector<const float>& sizes, const TurnArgs& turn) {
-    const auto stream = [&](size_t width, unsigned bits) {
-        cache::require(bits > 0, "codes have 1 to 8 bits");
-        return cache::OwnedStream({heads, width, width, nullptr, nullptr, nullptr}, bits, {});
-    };
+cache::Coder* grids(bool by_channel, size_t heads, size_t key_width, size_t value_width, unsigned key_bits, unsigned value_bits, size_t groups, const Vector<const float>& sizes, const cache::Turning& turn) {
     cache::require(groups && cache::kBlock % groups == 0 && sizes.shape(0) == 256, "grids do not fit a block");
-    auto held = std::make_unique<Held>();
-    held->coder.reset(new cache::Coder{by_channel ? cache::Kind::channel : cache::Kind::token, stream(key_width, key_bits), stream(value_width, value_bits), turning_of(turn, key_width), {}, copied(sizes), nullptr});
-    cache::Coder& made = *held->coder;
-    made.values.stream.groups = groups;
+    cache::require(key_bits > 0 && value_bits > 0, "codes have 1 to 8 bits");
+    const auto recipe = [&](size_t width, unsigned bits) { return cache::Recipe{{heads, width, width, nullptr, nullptr, nullptr}, bits, nullptr, {}}; };
+    std::unique_ptr<cache::Coder> made(
+        new cache::Coder{by_channel ? cache::Kind::channel : cache::Kind::token, recipe(key_width, key_bits), recipe(value_width, value_bits), &turn, {}, sizes.data(), groups});
+    const cache::Reading reading(*made);
     const size_t key_grids = by_channel ? heads * key_width : 2 * heads * cache::kBlock, value_grids = by_channel ? heads * groups : 2 * heads * cache::kBlock;
-    made.nbytes = {made.keys.nbytes, key_grids, key_grids, made.values.nbytes, value_grids, value_grids};
-    return held.release();
+    made->nbytes = {reading.keys.nbytes, key_grids, key_grids, reading.values.nbytes, value_grids, value_grids};
+    return made.release();
 }
 
-Held* plain(size_t heads, size_t key_width, size_t value_width, const char* format) {
-    const auto stream = [&](size_t width) { return cache::OwnedStream({heads, width, width, nullptr, nullptr, nullptr}, 0u, std::vector<cache::Column>{}); };
-    auto held = std::make_unique<Held>();
-    held->coder.reset(new cache::Coder{cache::Kind::plain, stream(key_width), stream(value_width), cache::Turning({}, {}, {}, key_width), {}, {}, nullptr, float_named(format)});
-    const size_t each = heads * cache::kBlock * (held->coder->format == Float::f32 ? 4 : 2);
-    held->coder->nbytes = {each * key_width, each * value_width};
-    return held.release();
+cache::Coder* plain(size_t heads, size_t key_width, size_t value_width, const char* format, const cache::Turning& still) {
+    const auto recipe = [&](size_t width) { return cache::Recipe{{heads, width, width, nullptr, nullptr, nullptr}, 0, nullptr, {}}; };
+    std::unique_ptr<cache::Coder> made(new cache::Coder{cache::Kind::plain, recipe(key_width), recipe(value_width), &still, {}});
+    made->format = float_named(format);
+    const cache::Reading checked(*made);
+    const size_t each = heads * cache::kBlock * (made->format == Float::f32 ? 4 : 2);
+    made->nbytes = {each * key_width, each * value_width};
+    return made.release();
 }
 
 // Pieces of a call, and what their blocks point at.
@@ -136,9 +121,9 @@ struct OwnedCoded {
 
     OwnedCoded(const CodedArgs& args, const attention::Call& call) {
         const auto& [start, hidden, object, runs, offsets] = args;
-        const cache::Coder& coder = *nb::cast<const Held&>(object).coder;
-        const cache::Stream &keys = coder.keys.stream, &values = coder.values.stream;
-        cache::require(keys.width == call.key_width && values.width == call.value_width && coder.keys.heads == call.shared && coder.values.heads == call.shared, "blocks of other heads than the call's");
+        const cache::Coder& coder = nb::cast<const cache::Coder&>(object);
+        const cache::Tables &keys = coder.keys.tables, &values = coder.values.tables;
+        cache::require(keys.width == call.key_width && values.width == call.value_width && keys.heads == call.shared && values.heads == call.shared, "blocks of other heads than the call's");
         coded.start = start, coded.hidden = hidden, coded.coder = &coder;
         for (const auto& [blocks, parts] : runs) {
             cache::require(parts.size() == coder.nbytes.size(), "blocks of other parts than their coder's");
@@ -197,11 +182,17 @@ void attend_cache(const std::array<size_t, 6>& shape, const char* type, uintptr_
 }  // namespace
 
 void bind_cache(nb::module_& m) {
-    nb::class_<Held>(m, "CacheCoder").def_prop_ro("nbytes", [](const Held& held) { return held.coder->nbytes; }, "Bytes of each part of a block.");
-    m.def("cache_whole", &whole, "keys"_a, "values"_a, "turn"_a, "Blocks of whole bits, of keys and of values.");
-    m.def("cache_steps", &steps, "keys"_a, "values"_a, "turn"_a, "classes"_a, "models"_a, "steps"_a, "nbytes"_a, "Blocks of entropy-coded steps, in one part.");
-    m.def("cache_plain", &plain, "heads"_a, "key_width"_a, "value_width"_a, "dtype"_a, "Blocks of numbers as they are, (head, column, token).");
-    m.def("cache_grids", &grids, "by_channel"_a, "heads"_a, "key_width"_a, "value_width"_a, "key_bits"_a, "value_bits"_a, "groups"_a, "sizes"_a, "turn"_a, "Blocks of integers on grids: codes, and two numbers of a grid, of keys and of values.");
+    nb::class_<cache::Turning>(m, "CacheTurn", nb::is_weak_referenceable(), "Pairs of columns that turn by their frequency for each token.")
+        .def("__init__", &make_turning, "first"_a, "second"_a, "frequencies"_a);
+    nb::class_<cache::Coder>(m, "CacheCoder")
+        .def_ro("nbytes", &cache::Coder::nbytes, "Bytes of each part of a block.")
+        .def_prop_ro("held_nbytes", &cache::Coder::held_nbytes, "Bytes of itself; what it reads is its owner's.");
+    m.def("cache_whole", &whole, "keys"_a.noconvert(), "values"_a.noconvert(), "turn"_a, "owner"_a, nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), "Blocks of whole bits, of keys and of values.");
+    m.def("cache_steps", &steps, "keys"_a.noconvert(), "values"_a.noconvert(), "turn"_a, "columns"_a.noconvert(), "models"_a, "step"_a, "ratios"_a.noconvert(), "nbytes"_a, "owner"_a, nb::keep_alive<0, 3>(),
+          nb::keep_alive<0, 5>(), nb::keep_alive<0, 7>(), nb::keep_alive<0, 9>(), "Blocks of entropy-coded steps, in one part.");
+    m.def("cache_plain", &plain, "heads"_a, "key_width"_a, "value_width"_a, "dtype"_a, "still"_a, nb::keep_alive<0, 5>(), "Blocks of numbers as they are, (head, column, token).");
+    m.def("cache_grids", &grids, "by_channel"_a, "heads"_a, "key_width"_a, "value_width"_a, "key_bits"_a, "value_bits"_a, "groups"_a, "sizes"_a.noconvert(), "turn"_a, nb::keep_alive<0, 8>(),
+          nb::keep_alive<0, 9>(), "Blocks of integers on grids: codes, and two numbers of a grid, of keys and of values.");
     m.def("attend_cache", &attend_cache, "shape"_a, "dtype"_a, "q"_a, "q_strides"_a, "mask"_a, "mask_strides"_a, "boolean"_a, "first_masked"_a, "masked"_a, "scale"_a, "exact"_a,
           "coded"_a, "out"_a, "threads"_a,
           "Attention over pieces at addresses; shape is batch, heads, key heads, queries, widths of a key and of a value.");

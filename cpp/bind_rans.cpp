@@ -4,11 +4,12 @@
 
 #include <optional>
 
-#include "rans_stream.h"
+#include "bind_rans.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 namespace rans = waterfill::rans;
+using waterfill::RansModels;
 
 namespace {
 
@@ -53,37 +54,26 @@ void decode(const Bytes& data, const Out& out, const std::optional<Bytes>& class
                  lut ? lut->data() : nullptr, threads, isa);
 }
 
-// Models whose tables are made once, for many streams.
-class Models {
-public:
-    explicit Models(const Table& table) : classes_(table.shape(0)), encoder_({table.data(), table.shape(0), table.shape(1)}), decoder_({table.data(), table.shape(0), table.shape(1)}, nullptr, false) {}
-
-    nb::bytes encode(const Matrix& symbols, const std::optional<Bytes>& classes, unsigned lanes, unsigned threads) const {
-        const size_t rows = symbols.shape(0), cols = symbols.shape(1);
-        const uint8_t* ids = columns(classes, cols);
-        require_known(ids, cols, classes_);
-        const waterfill::Isa isa = waterfill::chosen_isa();
-        std::string out;
-        {
-            nb::gil_scoped_release release;
-            out = rans::encode({symbols.data(), rows, cols, ids}, encoder_, lanes, threads, isa);
-        }
-        return nb::bytes(out.data(), out.size());
-    }
-
-    void decode(const Bytes& data, const Out& out, const std::optional<Bytes>& classes, unsigned threads) const {
-        const size_t rows = out.shape(0), cols = out.shape(1);
-        const uint8_t* ids = columns(classes, cols);
-        const waterfill::Isa isa = waterfill::chosen_isa();
+nb::bytes encode_known(const RansModels& models, const Matrix& symbols, const std::optional<Bytes>& classes, unsigned lanes, unsigned threads) {
+    const size_t rows = symbols.shape(0), cols = symbols.shape(1);
+    const uint8_t* ids = columns(classes, cols);
+    require_known(ids, cols, models.classes);
+    const waterfill::Isa isa = waterfill::chosen_isa();
+    std::string out;
+    {
         nb::gil_scoped_release release;
-        if (!rans::nothing_in(data.shape(0), rows, cols, ids, classes_)) rans::decode(data.data(), data.shape(0), out.data(), rows, cols, ids, decoder_, threads, isa);
+        out = rans::encode({symbols.data(), rows, cols, ids}, models.encoder, lanes, threads, isa);
     }
+    return nb::bytes(out.data(), out.size());
+}
 
-private:
-    size_t classes_;
-    rans::Encoder encoder_;
-    rans::Decoder decoder_;
-};
+void decode_known(const RansModels& models, const Bytes& data, const Out& out, const std::optional<Bytes>& classes, unsigned threads) {
+    const size_t rows = out.shape(0), cols = out.shape(1);
+    const uint8_t* ids = columns(classes, cols);
+    const waterfill::Isa isa = waterfill::chosen_isa();
+    nb::gil_scoped_release release;
+    if (!rans::nothing_in(data.shape(0), rows, cols, ids, models.classes)) rans::decode(data.data(), data.shape(0), out.data(), rows, cols, ids, models.decoder, threads, isa);
+}
 
 void histogram(const Matrix& symbols, const std::optional<Bytes>& classes, const Counts& counts) {
     const size_t rows = symbols.shape(0), cols = symbols.shape(1);
@@ -144,10 +134,10 @@ void bind_rans(nb::module_& m) {
           "A rANS stream of a matrix of symbols.");
     m.def("rans_decode", &decode, "data"_a.noconvert(), "out"_a.noconvert(), "classes"_a.noconvert().none(), "freqs"_a.noconvert(),
           "lut"_a.noconvert().none(), "threads"_a, "Fill `out` from a rANS stream; RuntimeError on bytes that lie.");
-    nb::class_<Models>(m, "RansModels", "Models whose tables are made once.")
-        .def(nb::init<const Table&>(), "freqs"_a.noconvert())
-        .def("encode", &Models::encode, "symbols"_a.noconvert(), "classes"_a.noconvert().none(), "lanes"_a, "threads"_a)
-        .def("decode", &Models::decode, "data"_a.noconvert(), "out"_a.noconvert(), "classes"_a.noconvert().none(), "threads"_a);
+    nb::class_<RansModels>(m, "RansModels", "Models whose tables are made once.")
+        .def("__init__", [](RansModels* made, const Table& table) { new (made) RansModels({table.data(), table.shape(0), table.shape(1)}); }, "freqs"_a.noconvert())
+        .def("encode", &encode_known, "symbols"_a.noconvert(), "classes"_a.noconvert().none(), "lanes"_a, "threads"_a)
+        .def("decode", &decode_known, "data"_a.noconvert(), "out"_a.noconvert(), "classes"_a.noconvert().none(), "threads"_a);
     m.def("rans_histogram", &histogram, "symbols"_a.noconvert(), "classes"_a.noconvert().none(), "counts"_a.noconvert(),
           "Add the occurrences of each byte in each class to `counts`.");
     m.def("place_columns", &place_columns, "symbols"_a.noconvert(), "order"_a.noconvert(), "low"_a, "out"_a.noconvert(), "threads"_a,

@@ -1,35 +1,28 @@
-// What is the same for all blocks of a coder: checked once, read by every call.
+// What is the same for all blocks of a coder, and what a call makes of it.
 #pragma once
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
-#include "cache.h"
-#include "cachegen.h"
-#include "rans_stream.h"
+#include "cache_symbols.h"
 
 namespace waterfill::cache {
 
-inline void require(bool ok, const char* what) {
-    if (!ok) throw std::invalid_argument(std::string("cache: ") + what);
-}
-
-// Pairs of columns and how they turn, with the tables that a call needs.
+// Pairs of columns and how they turn, with the tables that a call needs: one for all layers that turn alike.
 class Turning {
 public:
-    Turning(std::vector<int64_t> first, std::vector<int64_t> second, std::vector<double> frequencies, size_t width)
+    Turning(std::vector<int64_t> first, std::vector<int64_t> second, std::vector<double> frequencies)
         : first_(std::move(first)), second_(std::move(second)), frequencies_(std::move(frequencies)), padded_((first_.size() + kColumns / 2 - 1) / (kColumns / 2) * (kColumns / 2)),
           cos_(padded_ * kBlock), sin_(padded_ * kBlock), ahead_(2 * padded_) {
         const size_t pairs = first_.size();
         require(second_.size() == pairs && frequencies_.size() == pairs, "pairs of columns have two members and a frequency");
-        std::vector<char> used(width);
+        std::vector<char> used(attention::kMaxWidth);
         for (size_t i = 0; i < 2 * pairs; ++i) {
             const int64_t column = i < pairs ? first_[i] : second_[i - pairs];
-            require(column >= 0 && size_t(column) < width && !used[size_t(column)]++, "columns that turn are not those of a key, each once");
+            require(column >= 0 && size_t(column) < used.size() && !used[size_t(column)]++, kOthers);
+            width_ = std::max(width_, size_t(column) + 1);
         }
         for (size_t i = 0; i < pairs; ++i) {
             const double cos = std::cos(frequencies_[i]), sin = std::sin(frequencies_[i]);
@@ -41,24 +34,30 @@ public:
             }
             ahead_[i] = x, ahead_[padded_ + i] = y;
         }
-        turn = {pairs, padded_, first_.data(), second_.data(), cos_.data(), sin_.data(), ahead_.data(), ahead_.data() + padded_, 2 * pairs < width};
     }
     Turning(const Turning&) = delete;
+
+    // Of keys so wide.
+    Turn turn(size_t width) const {
+        require(width_ <= width, kOthers);
+        const size_t pairs = first_.size();
+        return {pairs, padded_, first_.data(), second_.data(), cos_.data(), sin_.data(), ahead_.data(), ahead_.data() + padded_, 2 * pairs < width};
+    }
 
     // cos and sin at a position, behind those that are there.
     void phases(int64_t position, std::vector<double>& cos, std::vector<double>& sin) const {
         for (size_t i = 0; i < padded_; ++i) {
-            const double angle = i < turn.pairs ? double(position) * frequencies_[i] : 0;
+            const double angle = i < first_.size() ? double(position) * frequencies_[i] : 0;
             cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));
         }
     }
 
-    Turn turn;
-
 private:
+    static constexpr const char* kOthers = "columns that turn are not those of a key, each once";
+
     std::vector<int64_t> first_, second_;
     std::vector<double> frequencies_;
-    size_t padded_;
+    size_t padded_, width_ = 0;
     std::vector<float> cos_, sin_;
     std::vector<double> ahead_;
 };
@@ -96,18 +95,19 @@ public:
         nbytes = end, settle(tables);
     }
 
-    // As many components of every head, of so many bits; 0: of none.
-    OwnedStream(const Tables& tables, unsigned bits, std::vector<Column> columns) : columns_(std::move(columns)), first_(tables.heads + 1) {
+    // As many components of every head, of so many bits; 0: of none. Their columns, where they are of symbols.
+    OwnedStream(const Tables& tables, unsigned bits, const Column* columns) : columns_(columns), first_(tables.heads + 1) {
         fit(tables);
         require(bits <= 8, "codes have 1 to 8 bits");
         for (size_t h = 0; h <= tables.heads; ++h) first_[h] = uint32_t(h * tables.kept);
-        for (uint32_t i = 0; i < first_.back(); ++i) components_.push_back({i, uint32_t(i * bits * (kBlock / 8)), bits});
+        components_.resize(first_.back());
+        for (uint32_t i = 0; i < first_.back(); ++i) components_[i] = {i, uint32_t(i * bits * (kBlock / 8)), bits};
         nbytes = components_.size() * bits * (kBlock / 8), settle(tables);
     }
     OwnedStream(const OwnedStream&) = delete;
 
     Stream stream;
-    size_t heads = 0, nbytes = 0;  // nbytes: of a block's codes
+    size_t nbytes = 0;  // of a block's codes
 
 private:
     static void fit(const Tables& tables) {
@@ -118,109 +118,56 @@ private:
     }
 
     void settle(const Tables& t) {
-        heads = t.heads;
-        stream = {t.kept, t.width, t.mean, t.rows, t.scales, components_.data(), columns_.data(), first_.data(), 0, 1};
+        stream = {t.kept, t.width, t.mean, t.rows, t.scales, components_.data(), columns_, first_.data(), 0, 1};
     }
 
     std::vector<Component> components_;
-    std::vector<Column> columns_;
+    const Column* columns_ = nullptr;
     std::vector<uint32_t> first_;
 };
 
-// Undoes the entropy coder of a block. Its bytes, which runtime/cache/methods/entropy.py writes: the
-// step's index, how many bytes are used (two, little endian), then those of
-// waterfill.coding.cachegen_symbols.encode_chunk of kBlock tokens.
-class SymbolCoder {
-public:
-    SymbolCoder(const uint8_t* classes, size_t columns, const rans::Frequencies& frequencies, const float* steps, size_t components)
-        : decoder_(frequencies, nullptr, false), steps_(steps, steps + 256), components_(components) {
-        require(frequencies.alphabet <= rans::kBuckets, "symbols of a component are 32 at most");
-        for (size_t i = 0; i < columns; ++i) {
-            require(classes[i] < frequencies.classes, "a column without a model");
-            classes_.insert(classes_.end(), kBlock, classes[i]);
-        }
-        require(columns > 0, "blocks of no column");
-    }
+// Keys or values of a coder, from which a call makes its stream.
+struct Recipe {
+    Tables tables;
+    unsigned bits = 0;                                // of each component, but of kind `whole`:
+    const int32_t* place = nullptr;                   // which components are coded,
+    std::vector<std::pair<unsigned, size_t>> groups;  // and of how many bits how many of them are
 
-    size_t columns() const { return classes_.size() / kBlock; }
-
-    // Symbols to `out`, (columns, kBlock); FormatError on bytes that lie.
-    float undo(const uint8_t* block, size_t nbytes, uint8_t* out, std::vector<Listed>& listed, Isa isa) const {
-        if (nbytes < 3) fail();
-        const size_t used = block[1] | size_t(block[2]) << 8;
-        const uint8_t *at = block + 3, *end = at + used;
-        if (used > nbytes - 3) fail();
-        const size_t list = number(at, end);
-        if (list > size_t(end - at)) fail();
-        read_list(at, at + list, listed);
-        at += list;
-        const size_t body = number(at, end);
-        // All tokens are in the body: nothing follows it.
-        if (body != size_t(end - at)) fail();
-        const rans::Layout layout = rans::read_layout(at, body, 1, classes_.size());
-        for (size_t i = 0; i < layout.places.size(); ++i) {
-            const rans::Geometry::Part part = layout.geometry.part(i);
-            const rans::Layout::Place& place = layout.places[i];
-            rans::require_ok(rans::kernels_for(isa).decode_block({&decoder_.tables(), place.states, place.n_states, place.words, place.n_words, out + part.col, classes_.size(),
-                                                                  part.rows, part.cols, unsigned(layout.geometry.lanes), classes_.data() + part.col, nullptr, part.col}),
-                             i);
-        }
-        return steps_[block[0]];
-    }
-
-private:
-    [[noreturn]] static void fail() { throw rans::FormatError("cache: a block that no coder wrote"); }
-
-    static size_t number(const uint8_t*& at, const uint8_t* end) {
-        size_t value = 0;
-        for (unsigned shift = 0; shift < 35; shift += 7) {
-            if (at == end) fail();
-            value |= size_t(*at & 127) << shift;
-            if (*at++ < 128) return value;
-        }
-        fail();
-    }
-
-    static uint64_t word(const uint8_t* at, size_t width) {
-        uint64_t value = 0;
-        for (size_t i = 0; i < width; ++i) value |= uint64_t(at[i]) << (8 * i);
-        return value;
-    }
-
-    void read_list(const uint8_t* at, const uint8_t* end, std::vector<Listed>& listed) const {
-        const size_t count = number(at, end);
-        if (!count) {
-            if (at != end) fail();
-            return;
-        }
-        if (end - at < 2) fail();
-        const size_t gap = at[0], over = at[1];
-        if (gap < 1 || gap > 8 || over < 1 || over > 4 || count > components_ * kBlock || count * (gap + over) != size_t(end - at) - 2) fail();
-        uint64_t place = 0;
-        for (size_t i = 0; i < count; ++i) {
-            const uint64_t more = word(at + 2 + i * gap, gap), folded = word(at + 2 + count * gap + i * over, over);
-            if (more >= components_ * kBlock) fail();
-            place += more + (i > 0);
-            if (place >= components_ * kBlock) fail();
-            listed.push_back({uint32_t(place % components_), uint32_t(place / components_), int32_t(uint32_t(folded >> 1) ^ (0u - uint32_t(folded & 1)))});
-        }
-    }
-
-    rans::Decoder decoder_;
-    std::vector<float> steps_;
-    std::vector<uint8_t> classes_;  // of each token of each column
-    size_t components_;
+    OwnedStream stream(const Column* columns) const { return place ? OwnedStream(tables, place, groups) : OwnedStream(tables, bits, columns); }
 };
 
-// How blocks are read: what a layer's coder has for all of them.
+// What a layer's coder has for all blocks: little but where the caller's memory is, as each layer has one.
 struct Coder {
     Kind kind;
+    Recipe keys, values;
+    const Turning* turning;
+    std::vector<size_t> nbytes;                   // of each part of a block
+    const float* sizes = nullptr;                 // (256,), of grids
+    size_t groups = 1;                            // of tokens whose values share a grid, of kind `channel`
+    std::unique_ptr<const SymbolTables> symbols;  // of kind `steps`
+    Float format = Float::f32;                    // of kind `plain`
+
+    size_t held_nbytes() const {
+        const size_t pairs = keys.groups.capacity() + values.groups.capacity();
+        return sizeof *this + pairs * sizeof keys.groups[0] + nbytes.capacity() * sizeof nbytes[0] + (symbols ? sizeof *symbols : 0);
+    }
+};
+
+// What is derived from a coder, larger than it: made for a call, and forgotten. The caller's memory is
+// checked each time.
+struct Reading {
+    explicit Reading(const Coder& c)
+        : coder(c), symbols(c.symbols ? new SymbolCoder(*c.symbols) : nullptr), keys(c.keys.stream(symbols ? symbols->of_keys() : nullptr)),
+          values(c.values.stream(symbols ? symbols->of_values() : nullptr)), turn(c.turning->turn(c.keys.tables.width)) {
+        const auto components = [](const Recipe& r) { return r.tables.heads * r.tables.kept; };
+        require(!symbols || (components(c.keys) == c.symbols->keys && components(c.values) == c.symbols->values), "components and their columns differ in number");
+        values.stream.groups = c.groups, values.stream.base = symbols ? c.symbols->keys : 0;
+    }
+
+    const Coder& coder;
+    std::unique_ptr<const SymbolCoder> symbols;
     OwnedStream keys, values;
-    Turning turning;
-    std::vector<size_t> nbytes;            // of each part of a block
-    std::vector<float> sizes;              // of grids
-    std::unique_ptr<SymbolCoder> symbols;  // of kind `steps`
-    Float format = Float::f32;             // of kind `plain`
+    Turn turn;
 };
 
 }  // namespace waterfill::cache

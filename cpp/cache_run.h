@@ -88,15 +88,15 @@ private:
     // The symbols of a span's blocks, where its coder has such.
     class Undone {
     public:
-        Undone(const Coder* coder, const Span& span, size_t row, Isa isa) {
-            if (!coder->symbols) return;
-            const size_t each = coder->symbols->columns() * kBlock;
+        Undone(const Reading* of, const Span& span, size_t row, Isa isa) {
+            if (!of->symbols) return;
+            const size_t each = of->symbols->columns() * kBlock;
             thread_local std::vector<uint8_t> kept;  // fresh memory costs as much as the coding
             if (kept.size() < each * span.count) kept.resize(each * span.count);
             std::vector<size_t> counts;
             for (size_t b = 0; b < span.count; ++b) {
                 const Block& block = span.arena->blocks[span.first + b];
-                const float step = coder->symbols->undo(block.part(0, row), coder->nbytes[0], kept.data() + b * each, listed_, isa);
+                const float step = of->symbols->undo(block.part(0, row), of->coder.nbytes[0], kept.data() + b * each, listed_, isa);
                 symbols_.push_back({kept.data() + b * each, step, nullptr, 0}), counts.push_back(listed_.size());
             }
             for (size_t b = 0, from = 0; b < span.count; from = counts[b++]) symbols_[b].listed = listed_.data() + from, symbols_[b].count = counts[b] - from;
@@ -121,9 +121,13 @@ private:
     void add(const Coded& piece, int64_t first_masked) {
         const size_t heads = call_.shared;
         const Coder& coder = *piece.coder;
-        const Turn& turn = coder.turning.turn;
+        // Pieces of a coder follow each other.
+        if (readings_.empty() || &readings_.back()->coder != &coder) readings_.emplace_back(new Reading(coder));
+        const Reading& reading = *readings_.back();
+        const Stream &keys = reading.keys.stream, &values = reading.values.stream;
+        const Turn& turn = reading.turn;
         const bool whole = coder.kind == Kind::whole;
-        const size_t columns = turn.columns(), words = !coder.keys.stream.rows ? 0 : (whole ? (coder.keys.stream.kept + 1) / 2 : coder.keys.stream.kept) * columns;
+        const size_t columns = turn.columns(), words = !keys.rows ? 0 : (whole ? (keys.kept + 1) / 2 : keys.kept) * columns;
         entries_.emplace_back(new int32_t[heads * words]);
         scales_.emplace_back(new float[2 * heads * columns]);
         std::vector<Table> tables(heads);
@@ -133,7 +137,7 @@ private:
             tables[h] = {entries, reinterpret_cast<float*>(entries), scale, scale + columns};
         }
         tables_.push_back(std::move(tables));
-        arenas_.push_back({coder.kind, coder.keys.stream, coder.values.stream, turn, piece.blocks.data(), tables_.back().data(), coder.sizes.data(), coder.format});
+        arenas_.push_back({coder.kind, keys, values, turn, piece.blocks.data(), tables_.back().data(), coder.sizes, coder.format});
         const size_t most = coder.symbols ? kChunk : (piece.blocks.size() + kSpans * kChunk - 1) / (kSpans * kChunk) * kChunk;
         for (size_t o = 0; o < piece.offsets.size(); ++o) {
             const auto block_of = [&](int64_t token) { return size_t(token - piece.start) / kBlock; };
@@ -146,10 +150,10 @@ private:
         const int64_t token = piece.start + int64_t(low * kBlock);
         phases_.emplace_back(new std::pair<std::vector<double>, std::vector<double>>);
         auto& [cos, sin] = *phases_.back();
-        for (size_t row = 0; row < offset.rows; ++row) piece.coder->turning.phases(token + offset.offsets[row], cos, sin);
+        for (size_t row = 0; row < offset.rows; ++row) piece.coder->turning->phases(token + offset.offsets[row], cos, sin);
         const size_t hidden = low ? 0 : piece.hidden;
         spans_.push_back({&arenas_.back(), low, count, hidden, token - first_masked, token + int64_t(hidden) >= first_masked, cos.data(), sin.data(), offset.rows, nullptr});
-        owners_.push_back(piece.coder);
+        owners_.push_back(readings_.back().get());
         const size_t together = piece.coder->symbols ? call_.shared : 1;
         for (size_t group = 0; group < call_.groups(); group += together) jobs_.push_back({spans_.size() - 1, group, together});
     }
@@ -162,7 +166,8 @@ private:
     std::vector<std::unique_ptr<float[]>> scales_;
     std::vector<std::unique_ptr<std::pair<std::vector<double>, std::vector<double>>>> phases_;
     std::vector<Span> spans_;
-    std::vector<const Coder*> owners_;  // of each span
+    std::vector<std::unique_ptr<const Reading>> readings_;
+    std::vector<const Reading*> owners_;  // of each span
     std::vector<Job> jobs_;
 };
 

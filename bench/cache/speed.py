@@ -208,7 +208,7 @@ def grown(tokens: int, layers: int) -> dict[str, int]:
             most = max(most, resident())
     for store in stores:
         store.settle()
-    tables = sum(t.numel() * t.element_size() for t in stores[0].tiers[0].coder.tables.values())
+    tables = stores[0].tiers[0].coder.nbytes
     # The stores share one coder here, whose tables were there before.
     held = sum(store.nbytes - tables for store in stores)
     return {"grown": max(most, resident()) - before, "held": held}

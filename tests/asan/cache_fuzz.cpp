@@ -34,54 +34,80 @@ struct Stream {
     }
 };
 
-cache::OwnedStream whole(const Stream& s) {
-    std::vector<int32_t> place;
-    std::vector<std::pair<unsigned, size_t>> groups;
-    for (size_t i = 0; i < s.heads * s.kept; ++i)
-        if (random(4)) place.push_back(int32_t(i));
-    for (size_t left = place.size(); left;) {
-        const size_t n = 1 + random(left);
-        groups.emplace_back(1 + unsigned(random(8)), n), left -= n;
+// Places and groups of some of its components.
+struct Whole {
+    std::unique_ptr<int32_t[]> place;
+    cache::Recipe recipe;
+
+    explicit Whole(const Stream& s) {
+        std::vector<int32_t> some;
+        for (size_t i = 0; i < s.heads * s.kept; ++i)
+            if (random(4)) some.push_back(int32_t(i));
+        recipe.tables = s.tables();
+        for (size_t left = some.size(); left;) {
+            const size_t n = 1 + random(left);
+            recipe.groups.emplace_back(1 + unsigned(random(8)), n), left -= n;
+        }
+        place.reset(new int32_t[some.size()]);
+        std::copy(some.begin(), some.end(), place.get());
+        recipe.place = place.get();
     }
-    const auto exact = std::make_unique<int32_t[]>(place.size());
-    std::copy(place.begin(), place.end(), exact.get());
-    return cache::OwnedStream(s.tables(), exact.get(), groups);
-}
+};
 
-cache::OwnedStream bare(size_t heads, size_t width, unsigned bits) {
-    return cache::OwnedStream(cache::Tables{heads, width, width, nullptr, nullptr, nullptr}, bits, std::vector<cache::Column>{});
-}
+cache::Recipe bare(size_t heads, size_t width, unsigned bits) { return {{heads, width, width, nullptr, nullptr, nullptr}, bits, nullptr, {}}; }
 
-cache::Turning turning(size_t width) {
+std::unique_ptr<cache::Turning> turning(size_t width) {
     const size_t pairs = random(width / 2 + 1);
     std::vector<int64_t> first, second;
     for (size_t i = 0; i < pairs; ++i) first.push_back(int64_t(i)), second.push_back(int64_t(pairs + i));
-    return cache::Turning(first, second, std::vector<double>(pairs, 0.3), width);
+    return std::make_unique<cache::Turning>(first, second, std::vector<double>(pairs, 0.3));
 }
 
 // Nothing turns.
-cache::Turning still(size_t width) { return cache::Turning({}, {}, {}, width); }
+std::unique_ptr<cache::Turning> still() { return std::make_unique<cache::Turning>(std::vector<int64_t>{}, std::vector<int64_t>{}, std::vector<double>{}); }
 
 // Columns of symbols, their models, and blocks that a coder might have written.
 struct Coding {
-    size_t components, columns;
-    std::vector<cache::Column> places;
-    std::vector<uint16_t> models;  // two
-    Bytes classes;
-    std::vector<float> steps;
+    static constexpr size_t kPlain = 5;
 
-    explicit Coding(size_t n) : components(n), columns(n), models(64), classes(), steps(256, 0.1f) {
+    size_t components;
+    Bytes shifts, models, pulls;  // each exactly as long as it is
+    std::vector<uint16_t> rows;   // frequencies of two models, then of plain bits
+    std::unique_ptr<rans::Decoder> decoder;
+    std::vector<double> ratios;
+
+    explicit Coding(size_t n) : components(n), rows((2 + kPlain) * 32), ratios(256, 1.0) {
+        size_t used[2] = {};
         for (size_t i = 0; i < n; ++i) {
-            const bool low = random(3) == 0;
-            places.push_back({int32_t(i), low ? int32_t(columns) : -1, low ? unsigned(random(6)) : 0u, float(random(100)) / 256});
-            columns += low;
+            shifts.push_back(random(3) ? 0 : uint8_t(random(1 + kPlain))), models.push_back(uint8_t(random(2)));
+            used[models.back()] = 1;
         }
-        for (size_t s = 0; s < 32; ++s) models[s] = 128;
-        models[32 + 15] = 96, models[32 + 16] = 4000;
-        for (size_t i = 0; i < columns; ++i) classes.push_back(uint8_t(random(2)));
+        for (size_t i = 0; i < used[0] + used[1]; ++i) pulls.push_back(uint8_t(random(100)));
+        for (Bytes* one : {&shifts, &models, &pulls}) one->shrink_to_fit();
+        for (size_t s = 0; s < 32; ++s) rows[s] = 128;
+        rows[32 + 15] = 96, rows[32 + 16] = 4000;
+        for (size_t bits = 1; bits <= kPlain; ++bits)
+            for (size_t s = 0; s < size_t(1) << bits; ++s) rows[(1 + bits) * 32 + s] = uint16_t(4096 >> bits);
+        decoder = std::make_unique<rans::Decoder>(frequencies(), nullptr, false);
     }
 
-    rans::Frequencies frequencies() const { return {models.data(), 2, 32}; }
+    cache::SymbolTables tables(size_t keys) const {
+        return {keys, components - keys, shifts.data(), models.data(), pulls.data(), pulls.size(), decoder.get(), 2 + kPlain, kPlain, 0.1, ratios.data()};
+    }
+
+    // Of each column: components of a model, in order, then low bits by how many they are.
+    Bytes classes() const {
+        Bytes found = models;
+        std::sort(found.begin(), found.end());
+        Bytes low;
+        for (const uint8_t shift : shifts)
+            if (shift) low.push_back(uint8_t(1 + shift));
+        std::sort(low.begin(), low.end());
+        found.insert(found.end(), low.begin(), low.end());
+        return found;
+    }
+
+    rans::Frequencies frequencies() const { return {rows.data(), 2 + kPlain, 32}; }
 
     static void number(std::string& out, size_t value) {
         for (; value > 127; value >>= 7) out.push_back(char(value & 127 | 128));
@@ -90,8 +116,8 @@ struct Coding {
 
     std::string block(Isa isa) const {
         Bytes symbols, ids;
-        for (size_t i = 0; i < columns; ++i)
-            for (size_t t = 0; t < cache::kBlock; ++t) symbols.push_back(uint8_t(classes[i] ? 15 + random(2) : random(32))), ids.push_back(classes[i]);
+        for (const uint8_t id : classes())
+            for (size_t t = 0; t < cache::kBlock; ++t) symbols.push_back(uint8_t(id == 0 ? random(32) : id == 1 ? 15 + random(2) : random(size_t(1) << (id - 1)))), ids.push_back(id);
         const std::string body = rans::encode({symbols.data(), 1, symbols.size(), ids.data()}, frequencies(), size_t(1) << random(6), 1, isa);
         std::string list;
         const size_t count = random(5), over = size_t(1) << random(3);
@@ -115,39 +141,42 @@ struct Coding {
 struct Made {
     size_t heads, d, e;
     Stream keys, values;
+    Whole whole_keys, whole_values;
     std::unique_ptr<Coding> coding;
+    std::unique_ptr<cache::Turning> turns;
+    std::vector<float> sizes;
     std::unique_ptr<cache::Coder> coder;
 
-    Made(cache::Kind kind, Isa isa) : heads(1 + random(3)), d(1 + random(70)), e(1 + random(70)), keys(heads, d), values(heads, e) {
+    Made(cache::Kind kind, Isa isa)
+        : heads(1 + random(3)), d(1 + random(70)), e(1 + random(70)), keys(heads, d), values(heads, e), whole_keys(keys), whole_values(values), sizes(256, 0.01f) {
         const unsigned bits = 1 + unsigned(random(8)), value_bits = 1 + unsigned(random(8));
         const size_t groups = size_t(1) << random(6);
-        std::vector<float> sizes(256, 0.01f);
+        turns = kind == cache::Kind::plain || kind == cache::Kind::token ? still() : turning(d);
         switch (kind) {
-            case cache::Kind::whole:
-                coder.reset(new cache::Coder{kind, whole(keys), whole(values), turning(d), {}, {}, nullptr});
-                coder->nbytes = {coder->keys.nbytes, coder->values.nbytes};
+            case cache::Kind::whole: {
+                coder.reset(new cache::Coder{kind, whole_keys.recipe, whole_values.recipe, turns.get(), {}});
+                const cache::Reading reading(*coder);
+                coder->nbytes = {reading.keys.nbytes, reading.values.nbytes};
                 return;
+            }
             case cache::Kind::steps: {
-                const size_t n = heads * keys.kept, all = n + heads * values.kept;
-                coding = std::make_unique<Coding>(all);
-                const std::vector<cache::Column>& places = coding->places;
-                coder.reset(new cache::Coder{kind, cache::OwnedStream(keys.tables(), 0u, std::vector<cache::Column>(places.begin(), places.begin() + ptrdiff_t(n))),
-                                             cache::OwnedStream(values.tables(), 0u, std::vector<cache::Column>(places.begin() + ptrdiff_t(n), places.end())), turning(d), {}, {},
-                                             std::make_unique<cache::SymbolCoder>(coding->classes.data(), coding->columns, coding->frequencies(), coding->steps.data(), all)});
-                coder->values.stream.base = n;
-                coder->nbytes = {coding->block(isa).size() + random(40)};
+                const size_t n = heads * keys.kept;
+                coding = std::make_unique<Coding>(n + heads * values.kept);
+                coder.reset(new cache::Coder{kind, {keys.tables(), 0, nullptr, {}}, {values.tables(), 0, nullptr, {}}, turns.get(), {coding->block(isa).size() + random(40)}});
+                coder->symbols.reset(new cache::SymbolTables(coding->tables(n)));
                 return;
             }
             case cache::Kind::plain:
-                coder.reset(new cache::Coder{kind, bare(heads, d, 0), bare(heads, e, 0), still(d), {}, {}, nullptr, Float(random(3))});
+                coder.reset(new cache::Coder{kind, bare(heads, d, 0), bare(heads, e, 0), turns.get(), {}});
+                coder->format = Float(random(3));
                 coder->nbytes = {heads * d * cache::kBlock * (coder->format == Float::f32 ? 4 : 2), heads * e * cache::kBlock * (coder->format == Float::f32 ? 4 : 2)};
                 return;
             default: {
                 const bool by_channel = kind == cache::Kind::channel;
-                coder.reset(new cache::Coder{kind, bare(heads, d, bits), bare(heads, e, value_bits), by_channel ? turning(d) : still(d), {}, sizes, nullptr});
-                coder->values.stream.groups = groups;
+                coder.reset(new cache::Coder{kind, bare(heads, d, bits), bare(heads, e, value_bits), turns.get(), {}, sizes.data(), groups});
+                const cache::Reading reading(*coder);
                 const size_t token = 2 * heads * cache::kBlock, k = by_channel ? heads * d : token, v = by_channel ? heads * groups : token;
-                coder->nbytes = {coder->keys.nbytes, k, k, coder->values.nbytes, v, v};
+                coder->nbytes = {reading.keys.nbytes, k, k, reading.values.nbytes, v, v};
             }
         }
     }
@@ -160,8 +189,13 @@ bool refuses() {
     const int64_t twice[1] = {3};
     cache::Tables wide = s.tables();
     wide.kept = wide.width + 1;
-    const uint8_t unknown[1] = {2};
     const Coding coding(3);
+    const uint8_t unknown[3] = {0, 2, 0}, many[3] = {0, 6, 0};
+    const auto symbols = [&](auto change) {
+        cache::SymbolTables tables = coding.tables(1);
+        change(tables);
+        cache::SymbolCoder made(tables);
+    };
     const auto refused = [](auto make) {
         try {
             make();
@@ -171,9 +205,10 @@ bool refuses() {
         return false;
     };
     return refused([&] { cache::OwnedStream(s.tables(), outside, {{3, 1}}); }) && refused([&] { cache::OwnedStream(s.tables(), outside, {{9, 1}}); }) &&
-           refused([&] { cache::OwnedStream(wide, 3u, std::vector<cache::Column>{}); }) && refused([&] { bare(2, 513, 3); }) && refused([&] { bare(0, 8, 3); }) &&
-           refused([&] { cache::Turning({twice, twice + 1}, {twice, twice + 1}, {0.1}, 9); }) && refused([&] { cache::Turning({8}, {9}, {0.1}, 9); }) &&
-           refused([&] { cache::SymbolCoder(unknown, 1, coding.frequencies(), coding.steps.data(), 1); });
+           refused([&] { cache::OwnedStream(wide, 3u, nullptr); }) && refused([&] { bare(2, 513, 3).stream(nullptr); }) && refused([&] { bare(0, 8, 3).stream(nullptr); }) &&
+           refused([&] { cache::Turning({twice, twice + 1}, {twice, twice + 1}, {0.1}); }) && refused([&] { cache::Turning({8}, {9}, {0.1}).turn(9); }) &&
+           refused([&] { symbols([&](auto& t) { t.models = unknown; }); }) && refused([&] { symbols([&](auto& t) { t.shifts = many; }); }) &&
+           refused([&] { symbols([](auto& t) { --t.pulls_count; }); }) && refused([&] { symbols([](auto& t) { ++t.pulls_count; }); });
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,26 @@ import pytest
 from tests.coding.test_attention import every
 from waterfill.coding import native
 from waterfill.coding.cached_attention import CodedTokens, attend_cache
-from waterfill.coding.cached_blocks import BLOCK, Blocks, GridBlocks, PlainBlocks, Turn
-from waterfill.coding.cached_steps import HEAD, StepBlocks, StepTable, write_block
-from waterfill.coding.cachegen_symbols import encode_chunk, fit_columns
+from waterfill.coding.cached_blocks import BLOCK, STILL, Blocks, GridBlocks, PlainBlocks, Turn
+from waterfill.coding.cached_steps import (
+    HEAD,
+    MIDDLE,
+    RATIOS,
+    StepBlocks,
+    StepTable,
+    step_at,
+    write_block,
+)
+from waterfill.coding.cachegen_symbols import (
+    MAX_SHIFT,
+    classes_known,
+    encode_chunk,
+    fit_columns,
+)
 from waterfill.types import Array
 
 BATCH, HEADS, WIDTHS = 2, 2, (24, 19)
-STEP, MIDDLE = 0.1, 128
+STEP = 0.1
 needs_kernel = pytest.mark.skipif(native.core() is None, reason="the native core is not built")
 
 
@@ -68,9 +83,8 @@ def steps(rng: np.random.Generator, blocks: int, outliers: float, some: bool) ->
 
     columns = fit_columns([rng.permuted(z, axis=2) / 2 for z in components(512)], STEP)
     offsets = [np.zeros(HEADS * k, np.float32) for k in kept]
-    all_steps = (STEP * 2.0 ** ((np.arange(256) - MIDDLE) / 64)).astype(np.float32)
     chunks = [
-        (i, encode_chunk(components(BLOCK), offsets, float(all_steps[i]), columns))
+        (i, encode_chunk(components(BLOCK), offsets, step_at(STEP, i), columns.forgetful()))
         for i in rng.integers(MIDDLE, 200, BATCH * blocks).tolist()
     ]
     nbytes = HEAD + max(len(chunk) for _, chunk in chunks) + 2
@@ -85,7 +99,7 @@ def steps(rng: np.random.Generator, blocks: int, outliers: float, some: bool) ->
         )
         for k, w in zip(kept, WIDTHS, strict=True)
     ]
-    made = StepBlocks(*tables, columns, all_steps, nbytes, turn(some))  # type: ignore[call-arg, arg-type]
+    made = StepBlocks(*tables, columns, STEP, nbytes, turn(some))  # type: ignore[call-arg, arg-type]
     return made, [codes.reshape(BATCH, blocks, nbytes)]
 
 
@@ -142,30 +156,38 @@ def test_tables_that_do_not_fit_are_refused() -> None:
     core = native.required()
     made, _ = steps(rng, 1, 0.0, False)
     assert isinstance(made, StepBlocks)
-    streams = made.columns.streams
-    classes, models = made.classes
-    keys, values = made.keys.raw(streams[0]), made.values.raw(streams[1])
-    still = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-    good = [keys, values, still, classes, models, made.steps, made.block_nbytes]
+    columns, still = made.columns, STILL.handle
+    arrays = columns.shifts, columns.models, columns.pulls
+    known = classes_known()
+    keys, values = made.keys.raw, made.values.raw
+    good = [
+        keys, values, still, (*arrays, MAX_SHIFT), known.tables, made.step, RATIOS, made.block_nbytes,
+        made,
+    ]  # fmt: skip
     core.cache_steps(*good)
-    (kept, mean, rows, scale), column, low, shift, pull = keys
+    kept, mean, rows, scale = keys
+    shifts, models, pulls = arrays
+    beyond = core.CacheTurn(np.array([0]), np.array([99]), np.ones(1))
     wrong: list[tuple[int, Any]] = [
-        (0, ((kept + 1, mean, rows, scale), column, low, shift, pull)),
-        (0, ((kept, mean, rows[:-1], scale[:-1]), column, low, shift, pull)),
-        (0, ((kept, mean[:, :-1].copy(), rows, scale), column, low, shift, pull)),
-        (0, ((kept, mean, rows, scale), column + 500, low, shift, pull)),
-        (0, ((kept, mean, rows, scale), column, low - 5, shift, pull)),
-        (0, ((kept, mean, rows, scale), column, low, shift + np.uint8(9), pull)),
-        (0, ((kept, mean, rows, scale), column[:-1], low, shift, pull)),
-        (2, (np.array([0]), np.array([99]), np.ones(1))),
-        (3, classes + np.uint8(len(models))),
-        (3, classes[:0]),
-        (4, np.ascontiguousarray(models[:, :-1])),
-        (5, made.steps[:-1]),
+        (0, (kept + 1, mean, rows, scale)),
+        (0, (kept, mean, rows[:-1], scale[:-1])),
+        (0, (kept, mean[:, :-1].copy(), rows, scale)),
+        (0, (kept, mean.astype(np.float32), rows, scale)),
+        (2, beyond),
+        (3, (shifts[:-1], models, pulls, MAX_SHIFT)),
+        (3, (shifts + np.uint8(MAX_SHIFT + 1), models, pulls, MAX_SHIFT)),
+        (3, (shifts, models + np.uint8(len(known.freqs)), pulls, MAX_SHIFT)),
+        (3, (shifts, models[:-1], pulls, MAX_SHIFT)),
+        (3, (shifts, models, pulls[:-1], MAX_SHIFT)),
+        (3, (shifts, models, np.append(pulls, pulls[:1]), MAX_SHIFT)),
+        (3, (*arrays, len(known.freqs))),
+        (6, RATIOS[:-1]),
     ]
     for at, value in wrong:
         with pytest.raises((ValueError, RuntimeError, TypeError)):
             core.cache_steps(*good[:at], value, *good[at + 1 :])
+    with pytest.raises(ValueError, match="turn"):
+        core.CacheTurn(np.array([3, 3]), np.array([4, 5]), np.ones(2))
     sizes = np.ones(256, np.float32)
     for arguments in (
         (True, 2, 0, 8, 4, 4, 32), (True, 2, 8, 8, 0, 4, 32), (True, 2, 8, 8, 4, 9, 32),
@@ -175,4 +197,35 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match="cache"):
             core.cache_grids(*arguments, sizes, still)
     with pytest.raises(ValueError, match="wide"):
-        core.cache_plain(2, 513, 8, "F32")
+        core.cache_plain(2, 513, 8, "F32", still)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_handle_holds_nothing_of_the_size_of_its_tables(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    blocks, parts = KINDS[kind](rng)
+    called(blocks, parts, rng)
+    assert 0 < blocks.handle.held_nbytes < 800
+    if isinstance(blocks, StepBlocks):
+        # What coding derives from the columns is not kept with them.
+        blocks.vectors([part[:, :1] for part in parts])
+        assert set(vars(blocks.columns)) == {"shifts", "models", "pulls", "sizes"}
+
+
+@needs_kernel
+def test_layers_that_turn_alike_share_what_turns_them() -> None:
+    one, other, some = turn(False), turn(False), turn(True)
+    shared = one.handle
+    assert other.handle is shared
+    assert some.handle is not shared
+    rng = np.random.default_rng(0)
+    blocks, parts = KINDS["channel, some turning"](rng)
+    expected = called(blocks, parts, np.random.default_rng(1))
+    # A handle keeps what it reads, whoever else forgets it.
+    handle = blocks.handle
+    again = replace(blocks, turn=None)
+    vars(again)["handle"] = handle
+    del blocks
+    gc.collect()
+    assert np.array_equal(called(again, parts, np.random.default_rng(1)), expected)

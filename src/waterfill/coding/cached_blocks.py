@@ -7,6 +7,7 @@ a class: what its bytes mean, as numpy reads them (`vectors`), and a handle to t
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -46,12 +47,19 @@ class Turn:
             raise ValueError("columns are int64, frequencies float64")
 
     @property
-    def raw(self) -> tuple[I64, I64, NDArray[np.float64]]:
-        """For the binding."""
-        return self.first, self.second, self.frequencies
+    def handle(self) -> Any:
+        """The kernels' tables, the same for all that turn alike for as long as one of them is used."""
+        arrays = self.first, self.second, self.frequencies
+        key = tuple(a.tobytes() for a in arrays)
+        found = _TURNS.get(key)
+        if found is None:
+            found = _TURNS[key] = native.required().CacheTurn(*arrays)
+        return found
 
 
+_TURNS: weakref.WeakValueDictionary[tuple[bytes, ...], Any] = weakref.WeakValueDictionary()
 STILL = Turn(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+NO_SIZES = np.zeros(256, np.float32)
 
 
 class Blocks(Protocol):
@@ -62,7 +70,7 @@ class Blocks(Protocol):
     names : of the parts
     nbytes : of each part of a block
     turn : how keys turn with their position; None: they do not, or are coded as they are turned
-    handle : the kernels' handle
+    handle : the kernels' handle, which reads the same memory and holds next to none of its own
     """
 
     @property
@@ -172,8 +180,9 @@ class WholeBlocks:
 
     @functools.cached_property
     def handle(self) -> Any:
+        owner = self.keys, self.values
         return native.required().cache_whole(
-            self.keys.raw, self.values.raw, (self.turn or STILL).raw
+            self.keys.raw, self.values.raw, (self.turn or STILL).handle, owner
         )
 
     def vectors(self, parts: Sequence[U8]) -> tuple[Floats, Floats]:
@@ -209,7 +218,7 @@ class PlainBlocks:
 
     @functools.cached_property
     def handle(self) -> Any:
-        return native.required().cache_plain(*self.shape, self.dtype)
+        return native.required().cache_plain(*self.shape, self.dtype, STILL.handle)
 
     def vectors(self, parts: Sequence[U8]) -> tuple[Floats, Floats]:
         batch, blocks, _ = parts[0].shape
@@ -267,9 +276,9 @@ class GridBlocks:
 
     @functools.cached_property
     def handle(self) -> Any:
-        sizes = np.zeros(256, np.float32) if self.sizes is None else self.sizes
+        sizes = NO_SIZES if self.sizes is None else self.sizes
         by_channel = self.sizes is not None
-        turn = (self.turn or STILL).raw
+        turn = (self.turn or STILL).handle
         return native.required().cache_grids(
             by_channel, *self.shape, *self.bits, self.groups, sizes, turn
         )

@@ -16,13 +16,20 @@ from numpy.typing import NDArray
 
 from waterfill.coding import native
 from waterfill.coding.cached_blocks import BLOCK, STILL, Turn
-from waterfill.coding.cachegen_symbols import Columns, Stream, classes_known, decode_chunk
+from waterfill.coding.cachegen_symbols import MAX_SHIFT, Columns, classes_known, decode_chunk
 from waterfill.types import Floats
 
-__all__ = ["HEAD", "StepBlocks", "StepTable", "write_block"]
+__all__ = ["HEAD", "MIDDLE", "OCTAVE", "StepBlocks", "StepTable", "step_at", "write_block"]
 
 HEAD = 3  # bytes: the step, and how many are used
+OCTAVE, MIDDLE = 64, 128  # indices of steps: so many to the octave, about the coder's own
+RATIOS = 2.0 ** ((np.arange(256) - MIDDLE) / OCTAVE)
 U8 = NDArray[np.uint8]
+
+
+def step_at(step: float, index: int) -> float:
+    """A block's step by its index, a number of float32."""
+    return float(np.float32(step * RATIOS[index]))
 
 
 def write_block(index: int, chunk: bytes, out: U8) -> None:
@@ -45,16 +52,14 @@ class StepTable:
     rows: NDArray[np.int8]
     scale: NDArray[np.float16]
 
-    def raw(self, stream: Stream) -> tuple[Any, ...]:
+    @property
+    def raw(self) -> tuple[Any, ...]:
         """For the binding."""
         kept, width = self.rows.shape[1:]
-        low = np.full(stream.column.size, -1, np.int32)
-        low[stream.wide] = stream.low_column
-        tables = (
+        return (
             kept, self.mean.view(np.uint16), self.rows.reshape(-1, width),
             self.scale.view(np.uint16).reshape(-1),
         )  # fmt: skip
-        return tables, stream.column, low, stream.shift, stream.pull
 
     def vectors(self, z: Floats) -> Floats:
         """Of components float32 (batch, heads, tokens, kept)."""
@@ -70,14 +75,14 @@ class StepBlocks:
     Attributes
     ----------
     columns : how components are symbols
-    steps : float32 (256,), by a block's index
+    step : of a block whose index is `MIDDLE`
     block_nbytes : of a block
     """
 
     keys: StepTable
     values: StepTable
     columns: Columns
-    steps: NDArray[np.float32]
+    step: float
     block_nbytes: int
     turn: Turn | None
 
@@ -95,23 +100,18 @@ class StepBlocks:
 
     @functools.cached_property
     def handle(self) -> Any:
-        keys, values = self.columns.streams
+        columns = self.columns
+        owner = self.keys, self.values, columns
         return native.required().cache_steps(
-            self.keys.raw(keys), self.values.raw(values), (self.turn or STILL).raw,
-            *self.classes,
-            self.steps, self.block_nbytes,
+            self.keys.raw, self.values.raw, (self.turn or STILL).handle,
+            (columns.shifts, columns.models, columns.pulls, MAX_SHIFT), classes_known().tables,
+            self.step, RATIOS, self.block_nbytes, owner,
         )  # fmt: skip
-
-    @property
-    def classes(self) -> tuple[U8, NDArray[np.uint16]]:
-        """The class of each column, and the frequencies of the classes that there are."""
-        used, found = np.unique(self.columns.classes, return_inverse=True)
-        return found.astype(np.uint8), classes_known().freqs[used]
 
     def components(self, codes: U8) -> tuple[Floats, Floats]:
         """Of blocks uint8 (batch, blocks, bytes): twice float32 (batch, heads, blocks * BLOCK, kept)."""
         batch, blocks, _ = codes.shape
-        heads = self.shape[0]
+        heads, columns = self.shape[0], self.columns.forgetful()
         keys, values = (
             np.empty((batch, heads, blocks * BLOCK, table.rows.shape[1]), np.float32)
             for table in (self.keys, self.values)
@@ -120,8 +120,8 @@ class StepBlocks:
             for block in range(blocks):
                 one = codes[row, block]
                 stop = HEAD + int.from_bytes(one[1:HEAD].tobytes(), "little")
-                chunk, step = one[HEAD:stop].tobytes(), float(self.steps[one[0]])
-                found = decode_chunk(chunk, BLOCK, step, self.columns, heads)
+                chunk, step = one[HEAD:stop].tobytes(), step_at(self.step, one[0])
+                found = decode_chunk(chunk, BLOCK, step, columns, heads)
                 for x, part in zip((keys, values), found, strict=True):
                     x[row, :, block * BLOCK : (block + 1) * BLOCK] = part.swapaxes(1, 2)
         return keys, values

@@ -9,7 +9,7 @@ columns of a chunk of tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -97,6 +97,10 @@ class Columns:
     models: Bytes
     pulls: Bytes
     sizes: tuple[int, int]
+
+    def forgetful(self) -> Columns:
+        """The same, for one use: what is derived, many times larger, is not kept with these."""
+        return replace(self)
 
     @cached_property
     def classes(self) -> Bytes:

@@ -142,7 +142,8 @@ class Models:
         self.freqs = _table(freqs)
 
     @cached_property
-    def _tables(self) -> Any:
+    def tables(self) -> Any:
+        """For the native core, also where others of its coders read such streams."""
         core = native.core()
         assert core is not None
         return core.RansModels(self.freqs)
@@ -155,7 +156,7 @@ class Models:
             return encode(symbols, classes, self.freqs, lanes, threads)
         threads = threads or native.threads()
         try:
-            coded: bytes = self._tables.encode(symbols, classes, lanes, threads)
+            coded: bytes = self.tables.encode(symbols, classes, lanes, threads)
         except RuntimeError as error:
             raise ValueError(str(error)) from None
         return coded
@@ -166,7 +167,7 @@ class Models:
             out[:] = decode(data, out.shape[0], out.shape[1], classes, self.freqs, threads)
             return
         try:
-            self._tables.decode(data, out, classes, threads or native.threads())
+            self.tables.decode(data, out, classes, threads or native.threads())
         except RuntimeError as error:
             raise FormatError(str(error)) from None
 

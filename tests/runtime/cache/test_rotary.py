@@ -75,3 +75,10 @@ def test_a_model_in_bfloat16_is_known_too() -> None:
     exact = facts_of(decoder())[1].rotary  # type: ignore[union-attr]
     assert rotary is not None and exact is not None
     torch.testing.assert_close(rotary.frequencies, exact.frequencies, rtol=1e-6, atol=1e-9)
+
+
+def test_layers_that_turn_alike_share_it() -> None:
+    rotaries = [one.rotary for one in facts_of(decoder("LlamaConfig")) if one is not None]
+    assert len(rotaries) > 1
+    assert len({id(one) for one in rotaries}) == 1
+    assert len({id(one.columns) for one in rotaries if one is not None}) == 1

@@ -54,10 +54,7 @@ class LayerFacts:
     @property
     def turn(self) -> Turn | None:
         """How keys turn, for kernels."""
-        if self.rotary is None:
-            return None
-        of = self.rotary
-        return Turn(of.first.numpy(), of.second.numpy(), of.frequencies.numpy())
+        return None if self.rotary is None else self.rotary.columns
 
     @property
     def token_nbytes(self) -> int:
@@ -100,7 +97,8 @@ def facts_of(model: Any) -> tuple[LayerFacts | None, ...]:
         raise WaterfillError(
             f"{type(model).__name__} takes no cache of keys and values: {error}"
         ) from error
-    return tuple(_layer(i, layer, positions, model) for i, layer in enumerate(cache.layers))
+    known: list[Rotary] = []
+    return tuple(_layer(i, layer, positions, model, known) for i, layer in enumerate(cache.layers))
 
 
 def _check_decoder(model: Any) -> None:
@@ -122,16 +120,23 @@ def context_of(model: Any) -> int | None:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def _layer(index: int, layer: Any, positions: tuple[int, ...], model: Any) -> LayerFacts | None:
+def _layer(
+    index: int, layer: Any, positions: tuple[int, ...], model: Any, known: list[Rotary]
+) -> LayerFacts | None:
     # Others (linear attention, indexers, layers that share another's cache) stay transformers' own.
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
         return None
     keys, values = layer.keys, layer.values
     if keys.dim() != 4 or values.dim() != 4 or not keys.numel():
         return None
+    rotary = find_rotary(keys[:, :, 0], positions, model)
+    if rotary is not None:
+        # Layers that turn alike share what says so, and all that is derived from it.
+        rotary = next((other for other in known if other.alike(rotary)), rotary)
+        known.append(rotary)
     return LayerFacts(
         index, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype,
-        getattr(layer, "sliding_window", None), find_rotary(keys[:, :, 0], positions, model),
+        getattr(layer, "sliding_window", None), rotary,
     )  # fmt: skip
 
 

@@ -74,6 +74,11 @@ class Coder:
         """What is held once, whatever the number of tokens; counted with the cache."""
         return {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables: all that is held beside codes but for a few hundred bytes of objects."""
+        return sum([t.numel() * t.element_size() for t in self.tables.values()])
+
     def encode(
         self,
         keys: torch.Tensor,

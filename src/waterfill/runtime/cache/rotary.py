@@ -8,12 +8,15 @@ Rotary embeddings: Su et al. 2021, arXiv 2104.09864.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from waterfill.coding.cached_blocks import Turn
 
 __all__ = ["POSITIONS", "Rotary", "find_rotary"]
 
@@ -37,6 +40,16 @@ class Rotary:
     first: torch.Tensor
     second: torch.Tensor
     frequencies: torch.Tensor
+
+    @functools.cached_property
+    def columns(self) -> Turn:
+        """The same memory, for kernels."""
+        return Turn(self.first.numpy(), self.second.numpy(), self.frequencies.numpy())
+
+    def alike(self, other: Rotary) -> bool:
+        """Whether both turn the same dimensions by the same."""
+        mine, theirs = ((x.first, x.second, x.frequencies) for x in (self, other))
+        return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
     def turn(
         self, x: torch.Tensor, positions: torch.Tensor, backwards: bool = False

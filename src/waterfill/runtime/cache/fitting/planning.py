@@ -179,7 +179,7 @@ def _open(
         most = None if tier.tokens is None else tier.tokens // BLOCK
         tokens = left if most is None else min(left, most * BLOCK)
         nbytes += block_nbytes(coder, facts) / BLOCK * tokens * budget.batch
-        nbytes += sum(t.numel() * t.element_size() for t in coder.tables.values())
+        nbytes += coder.nbytes
         left -= tokens
         coders.append((coder, most))
     return Choice(chosen, coders, int(np.ceil(nbytes)), point.distortion_nats)

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from waterfill.coding.cached_blocks import GridBlocks
 from waterfill.runtime.cache.bits import pack, unpack
@@ -54,6 +56,13 @@ class Channel(Method):
         return _Channel(facts, self.bits, self.value_bits or self.bits)
 
 
+@functools.cache
+def _sizes() -> NDArray[np.float32]:
+    """Of steps, by their byte: the same for all layers."""
+    sizes: NDArray[np.float32] = steps(torch.arange(256)).numpy()
+    return sizes
+
+
 @dataclass(frozen=True, eq=False)
 class _Channel(Coder):
     position_free = True
@@ -66,12 +75,11 @@ class _Channel(Coder):
     def blocks(self) -> GridBlocks:
         facts = self.facts
         groups = grouped(torch.empty(BLOCK, facts.value_width)).shape[-2]
-        sizes = steps(torch.arange(256)).numpy()
         shape, bits = (
             (facts.heads, facts.key_width, facts.value_width),
             (self.key_bits, self.value_bits),
         )
-        return GridBlocks(shape, bits, facts.turn, sizes, groups)
+        return GridBlocks(shape, bits, facts.turn, _sizes(), groups)
 
     def encode(
         self,

@@ -17,7 +17,15 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 
-from waterfill.coding.cached_steps import HEAD, StepBlocks, StepTable, write_block
+from waterfill.coding.cached_steps import (
+    HEAD,
+    MIDDLE,
+    OCTAVE,
+    StepBlocks,
+    StepTable,
+    step_at,
+    write_block,
+)
 from waterfill.coding.cachegen import LEAST
 from waterfill.coding.cachegen_symbols import Columns, encode_chunk, fit_columns
 from waterfill.coding.components import components_kept
@@ -29,7 +37,6 @@ from waterfill.types import Floats, SpecError
 
 __all__ = ["Entropy"]
 
-OCTAVE, MIDDLE = 64, 128  # a block's step, in a byte: so many to the octave, about the method's own
 FURTHEST = 1 << 14  # steps from zero, at most
 SPARE = 1.01  # of the bytes that the samples take on average
 TRIES = 8
@@ -120,10 +127,11 @@ class _Entropy(Coder):
             one.components(torch.from_numpy(s.samples)).numpy()
             for one, s in zip(streams, both, strict=True)
         ]
-        made = cls(facts, step, streams, fit_columns([z.swapaxes(1, 2) for z in samples], step), 0)
+        columns = fit_columns([z.swapaxes(1, 2) for z in samples], step)
+        made, once = cls(facts, step, streams, columns, 0), columns.forgetful()
         blocks = range(0, samples[0].shape[1], BLOCK)
         nbytes = [
-            len(made._pack([z[:, at : at + BLOCK] for z in samples], MIDDLE)) for at in blocks
+            len(made._pack([z[:, at : at + BLOCK] for z in samples], MIDDLE, once)) for at in blocks
         ]
         return replace(made, block_nbytes=math.ceil(SPARE * np.mean(nbytes)))
 
@@ -133,15 +141,15 @@ class _Entropy(Coder):
             StepTable(one.mean.numpy(), one.up.codes.numpy(), one.up.scale.numpy())
             for one in self.both
         )
-        steps = np.array([self._step(index) for index in range(256)], np.float32)
         nbytes = HEAD + self.block_nbytes
-        return StepBlocks(keys, values, self.columns, steps, nbytes, self.facts.turn)
+        return StepBlocks(keys, values, self.columns, self.step, nbytes, self.facts.turn)
 
     @property
     def tables(self) -> Mapping[str, torch.Tensor]:
         found = {
             "shifts": torch.from_numpy(self.columns.shifts),
             "models": torch.from_numpy(self.columns.models),
+            "pulls": torch.from_numpy(self.columns.pulls),
         }
         for name, one in zip(("keys", "values"), self.both, strict=True):
             parts = one.mean, *one.up.parts, *one.rest.parts
@@ -157,32 +165,31 @@ class _Entropy(Coder):
     ) -> Coded:
         plain = self.facts.unturned(keys, positions), values.float()
         z = [one.components(x).cpu().numpy() for one, x in zip(self.both, plain, strict=True)]
+        columns = self.columns.forgetful()
         batch, _, tokens, _ = z[0].shape
         out = np.zeros((batch, tokens // BLOCK, HEAD + self.block_nbytes), np.uint8)
         for row in range(batch):
             for block in range(tokens // BLOCK):
                 some = slice(block * BLOCK, (block + 1) * BLOCK)
-                index, data = self._fit([x[row][:, some] for x in z])
+                index, data = self._fit([x[row][:, some] for x in z], columns)
                 write_block(index, data, out[row, block])
         return {"codes": torch.from_numpy(out)}
 
-    def _step(self, index: int) -> float:
-        return float(self.step * 2.0 ** ((index - MIDDLE) / OCTAVE))
-
-    def _pack(self, z: Sequence[Floats], index: int) -> bytes:
+    def _pack(self, z: Sequence[Floats], index: int, columns: Columns) -> bytes:
         # What no step can hold is cut off: an outlier may not cost the block.
-        reach = np.float32(FURTHEST * self._step(index))
+        step = step_at(self.step, index)
+        reach = np.float32(FURTHEST * step)
         cut = [np.clip(x, -reach, reach).swapaxes(1, 2) for x in z]
         offsets = [np.zeros(x.shape[0] * x.shape[1], np.float32) for x in cut]
-        return encode_chunk(cut, offsets, self._step(index), self.columns)
+        return encode_chunk(cut, offsets, step, columns)
 
-    def _fit(self, z: Sequence[Floats]) -> tuple[int, bytes]:
+    def _fit(self, z: Sequence[Floats], columns: Columns) -> tuple[int, bytes]:
         """The finest step at which a block fits, near enough, and its bytes there."""
         low, high = 0, 256  # too many bytes at low - 1, few enough at high
         best: tuple[int, bytes] | None = None
         index = MIDDLE
         for _ in range(TRIES):
-            data = self._pack(z, index)
+            data = self._pack(z, index, columns)
             spare = self.block_nbytes - len(data)
             if spare >= 0:
                 best, high = (index, data), index
@@ -196,7 +203,7 @@ class _Entropy(Coder):
             # Beyond the coarsest step, what is largest is cut off: zeros always fit.
             z = z if low < 255 else [np.clip(x, *(np.abs(x).max() * CUT)) for x in z]
             low = min(255, low + OCTAVE)
-            data = self._pack(z, low)
+            data = self._pack(z, low, columns)
             if len(data) <= self.block_nbytes:
                 best = low, data
         return best
