@@ -23,6 +23,8 @@ void bind_trellis(nb::module_& m);
 void bind_words(nb::module_& m);
 
 NB_MODULE(_core, m) {
+    // Tables that are kept for all coders live until the interpreter ends; that is no leak to report to users.
+    nb::set_leak_warnings(false);
     m.def("simd", [] { return std::string(waterfill::isa_name(waterfill::chosen_isa())); },
           "The instruction set in use: scalar, avx2 or avx512.");
     m.def("simd_available", [] {
