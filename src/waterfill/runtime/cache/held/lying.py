@@ -96,8 +96,11 @@ def _as_kept(store: Store, like: Pair) -> Coded | None:
         return None
     if not store.tokens_after_sinks and store.sink_tokens < store.most_sinks:
         return None
-    coder = store.tiers[0].coder
-    empty = coder.encode(*like, store.track.positions(0, 0))
+    coder, segments = store.tiers[0].coder, store.tiers[0].arena.segments
+    if segments:
+        empty: Coded = {name: part[:, :0] for name, part in segments[0].items()}
+    else:
+        empty = coder.encode(*like, store.track.positions(0, 0))
     return None if coder.views(empty) is None else empty
 
 
