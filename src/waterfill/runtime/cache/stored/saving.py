@@ -348,9 +348,9 @@ def _spread(header: Header, layer: Layer, chunks: range) -> Iterator[tuple[int, 
     """Runs of tokens, evenly spread, that stand for all of a layer."""
     count = min(len(chunks), RUNS)
     each = max(1, SAMPLE // (count * header.batch))
-    for i in np.linspace(0, len(chunks) - 1, count).astype(int):
-        first, stop = header.span(layer, chunks[i])
-        yield first, min(stop, first + each)
+    first, stop = header.span(layer, chunks[0])[0], header.tokens
+    for start in np.linspace(first, max(first, stop - each), count).astype(int).tolist():
+        yield start, min(stop, start + each)
 
 
 def _fit(
