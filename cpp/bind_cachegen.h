@@ -59,15 +59,20 @@ struct Rows {
     const float *cos, *sin;
     size_t pairs, turned;  // numbers of a row's angles; of a batch's, 0 where rows share them
 
-    Rows(const Words& words, const char* dtype, size_t h, size_t rows, size_t w, const Angles& c, const Angles& s, size_t n)
-        : batch(words.shape(0)), heads(words.shape(1)), tokens(words.shape(2)), width(words.shape(3)), format(float_named(dtype)), cos(nullptr), sin(nullptr), pairs(n), turned(0) {
-        require(words.itemsize() == (format == Float::f32 ? 4 : 2), "cachegen: words of another size");
+    Rows(const Words& words, const char* dtype, size_t h, size_t rows, size_t w, const Angles& c, const Angles& s, size_t n) : Rows(words.shape(0), words.shape(1), words.shape(2), words.shape(3), dtype, h, rows, w, c, s, n) {
+        require(words.itemsize() == size(), "cachegen: words of another size");
         require(width == 0 || words.stride(3) == 1, "cachegen: rows that do not lie in one piece");
+    }
+
+    Rows(size_t b, size_t hs, size_t ts, size_t ws, const char* dtype, size_t h, size_t rows, size_t w, const Angles& c, const Angles& s, size_t n)
+        : batch(b), heads(hs), tokens(ts), width(ws), format(float_named(dtype)), cos(nullptr), sin(nullptr), pairs(n), turned(0) {
         require(h == heads && rows == batch * tokens && w == width, "cachegen: shapes that do not fit each other");
         if (!c) return;
         require(s && c->shape(2) == n && s->shape(2) == n && c->shape(1) == tokens && s->shape(1) == tokens && c->shape(0) == s->shape(0) && (c->shape(0) == 1 || c->shape(0) == batch), "cachegen: angles that do not fit");
         cos = c->data(), sin = s->data(), turned = c->shape(0) == 1 ? 0 : tokens * n;
     }
+
+    size_t size() const { return format == Float::f32 ? 4 : 2; }
 
     template <class Do> void each(const Words& words, Do&& run) const {
         char* base = static_cast<char*>(words.data());

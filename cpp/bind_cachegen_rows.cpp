@@ -4,8 +4,10 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "bind_cachegen.h"
@@ -21,27 +23,65 @@ using Ints = Vector<const int32_t>;
 using Floats = Vector<const float>;
 using Shifts = Vector<const uint8_t>;
 
-// Rows `first` to `first + count` of all: where they are for each head, and how they turn.
+using Runs = std::vector<nb::ndarray<nb::ndim<5>, nb::device::cpu>>;  // each (batch, heads, blocks, tokens, width)
+
+Rows rows_of(const Runs& runs, const char* dtype, size_t heads, size_t rows, size_t width, const Angles& cos, const Angles& sin, size_t pairs) {
+    require(!runs.empty(), "cachegen: no words");
+    size_t tokens = 0;
+    for (const auto& run : runs) tokens += run.shape(2) * run.shape(3);
+    const Rows found(runs[0].shape(0), runs[0].shape(1), tokens, runs[0].shape(4), dtype, heads, rows, width, cos, sin, pairs);
+    for (const auto& run : runs)
+        require(run.shape(0) == found.batch && run.shape(1) == heads && run.shape(4) == width && run.itemsize() == found.size(), "cachegen: runs that do not fit each other");
+    return found;
+}
+
+// All rows, at most 32 at a time: where they are for each head, and how they turn.
 class Group {
 public:
-    Group(const Rows& rows, const Words& words, size_t pairs) : rows_(rows), base_(static_cast<char*>(words.data())), stride_{words.stride(0), words.stride(1), words.stride(2)}, cos_(pairs * kTogether), sin_(pairs * kTogether), pairs_(pairs) {}
-
-    void move(size_t first) {
-        count = std::min(kTogether, rows_.batch * rows_.tokens - first);
-        for (size_t r = 0; r < count; ++r) {
-            const size_t b = (first + r) / rows_.tokens, t = (first + r) % rows_.tokens;
-            offset_[r] = int64_t(b) * stride_[0] + int64_t(t) * stride_[2];
-            if (!rows_.cos) continue;
-            const size_t angle = b * rows_.turned + t * pairs_;
-            for (size_t p = 0; p < pairs_; ++p) cos_[p * kTogether + r] = rows_.cos[angle + p], sin_[p * kTogether + r] = rows_.sin[angle + p];
+    Group(const Rows& rows, const Runs& runs, size_t pairs) : rows_(rows), cos_(pairs * kTogether), sin_(pairs * kTogether), pairs_(pairs), size_(int64_t(rows.size())), spare_(kTogether * (rows.width + 1) * rows.size()), left_(rows.batch * rows.tokens) {
+        for (const auto& run : runs) {
+            if (!run.shape(2) || !run.shape(3)) continue;
+            runs_.push_back({static_cast<char*>(run.data()), run.shape(2), run.shape(3), {}});
+            for (size_t i = 0; i < 5; ++i) runs_.back().stride[i] = size_ * run.stride(i);
         }
     }
 
-    // Of a head; valid until the next call.
-    void* const* at(size_t head) {
-        const int64_t size = rows_.format == Float::f32 ? 4 : 2;
-        for (size_t r = 0; r < count; ++r) places_[r] = base_ + size * (offset_[r] + int64_t(head) * stride_[1]);
-        return places_;
+    void next() {
+        count = std::min(kTogether, left_);
+        left_ -= count;
+        split_ = kTogether;
+        beside_ = count == kTogether;
+        for (size_t r = 0; r < count; ++r) {
+            const Run& run = runs_[run_];
+            offset_[r] = run.base + int64_t(row_) * run.stride[0] + int64_t(block_) * run.stride[2] + int64_t(token_) * run.stride[3];
+            head_[r] = run.stride[1], number_[r] = run.stride[4];
+            if (r && !token_) {
+                beside_ = beside_ && split_ == kTogether;
+                split_ = r;
+                free_ = run.tokens >= kTogether;
+            }
+            beside_ = beside_ && run.stride[3] == size_ && run.stride[4] >= int64_t(kTogether) * size_;
+            const size_t angle = row_ * rows_.turned + at_ * pairs_;
+            for (size_t p = 0; rows_.cos && p < pairs_; ++p) cos_[p * kTogether + r] = rows_.cos[angle + p], sin_[p * kTogether + r] = rows_.sin[angle + p];
+            advance(run);
+        }
+    }
+
+    void read(const Kernels& run, size_t head, float* x) {
+        if (beside_) return run.gather_sides(sides(head), rows_.format, rows_.width, spare_.data(), x);
+        for (size_t r = 0; r < count; ++r) {
+            places_[r] = number_[r] == size_ ? place(r, head) : spare(r);
+            if (number_[r] != size_) for (size_t i = 0; i < rows_.width; ++i) std::memcpy(spare(r) + i * size_t(size_), place(r, head) + int64_t(i) * number_[r], size_t(size_));
+        }
+        run.gather(places_, count, rows_.format, rows_.width, x);
+    }
+
+    void write(const Kernels& run, size_t head, const float* x) {
+        if (beside_) return run.scatter_sides(x, rows_.format, rows_.width, sides(head));
+        for (size_t r = 0; r < count; ++r) places_[r] = number_[r] == size_ ? place(r, head) : spare(r);
+        run.scatter(x, count, rows_.format, rows_.width, places_);
+        for (size_t r = 0; r < count; ++r)
+            if (number_[r] != size_) for (size_t i = 0; i < rows_.width; ++i) std::memcpy(place(r, head) + int64_t(i) * number_[r], spare(r) + i * size_t(size_), size_t(size_));
     }
 
     void turn(const Kernels& run, const Pairs& pairs, float* x) const {
@@ -51,12 +91,40 @@ public:
     size_t count = 0;
 
 private:
+    struct Run {
+        char* base;
+        size_t blocks, tokens;
+        int64_t stride[5];  // bytes
+    };
+
+    char* place(size_t r, size_t head) const { return offset_[r] + int64_t(head) * head_[r]; }
+    Sides sides(size_t head) const {
+        const size_t other = split_ % kTogether;
+        return {place(0, head), place(other, head), number_[0], number_[other], split_, free_};
+    }
+    char* spare(size_t r) { return spare_.data() + r * rows_.width * size_t(size_); }
+
+    void advance(const Run& run) {
+        ++at_;
+        if (++token_ < run.tokens) return;
+        token_ = 0;
+        if (++block_ < run.blocks) return;
+        block_ = 0;
+        if (++run_ < runs_.size()) return;
+        run_ = at_ = 0, ++row_;
+    }
+
     const Rows& rows_;
-    char* base_;
-    int64_t stride_[3];
+    std::vector<Run> runs_;
     std::vector<float> cos_, sin_;
     size_t pairs_;
-    int64_t offset_[kTogether] = {};
+    int64_t size_;
+    std::vector<char> spare_;  // rows whose numbers lie apart
+    size_t left_, row_ = 0, at_ = 0, run_ = 0, block_ = 0, token_ = 0;
+    size_t split_ = kTogether;  // the row that a second place begins with
+    bool beside_ = false, free_ = false;
+    char* offset_[kTogether] = {};
+    int64_t head_[kTogether] = {}, number_[kTogether] = {};
     void* places_[kTogether] = {};
 };
 
@@ -76,10 +144,10 @@ struct Symbols {
 };
 
 std::pair<Owned<int64_t>, Owned<int32_t>> encode_rows(
-    const Words& words, const char* dtype, const Ints& first_of, const Ints& second_of, const Angles& cos, const Angles& sin, const Cube<const float>& analysis,
+    const Runs& words, const char* dtype, const Ints& first_of, const Ints& second_of, const Angles& cos, const Angles& sin, const Cube<const float>& analysis,
     const Floats& offset, float inverse, const Shifts& shift, const Ints& first, const Ints& last, const Ints& column, const Ints& wide, const Ints& low_column, const Matrix<uint8_t>& out) {
     const size_t heads = analysis.shape(0), kept = analysis.shape(1), components = heads * kept;
-    const Rows rows(words, dtype, heads, out.shape(0), analysis.shape(2), cos, sin, first_of.shape(0));
+    const Rows rows = rows_of(words, dtype, heads, out.shape(0), analysis.shape(2), cos, sin, first_of.shape(0));
     const Pairs pairs = pairs_of(first_of, second_of, rows.width);
     require(offset.shape(0) == components && first.shape(0) == components && last.shape(0) == components, "cachegen: shapes that do not fit each other");
     const Symbols symbols(column, wide, low_column, shift, components, out.shape(1), out.shape(0));
@@ -92,10 +160,10 @@ std::pair<Owned<int64_t>, Owned<int32_t>> encode_rows(
         nb::gil_scoped_release release;
         Group group(rows, words, pairs.count);
         for (size_t at = 0; at < symbols.rows; at += kTogether) {
-            group.move(at);
+            group.next();
             const size_t together = symbols.together(at);
             for (size_t h = 0; h < heads; ++h) {
-                run.gather(group.at(h), group.count, rows.format, rows.width, x.data());
+                group.read(run, h, x.data());
                 group.turn(run, pairs, x.data());
                 run.transform(x.data(), rows.width, analysis.data() + h * kept * rows.width, nullptr, kept, z.data());
                 for (size_t i = 0; i < kept; ++i) {
@@ -120,9 +188,9 @@ std::pair<Owned<int64_t>, Owned<int32_t>> encode_rows(
 void decode_rows(
     const Matrix<const uint8_t>& coded, float step, const Shifts& shift, const Floats& pull, const Ints& column, const Ints& wide, const Ints& low_column,
     const Vector<const int64_t>& places, const Ints& over, const Cube<const float>& synthesis, const Matrix<const float>& mean,
-    const char* dtype, const Ints& first_of, const Ints& second_of, const Angles& cos, const Angles& sin, const Words& out) {
+    const char* dtype, const Ints& first_of, const Ints& second_of, const Angles& cos, const Angles& sin, const Runs& out) {
     const size_t heads = synthesis.shape(0), kept = synthesis.shape(2), components = heads * kept;
-    const Rows rows(out, dtype, heads, coded.shape(0), synthesis.shape(1), cos, sin, first_of.shape(0));
+    const Rows rows = rows_of(out, dtype, heads, coded.shape(0), synthesis.shape(1), cos, sin, first_of.shape(0));
     const Pairs pairs = pairs_of(first_of, second_of, rows.width);
     require(pull.shape(0) == components && mean.shape(0) == heads && mean.shape(1) == rows.width && places.shape(0) == over.shape(0), "cachegen: shapes that do not fit each other");
     const Symbols symbols(column, wide, low_column, shift, components, coded.shape(1), coded.shape(0));
@@ -134,7 +202,7 @@ void decode_rows(
     Group group(rows, out, pairs.count);
     size_t next = 0;
     for (size_t at = 0; at < symbols.rows; at += kTogether) {
-        group.move(at);
+        group.next();
         const size_t together = symbols.together(at), stride = together * symbols.columns;
         for (size_t j = 0; j < components; ++j) {
             const uint8_t* low = symbols.low[j] < 0 ? nullptr : coded.data() + symbols.place(at, symbols.low[j]);
@@ -152,7 +220,7 @@ void decode_rows(
         for (size_t h = 0; h < heads; ++h) {
             run.transform(z.data() + h * kept * kTogether, kept, synthesis.data() + h * kept * rows.width, mean.data() + h * rows.width, rows.width, x.data());
             group.turn(run, pairs, x.data());
-            run.scatter(x.data(), group.count, rows.format, rows.width, group.at(h));
+            group.write(run, h, x.data());
         }
     }
 }

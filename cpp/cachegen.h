@@ -29,12 +29,25 @@ constexpr int kMiddle = 16;
 constexpr size_t kTogether = 32;  // or one
 constexpr float kReach = 1073741824.0f;  // steps; beyond, nothing is coded
 
+// Where number i of 32 rows is: of the first n at a + i * a_step, of the others at b + i * b_step, in bytes,
+// one row after another. Steps are no less than 32 numbers take. `free`: what follows the others, up to 32
+// numbers, may be written to.
+struct Sides {
+    char *a, *b;
+    int64_t a_step, b_step;
+    size_t n;
+    bool free;
+};
+
 // At most 32 rows of a head, side by side: number i of row r of a group is at i * 32 + r.
 struct Kernels {
     // Rows of words to a group of floats; zeros where there is no row.
     void (*gather)(const void* const* rows, size_t count, Float format, size_t width, float* group);
     // A group to rows of words: to nearest, ties to even.
     void (*scatter)(const float* group, size_t count, Float format, size_t width, void* const* rows);
+    // As these two of 32 rows whose number i lies side by side.
+    void (*gather_sides)(const Sides& from, Float format, size_t width, char* spare, float* group);
+    void (*scatter_sides)(const float* group, Float format, size_t width, const Sides& to);
     // A group's rows turned by [pair][32] cosines and sines.
     void (*turn)(float* group, const Pairs& pairs, const float* cos, const float* sin);
     // A group of n numbers to one of m: number j is start[j] (null: 0) plus the sum over i, in order, of matrix[j * n + i] times number i.

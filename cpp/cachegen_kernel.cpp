@@ -155,6 +155,67 @@ void scatter(const float* group, size_t count, Float format, size_t width, void*
     else scatter_words(group, count, width, rows, [](float x) { return to_half(x); });
 }
 
+template <class Convert> void gather_beside(const char* from, int64_t step, size_t width, float* __restrict group, Convert convert) {
+    for (size_t i = 0; i < width; ++i, from += step, group += kSide) {
+        uint16_t words[kSide];
+        std::memcpy(words, from, sizeof(words));
+        for (size_t r = 0; r < kSide; ++r) group[r] = convert(words[r]);
+    }
+}
+
+// Numbers of two places as if of one. More is copied than counts, and overwritten by what follows, but
+// never from beyond the last number.
+template <size_t kBytes> void join_sides(const cachegen::Sides& from, size_t first, size_t width, char* to) {
+    for (size_t i = 0; i + 1 < width; ++i, to += kBytes) {
+        std::memcpy(to, from.a + int64_t(i) * from.a_step, kBytes);
+        std::memcpy(to + first, from.b + int64_t(i) * from.b_step, kBytes);
+    }
+    std::memcpy(to, from.a + int64_t(width - 1) * from.a_step, first);
+    std::memcpy(to + first, from.b + int64_t(width - 1) * from.b_step, kBytes - first);
+}
+
+void gather_sides(const cachegen::Sides& from, Float format, size_t width, char* spare, float* group) {
+    const size_t size = format == Float::f32 ? 4 : 2;
+    const char* at = from.a;
+    int64_t step = from.a_step;
+    if (from.n < kSide && width) {
+        if (size == 4) join_sides<4 * kSide>(from, 4 * from.n, width, spare);
+        else join_sides<2 * kSide>(from, 2 * from.n, width, spare);
+        at = spare, step = int64_t(size * kSide);
+    }
+    if (format == Float::f32) for (size_t i = 0; i < width; ++i) std::memcpy(group + i * kSide, at + int64_t(i) * step, 4 * kSide);
+    else if (format == Float::bf16) gather_beside(at, step, width, group, [](uint16_t w) { return float_of(uint32_t(w) << 16); });
+    else gather_beside(at, step, width, group, [](uint16_t w) { return from_half(w); });
+}
+
+inline void copy_short(char* to, const char* from, size_t n) {
+    for (; n >= 8; n -= 8, to += 8, from += 8) std::memcpy(to, from, 8);
+    for (; n >= 2; n -= 2, to += 2, from += 2) std::memcpy(to, from, 2);
+}
+
+template <class Word, class Convert> void scatter_beside(const float* __restrict group, size_t width, const cachegen::Sides& to, Convert convert) {
+    const size_t first = sizeof(Word) * to.n;
+    char *a = to.a, *b = to.b;
+    Word words[2 * kSide] = {};
+    for (size_t i = 0; i < width; ++i, a += to.a_step, b += to.b_step, group += kSide) {
+        for (size_t r = 0; r < kSide; ++r) words[r] = convert(group[r]);
+        const char* from = reinterpret_cast<const char*>(words);
+        if (to.n == kSide) {
+            std::memcpy(a, from, sizeof(words) / 2);
+            continue;
+        }
+        copy_short(a, from, first);
+        if (to.free) std::memcpy(b, from + first, sizeof(words) / 2);
+        else copy_short(b, from + first, sizeof(words) / 2 - first);
+    }
+}
+
+void scatter_sides(const float* group, Float format, size_t width, const cachegen::Sides& to) {
+    if (format == Float::f32) scatter_beside<float>(group, width, to, [](float x) { return x; });
+    else if (format == Float::bf16) scatter_beside<uint16_t>(group, width, to, [](float x) { return to_bfloat(x); });
+    else scatter_beside<uint16_t>(group, width, to, [](float x) { return to_half(x); });
+}
+
 void turn_group(float* group, const Pairs& pairs, const float* cos, const float* sin) {
     for (size_t p = 0; p < pairs.count; ++p, cos += kSide, sin += kSide) {
         float *__restrict a = group + size_t(pairs.first[p]) * kSide, *__restrict b = group + size_t(pairs.second[p]) * kSide;
@@ -270,7 +331,7 @@ void dequantise(const uint8_t* symbols, const uint8_t* low, size_t tokens, const
 }  // namespace
 
 const cachegen::Kernels& cachegen_kernels() {
-    static constexpr cachegen::Kernels kernels{gather, scatter, turn_group, transform, read, quantise, dequantise};
+    static constexpr cachegen::Kernels kernels{gather, scatter, gather_sides, scatter_sides, turn_group, transform, read, quantise, dequantise};
     return kernels;
 }
 

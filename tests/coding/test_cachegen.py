@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from tests.coding import cache_arrays
 from waterfill.coding.cachegen import analysis_of, fit_table, pack_table, read_table
 from waterfill.coding.cachegen import components as to_components
-from waterfill.coding.cachegen_chunk import Basis, decode_rows, encode_rows
+from waterfill.coding.cachegen_chunk import Basis, decode_rows, encode_rows, one_run
 from waterfill.coding.cachegen_file import Header, Level, Part, PartStream, Reader, parts_of
 from waterfill.coding.cachegen_layer import positions_of, read_layers
 from waterfill.coding.cachegen_rows import UNTURNED, read_rows, turn_of, write_rows
@@ -88,8 +89,18 @@ def test_both_ways_write_and_read_the_same(monkeypatch: pytest.MonkeyPatch) -> N
         np.testing.assert_array_equal(one, other)
 
 
+def in_runs(words: Any) -> list[Any]:
+    """A copy in memory of another order: a few tokens as they are, then blocks with tokens last."""
+    odd = words.shape[2] % 16 or 16 * (words.shape[2] == 144)
+    blocks = words[:, :, odd:]
+    side = 32 if blocks.shape[2] % 32 == 0 else 16
+    blocks = blocks.reshape(*words.shape[:2], -1, side, words.shape[3])
+    across = np.ascontiguousarray(blocks.transpose(0, 2, 1, 4, 3)).transpose(0, 2, 1, 4, 3)
+    return [words[:, :, None, :odd].copy(), across]
+
+
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-@pytest.mark.parametrize("tokens", [1, 31, 50, 96])
+@pytest.mark.parametrize("tokens", [1, 31, 50, 69, 96, 144])
 def test_rows_are_coded_alike_by_every_way(
     monkeypatch: pytest.MonkeyPatch, dtype: str, tokens: int
 ) -> None:
@@ -113,9 +124,16 @@ def test_rows_are_coded_alike_by_every_way(
     found = []
     for how in ("", "scalar", "numpy"):
         monkeypatch.setenv("WATERFILL_SIMD", how)
-        data = encode_rows(words, dtype, (turn.back, UNTURNED), bases, 0.3, columns)
-        shapes = [x.shape for x in words]
-        found.append((data, *decode_rows(data, dtype, shapes, (turn, UNTURNED), synthesis, means, 0.3, columns)))  # fmt: skip
+        data = encode_rows([one_run(x) for x in words], dtype, (turn.back, UNTURNED), bases, 0.3, columns)  # fmt: skip
+        assert data == encode_rows([in_runs(x) for x in words], dtype, (turn.back, UNTURNED), bases, 0.3, columns)  # fmt: skip
+        whole, parted = [np.empty_like(x) for x in words], [np.empty_like(x) for x in words]
+        runs = [in_runs(x) for x in parted]
+        for out in ([one_run(x) for x in whole], runs):
+            decode_rows(data, dtype, out, (turn, UNTURNED), synthesis, means, 0.3, columns)
+        for x, some in zip(whole, runs, strict=True):
+            flat = [y.reshape(*y.shape[:2], -1, y.shape[4]) for y in some]
+            np.testing.assert_array_equal(np.concatenate(flat, 2).view(np.uint8), x.view(np.uint8))
+        found.append((data, *whole))
     for other in found[1:]:
         assert other[0] == found[0][0]
         for x, y in zip(found[0][1:], other[1:], strict=True):

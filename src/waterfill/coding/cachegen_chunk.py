@@ -24,11 +24,12 @@ from waterfill.coding.cachegen_symbols import (
     read_chunk,
     write_chunk,
 )
-from waterfill.types import DTYPES, Array, Floats
+from waterfill.types import Array, Floats
 
-__all__ = ["Basis", "decode_rows", "encode_rows"]
+__all__ = ["Basis", "Runs", "decode_rows", "encode_rows", "one_run"]
 
 Bytes = NDArray[np.uint8]
+Runs = Sequence[Array]  # consecutive tokens, each (batch, heads, blocks, tokens of a block, width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +46,19 @@ class Basis:
     offset: Floats
 
 
+def one_run(words: Array) -> Runs:
+    """All tokens of (batch, heads, tokens, width)."""
+    return [words[:, :, None]]
+
+
 def encode_rows(
-    words: Sequence[Array], dtype: str, turns: Sequence[Turn], bases: Sequence[Basis], step: float, columns: Columns
+    words: Sequence[Runs], dtype: str, turns: Sequence[Turn], bases: Sequence[Basis], step: float, columns: Columns
 ) -> bytes:  # fmt: skip
     """A chunk at a level.
 
     Parameters
     ----------
-    words : keys and values in the storage form of their dtype, each (batch, heads, tokens, width)
+    words : keys and values in the storage form of their dtype
     turns : of each, back to position 0
 
     Raises
@@ -60,8 +66,7 @@ def encode_rows(
     ValueError
         If a number is not finite, or a thousand million steps from zero.
     """
-    rows = words[0].shape[0] * words[0].shape[2]
-    symbols = np.empty((rows, columns.classes.size), np.uint8)
+    symbols = np.empty((_rows(words[0]), columns.classes.size), np.uint8)
     listed = [
         _encode(x, dtype, turn, basis, step, stream, symbols)
         for x, turn, basis, stream in zip(words, turns, bases, columns.streams, strict=True)
@@ -69,21 +74,26 @@ def encode_rows(
     return write_chunk(symbols, listed, columns)
 
 
+def _rows(runs: Runs) -> int:
+    return sum(x.shape[0] * x.shape[2] * x.shape[3] for x in runs)
+
+
 def _encode(
-    words: Array, dtype: str, turn: Turn, basis: Basis, step: float, stream: Stream, out: Bytes
+    words: Runs, dtype: str, turn: Turn, basis: Basis, step: float, stream: Stream, out: Bytes
 ) -> Listed:
     core = native.core()
     if core is not None:
         try:
             found = core.cachegen_encode(
-                words, dtype, turn.first, turn.second, turn.cos, turn.sin, basis.analysis,
+                list(words), dtype, turn.first, turn.second, turn.cos, turn.sin, basis.analysis,
                 basis.offset, float(np.float32(1 / step)), stream.shift, stream.first, stream.last,
                 stream.column, stream.wide, stream.low_column, out,
             )  # fmt: skip
         except RuntimeError as error:
             raise ValueError(str(error)) from None
         return Listed(*found)
-    x = read_rows(words, dtype, turn).swapaxes(1, 2)
+    flat = [x.reshape(*x.shape[:2], -1, x.shape[4]) for x in words]
+    x = read_rows(np.concatenate(flat, axis=2), dtype, turn).swapaxes(1, 2)
     z = _transform(x, basis.analysis, np.zeros(basis.analysis.shape[:2], np.float32))
     return Listed.of(
         [
@@ -97,14 +107,14 @@ def _encode(
 
 
 def decode_rows(
-    data: bytes, dtype: str, shapes: Sequence[tuple[int, ...]], turns: Sequence[Turn],
+    data: bytes, dtype: str, out: Sequence[Runs], turns: Sequence[Turn],
     synthesis: Sequence[Floats], means: Sequence[Floats], step: float, columns: Columns,
-) -> tuple[Array, Array]:  # fmt: skip
+) -> None:  # fmt: skip
     """Inverse of `encode_rows`.
 
     Parameters
     ----------
-    shapes : of keys and of values, (batch, heads, tokens, width)
+    out : keys and values, to be filled
     turns : of each, from position 0
     synthesis : float32 (heads, width, kept), vectors less the mean of components
     means : float32 (heads, width)
@@ -114,30 +124,25 @@ def decode_rows(
     FormatError
         On bytes that no encoder wrote.
     """
-    rows = shapes[0][0] * shapes[0][2]
-    symbols, listed = read_chunk(data, rows, columns)
-    keys, values = (
-        _decode(symbols, some, dtype, shape, turn, matrix, mean, step, stream)
-        for some, shape, turn, matrix, mean, stream in zip(
-            listed, shapes, turns, synthesis, means, columns.streams, strict=True
-        )
-    )
-    return keys, values
+    symbols, listed = read_chunk(data, _rows(out[0]), columns)
+    for some, runs, turn, matrix, mean, stream in zip(
+        listed, out, turns, synthesis, means, columns.streams, strict=True
+    ):
+        _decode(symbols, some, dtype, runs, turn, matrix, mean, step, stream)
 
 
 def _decode(
-    symbols: Bytes, listed: Listed, dtype: str, shape: tuple[int, ...], turn: Turn,
+    symbols: Bytes, listed: Listed, dtype: str, out: Runs, turn: Turn,
     synthesis: Floats, mean: Floats, step: float, stream: Stream,
-) -> Array:  # fmt: skip
+) -> None:  # fmt: skip
     core = native.core()
     if core is not None:
-        out = np.empty(shape, DTYPES[dtype])
         core.cachegen_decode(
             symbols, step, stream.shift, stream.pull, stream.column, stream.wide,
             stream.low_column, listed.places, listed.over, synthesis, mean, dtype,
-            turn.first, turn.second, turn.cos, turn.sin, out,
+            turn.first, turn.second, turn.cos, turn.sin, list(out),
         )  # fmt: skip
-        return out
+        return
     count = stream.column.size
     z = [
         dequantise(
@@ -147,7 +152,13 @@ def _decode(
         if part.stop > part.start
     ]  # fmt: skip
     x = _transform(np.concatenate(z, axis=2), synthesis, mean)
-    return write_rows(x.swapaxes(1, 2), dtype, shape, turn)
+    batch, heads, _, _, width = out[0].shape
+    words = write_rows(x.swapaxes(1, 2), dtype, (batch, heads, len(symbols) // batch, width), turn)
+    start = 0
+    for run in out:
+        stop = start + run.shape[2] * run.shape[3]
+        run[...] = words[:, :, start:stop].reshape(run.shape)
+        start = stop
 
 
 def _transform(x: Floats, matrix: Floats, start: Floats) -> Floats:

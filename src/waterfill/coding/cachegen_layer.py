@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from waterfill.coding import lossless
 from waterfill.coding.cachegen import Table, read_table
-from waterfill.coding.cachegen_chunk import decode_rows
+from waterfill.coding.cachegen_chunk import Runs, decode_rows, one_run
 from waterfill.coding.cachegen_file import Header, Layer, Part, Reader
 from waterfill.coding.cachegen_rows import UNTURNED, Turn, turn_of
 from waterfill.coding.cachegen_symbols import Columns, read_columns
@@ -104,17 +104,22 @@ class LayerDecoder:
     def coded(self, data: bytes, chunk: int, level: int, turn: Turn) -> Arrays:
         """A chunk of another level: arrays as stored, keys turned to their positions."""
         first, stop = self.header.span(self.layer, chunk)
+        one, header = self.layer, self.header
+        keys, values = (
+            np.empty((header.batch, one.heads, stop - first, width), DTYPES[header.dtype])
+            for width in (one.key_width, one.value_width)
+        )
+        self.coded_to(data, level, turn, (one_run(keys), one_run(values)))
+        return keys, values
+
+    def coded_to(self, data: bytes, level: int, turn: Turn, out: tuple[Runs, Runs]) -> None:
+        """As `coded`, into room that is there, of as many tokens as the chunk has."""
         step = self.header.levels[level].step
         if step is None or self.tables is None or level not in self.columns:
             raise FormatError("a chunk without its table or models")
-        one, header = self.layer, self.header
-        shapes = [
-            (header.batch, one.heads, stop - first, width)
-            for width in (one.key_width, one.value_width)
-        ]
         keys, values = self.tables
-        return decode_rows(
-            data, header.dtype, shapes, (turn, UNTURNED), (keys.across, values.across),
+        decode_rows(
+            data, self.header.dtype, out, (turn, UNTURNED), (keys.across, values.across),
             (keys.mean, values.mean), step, self.columns[level],
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,11 @@ from waterfill.runtime.cache.naming import as_argument
 from waterfill.runtime.cache.rotary import POSITIONS, Rotary, find_rotary
 from waterfill.types import WaterfillError
 
-__all__ = ["LayerFacts", "context_of", "facts_of", "quiet"]
+__all__ = ["LayerFacts", "context_of", "facts_of", "quiet", "tensor_state"]
+
+
+Facts = tuple["LayerFacts | None", ...]
+_KNOWN: weakref.WeakKeyDictionary[Any, tuple[Any, Facts]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +71,10 @@ class LayerFacts:
         return 0 if self.window is None else max(0, index - self.window + 1)
 
 
-def facts_of(model: Any) -> tuple[LayerFacts | None, ...]:
+def facts_of(model: Any) -> Facts:
     """Facts of each layer, None for those whose state is no keys and values of this kind.
+
+    Kept for each model for as long as its configuration and `tensor_state` stay.
 
     Raises
     ------
@@ -75,6 +82,26 @@ def facts_of(model: Any) -> tuple[LayerFacts | None, ...]:
         If the model is no decoder with a cache.
     """
     _check_decoder(model)
+    state = str(model.config.to_dict()), tensor_state(model)
+    known = _KNOWN.get(model)
+    if known is None or known[0] != state:
+        known = _KNOWN[model] = state, _learned(model)
+    return known[1]
+
+
+def tensor_state(model: Any) -> tuple[tuple[str, str, int, int], ...]:
+    """What changes where a tensor of a model is another or was written to: names, devices, places, writes.
+
+    Those without memory are not named, and a tensor made under inference mode counts no writes.
+    """
+    return tuple(
+        (name, str(t.device), t.data_ptr(), -1 if t.is_inference() else t._version)
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+        if t.device.type != "meta"
+    )
+
+
+def _learned(model: Any) -> Facts:
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None) or 1 << 15
     positions = tuple(p for p in POSITIONS if p < min(longest, 1 << 19))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from waterfill.runtime.cache.held.lying import Write, receive
 from waterfill.runtime.cache.held.states import View
 from waterfill.runtime.cache.held.store import Store
 from waterfill.runtime.cache.patching import fit
@@ -83,6 +84,17 @@ class _Remembering:
         self.commit()
         self.store.append(keys, values)
         self._count(keys.shape[2])
+
+    def receive(self, batch: int, tokens: int, write: Write) -> None:
+        """As `restore`, of tokens that `write` puts where it is told to: `lying.receive`."""
+        self.commit()
+        facts = self.store.facts
+        keys, values = (
+            torch.empty((batch, facts.heads, 0, width), dtype=self.dtype, device=self.device)
+            for width in (facts.key_width, facts.value_width)
+        )
+        receive(self.store, (keys, values), tokens, write)
+        self._count(tokens)
 
     def reset(self) -> None:
         """Forget everything."""

@@ -100,6 +100,13 @@ class Coder:
         """Keys and values of coded blocks, (batch, heads, blocks * BLOCK, width), in the layer's dtype."""
         raise NotImplementedError
 
+    def views(self, coded: Coded) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values where they lie, (batch, heads, blocks, BLOCK, width); None: they are not held so.
+
+        What is written there is what will be decoded.
+        """
+        return None
+
     @property
     def blocks(self) -> Blocks | None:
         """How kernels may read the parts; None: they cannot."""

@@ -17,7 +17,7 @@ from waterfill.runtime.cache.stored.fetching import fetch
 from waterfill.runtime.cache.stored.link import RECOMPUTE, Choice
 from waterfill.types import FormatError, WaterfillError
 
-TOKENS = 2100  # three chunks
+TOKENS = 4140  # three chunks
 LEVELS = ["exact", 1e-7, 1e-4]
 
 

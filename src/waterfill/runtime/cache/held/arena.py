@@ -17,13 +17,13 @@ SEGMENT = 16  # blocks; allocated at once
 PAGES = 1 << 15  # bytes, from which pages of its own are worth it
 
 
-def _room(part: torch.Tensor) -> torch.Tensor:
-    """Room for a segment of such blocks.
+def _room(part: torch.Tensor, segments: int) -> torch.Tensor:
+    """Room for segments of such blocks: (segments, batch, SEGMENT, ...).
 
     Large ones get pages of their own: between what forward passes allocate and free, a heap of blocks grows
     to half as much again as they take. Private ones: those that processes can share are slow to come.
     """
-    shape = (part.shape[0], SEGMENT, *part.shape[2:])
+    shape = (segments, part.shape[0], SEGMENT, *part.shape[2:])
     nbytes = math.prod(shape) * part.element_size()
     if part.device.type != "cpu" or nbytes < PAGES:
         return part.new_empty(shape)
@@ -66,12 +66,30 @@ class Arena:
         while done < more:
             at = self.last % SEGMENT
             if at == 0 and self.last // SEGMENT == len(self.segments):
-                self.segments.append({name: _room(part) for name, part in coded.items()})
+                self.segments.append({name: _room(part, 1)[0] for name, part in coded.items()})
             n = min(SEGMENT - at, more - done)
             segment = self.segments[self.last // SEGMENT]
             for name, part in coded.items():
                 segment[name][:, at : at + n] = part[:, done : done + n]
             self.last, done = self.last + n, done + n
+
+    def reserve(self, like: Coded, blocks: int) -> list[Coded]:
+        """Room for blocks of such parts at the end, in views that hold them, for `grow` to count as held."""
+        missing = -(-(self.last + blocks) // SEGMENT) - len(self.segments)
+        if missing <= 0:
+            return list(self.runs(self.count, self.count + blocks))
+        old = len(self.segments) * SEGMENT - self.last
+        wide = {name: _room(part, missing) for name, part in like.items()}
+        self.segments += [{k: v[i] for k, v in wide.items()} for i in range(missing)]
+        first = list(self.runs(self.count, self.count + old))
+        if any(part.shape[1] != 1 for part in wide.values()):
+            return first + list(self.runs(self.count + old, self.count + blocks))
+        # Segments of one row follow each other: as one they cost one view, not many.
+        return [*first, {k: v.flatten(0, 2)[None, : blocks - old] for k, v in wide.items()}]
+
+    def grow(self, blocks: int) -> None:
+        """Hold blocks that were written to where `reserve` said."""
+        self.last += blocks
 
     def runs(self, low: int, high: int) -> Iterator[Coded]:
         """Views of blocks low to high, counted from the first that is held, a segment at a time."""

@@ -58,3 +58,7 @@ class _Exact(Coder):
     def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (in_order(coded[name].transpose(3, 4)) for name in ("keys", "values"))
         return keys, values
+
+    def views(self, coded: Coded) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (coded[name].permute(0, 2, 1, 4, 3) for name in ("keys", "values"))
+        return keys, values

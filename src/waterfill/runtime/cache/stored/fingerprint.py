@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from waterfill.runtime.cache.facts import tensor_state
+
 __all__ = ["model_fingerprint", "tokenizer_fingerprint"]
 
 WHOLE = 1 << 20  # bytes up to which a tensor is read whole
@@ -34,16 +36,12 @@ def model_fingerprint(model: Any) -> str:
     """
     from blake3 import blake3
 
-    tensors = _tensors(model)
-    # A tensor made under inference mode counts no writes.
-    state = tuple(
-        (name, t.data_ptr(), -1 if t.is_inference() else t._version) for name, t in tensors.items()
-    )
+    state = tensor_state(model)
     known = _KNOWN.get(model)
     if known is not None and known[0] == state:
         return known[1]
     hashed = blake3(_canonical(_plain(model.config.to_dict())))
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted(_tensors(model).items()):
         hashed.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
         hashed.update(_bytes(tensor))
     found = str(hashed.hexdigest())

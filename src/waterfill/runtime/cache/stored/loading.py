@@ -14,6 +14,8 @@ from waterfill.coding.cachegen_file import Header, Part, PartStream, Reader, par
 from waterfill.coding.cachegen_layer import LayerDecoder, positions_of, read_ids, wanted_at
 from waterfill.coding.cachegen_rows import Turn
 from waterfill.runtime.cache.facts import LayerFacts
+from waterfill.runtime.cache.held.lying import fill
+from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer
 from waterfill.runtime.cache.naming import as_argument
 from waterfill.runtime.cache.stored.fingerprint import model_fingerprint, tokenizer_fingerprint
 from waterfill.runtime.cache.stored.words import (
@@ -22,6 +24,7 @@ from waterfill.runtime.cache.stored.words import (
     from_words,
     rotation_of,
     same_rotation,
+    words_of,
 )
 from waterfill.types import BudgetError, WaterfillError
 
@@ -132,7 +135,7 @@ class CacheStream:
             decoder.models(data, part.level)
         else:
             assert part.chunk is not None and part.level is not None
-            self._restore(part.layer, self._chunk(decoder, data, part.level, part.chunk))
+            self._chunk(part.layer, data, part.level, part.chunk)
         last = header.chunks(layer)
         if (part.kind == "chunk" and part.chunk == last[-1]) or (
             part.kind == "models" and not last
@@ -157,14 +160,23 @@ class CacheStream:
             use_cache=True,
         )
 
-    def _chunk(self, decoder: LayerDecoder, data: bytes, level: int, chunk: int) -> Pair:
+    def _chunk(self, number: int, data: bytes, level: int, chunk: int) -> None:
+        decoder = self._decoders[number]
         header, layer = decoder.header, decoder.layer
+        first, stop = span = header.span(layer, chunk)
         if header.levels[level].step is None:
-            return _tensors(decoder.exact(data, chunk), header.dtype)
-        key = layer.rotation, header.span(layer, chunk)
+            pair = _tensors(decoder.exact(data, chunk), header.dtype)
+            self._layer(number).receive(header.batch, stop - first, lambda runs: fill(pair, runs))
+            return
+        key = layer.rotation, span
         if key not in self._turns:
             self._turns[key] = decoder.turn(chunk)
-        return _tensors(decoder.coded(data, chunk, level, self._turns[key]), header.dtype)
+
+        def write(runs: list[Pair]) -> None:
+            keys, values = ([words_of(x) for x in some] for some in zip(*runs, strict=True))
+            decoder.coded_to(data, level, self._turns[key], (keys, values))
+
+        self._layer(number).receive(header.batch, stop - first, write)
 
     def _facts(self, index: int) -> LayerFacts:
         facts = self.cache.facts[index]
@@ -174,13 +186,16 @@ class CacheStream:
     def _begin(self, number: int) -> None:
         assert self._header is not None
         one = self._header.layers[number]
-        layer = self.cache.layers[one.index]
-        layer.resume(self._facts(one.index).dtype, self.device, one.start)
+        self._layer(number).resume(self._facts(one.index).dtype, self.device, one.start)
 
     def _restore(self, number: int, pair: Pair) -> None:
+        self._layer(number).restore(*(x.to(self.device) for x in pair))
+
+    def _layer(self, number: int) -> CodedLayer | CodedSlidingLayer:
         assert self._header is not None
-        layer = self.cache.layers[self._header.layers[number].index]
-        layer.restore(*(x.to(self.device) for x in pair))
+        found = self.cache.layers[self._header.layers[number].index]
+        assert isinstance(found, (CodedLayer, CodedSlidingLayer))
+        return found
 
 
 def load(path: Path, stream: CacheStream) -> KVCache:

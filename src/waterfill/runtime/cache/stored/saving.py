@@ -5,6 +5,7 @@ Nothing of the cache is held twice: a layer is read in pieces, as attention woul
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,22 +28,23 @@ from waterfill.runtime.cache.fitting.statistics import (
     LayerStatistics,
     StreamStatistics,
 )
+from waterfill.runtime.cache.held.lying import runs_of, within
 from waterfill.runtime.cache.held.pieces import Piece
 from waterfill.runtime.cache.held.store import Store
 from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.stored.fingerprint import model_fingerprint, tokenizer_fingerprint
-from waterfill.runtime.cache.stored.words import DTYPE_NAMES, Pair, rotation_of, words_of
-from waterfill.types import Floats, WaterfillError
+from waterfill.runtime.cache.stored.words import DTYPE_NAMES, rotation_of, words_of
+from waterfill.types import Array, Floats, WaterfillError
 
 if TYPE_CHECKING:
     from waterfill.runtime.cache.cache import KVCache
 
 __all__ = ["LEVEL", "Saving", "counted", "save", "saving_of"]
 
-CHUNK_NUMBERS = (
-    1 << 18
-)  # of a chunk of a layer, about: large enough that what is fixed costs little
-MOST_TOKENS, FEWEST_TOKENS = 1024, 32  # of a chunk
+Arrays = tuple[Array, Array]
+# Of a chunk of a layer, about: large enough that what is fixed costs little.
+CHUNK_NUMBERS = 1 << 19
+MOST_TOKENS, FEWEST_TOKENS = 2048, 32  # of a chunk
 LEVEL = 1e-6  # nats per number, unless another is asked for
 FEW = 1 << 11  # words of a stream that are stored as they are
 RUNS = 4  # of tokens, at most, that make up a sample
@@ -225,27 +227,38 @@ class _Source:
     def __init__(self, store: Store, turns: dict[Any, Turn]) -> None:
         self.store, self._turns = store, turns  # turns are the same for all layers
         self._pieces: tuple[Piece, ...] = store.pieces()
-        self._last: tuple[Piece, Pair] | None = None
+        self._starts = [piece.start for piece in self._pieces]
+        self._last: tuple[Piece, int, list[Arrays]] | None = None
         rotary = store.facts.rotary
         self._rotation = None if rotary is None else rotation_of(rotary)
 
-    def read(self, first: int, stop: int) -> Pair:
-        parts = []
-        for piece in self._pieces:
+    def runs(self, first: int, stop: int) -> list[Arrays]:
+        """Words of keys and values where they lie, as of `cachegen_chunk`."""
+        found: list[Arrays] = []
+        for piece in self._pieces[bisect_right(self._starts, first) - 1 :]:
+            if piece.start >= stop:
+                break
+            start, runs = self._words(piece)
             low, high = max(first, piece.start), min(stop, piece.stop)
-            if low < high:
-                keys, values = self._piece(piece)
-                some = slice(low - piece.start, high - piece.start)
-                parts.append((keys[:, :, some], values[:, :, some]))
-        if len(parts) == 1:
-            return parts[0]
-        every_key, every_value = zip(*parts, strict=True)
-        return torch.cat(every_key, 2), torch.cat(every_value, 2)
+            found += within(runs, low - start, high - start)
+        return found
 
-    def _piece(self, piece: Piece) -> Pair:
+    def read(self, first: int, stop: int) -> Arrays:
+        """Words of keys and values, all in one: (batch, heads, tokens, width)."""
+        every = zip(*self.runs(first, stop), strict=True)
+        keys, values = (
+            np.concatenate(
+                [np.ascontiguousarray(x).reshape(*x.shape[:2], -1, x.shape[4]) for x in some], 2
+            )
+            for some in every
+        )
+        return keys, values
+
+    def _words(self, piece: Piece) -> tuple[int, list[Arrays]]:
         if self._last is None or self._last[0] is not piece:
-            self._last = piece, piece.read()
-        return self._last[1]
+            start, runs = runs_of(piece)
+            self._last = piece, start, [(words_of(k), words_of(v)) for k, v in runs]
+        return self._last[1:]
 
     def turn(self, first: int, stop: int) -> Turn:
         """How keys of some tokens turn back to position 0."""
@@ -261,13 +274,13 @@ class _Source:
 
     def plain(self, first: int, stop: int) -> tuple[Floats, Floats]:
         """Float32, keys turned back to position 0: (heads, batch * tokens, width)."""
-        keys, values = (words_of(x) for x in self.read(first, stop))
+        keys, values = self.read(first, stop)
         dtype = DTYPE_NAMES[self.store.facts.dtype]
         return read_rows(keys, dtype, self.turn(first, stop)), read_rows(values, dtype)
 
 
-def _exact(pair: Pair, dtype: str) -> bytes:
-    return join([_words(lossless.words_of(words_of(x)), dtype) for x in pair])
+def _exact(pair: Arrays, dtype: str) -> bytes:
+    return join([_words(lossless.words_of(x), dtype) for x in pair])
 
 
 def _words(words: Any, dtype: str) -> bytes:
@@ -296,11 +309,11 @@ def _layer_parts(
             yield pack_columns(columns[level.name])
     for chunk in chunks:
         span = header.span(layer, chunk)
-        pair, turns = source.read(*span), (source.turn(*span), UNTURNED)
-        words = [words_of(x) for x in pair]
+        runs, turns = source.runs(*span), (source.turn(*span), UNTURNED)
+        words = list(zip(*runs, strict=True))
         for level in header.levels:
             if level.step is None or coder is None:
-                yield _exact(pair, header.dtype)
+                yield _exact(source.read(*span), header.dtype)
             else:
                 yield encode_rows(
                     words, header.dtype, turns, coder.bases, level.step, columns[level.name]
@@ -335,9 +348,9 @@ def _spread(header: Header, layer: Layer, chunks: range) -> Iterator[tuple[int, 
     """Runs of tokens, evenly spread, that stand for all of a layer."""
     count = min(len(chunks), RUNS)
     each = max(1, SAMPLE // (count * header.batch))
-    for i in np.linspace(0, len(chunks) - 1, count).astype(int):
-        first, stop = header.span(layer, chunks[i])
-        yield first, min(stop, first + each)
+    first, stop = header.span(layer, chunks[0])[0], header.tokens
+    for start in np.linspace(first, max(first, stop - each), count).astype(int).tolist():
+        yield start, min(stop, start + each)
 
 
 def _fit(
