@@ -35,7 +35,7 @@ from waterfill.types import BudgetError, WaterfillError
 
 __all__ = ["KVCache"]
 
-SINKS, RECENT = 4, 4  # in short caches, each more takes more bytes than it is worth
+SINKS, RECENT = 4, 2  # in short caches, each more takes more bytes than it is worth
 LONGEST = 1 << 15  # tokens planned for where neither user nor model says
 
 

@@ -32,7 +32,7 @@ ROWS = 256  # queries at once
 LEAST, MOST = 1 / 8, 8.0  # a ratio beyond is noise
 
 # Tokens that a cache still has as they were: the last, about, and the first.
-YOUNG, SINKS = BLOCK // 2 + 4, 4
+YOUNG, SINKS = BLOCK // 2 + 2, 4
 
 Case = tuple[int, str, float]  # layer, stream, nats
 Pair = tuple[torch.Tensor, torch.Tensor]
