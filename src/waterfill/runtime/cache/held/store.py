@@ -134,9 +134,8 @@ class Store:
         """Bytes of everything that is held: exact tokens and the room for more, codes, tables."""
         pairs = (self.sinks, self.recent, *(patch.pair for patch in self.patches))
         exact = [t for pair in pairs if pair is not None for t in pair]
-        tables = [t for tier in self.tiers for t in tier.coder.tables.values()]
-        held = sum(t.numel() * t.element_size() for t in exact + tables)
-        return held + sum(tier.arena.nbytes for tier in self.tiers)
+        held = sum(t.numel() * t.element_size() for t in exact)
+        return held + sum(tier.coder.nbytes + tier.arena.nbytes for tier in self.tiers)
 
     # -- reading -------------------------------------------------------------------------------
 
