@@ -50,7 +50,7 @@ _HOMES = {
     "Record": "types",
     "WaterfillError": "types",
     "apply_": "runtime.apply",
-    "calibrate_cache": "runtime.cache.calibrating",
+    "calibrate_cache": "runtime.cache.fitting.calibrating",
     "codec": "registry",
     "compare": "pipeline",
     "compare_methods": "pipeline",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from tests.runtime.cache.models import decoder
@@ -9,7 +11,7 @@ from waterfill.runtime.cache.facts import facts_of
 
 
 def test_facts_are_kept_until_the_model_changes() -> None:
-    model = decoder()
+    model = copy.deepcopy(decoder())
     once = facts_of(model)
     assert facts_of(model) is once
     model.to(torch.bfloat16)

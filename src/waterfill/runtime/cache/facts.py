@@ -90,12 +90,12 @@ def facts_of(model: Any) -> Facts:
 
 
 def tensor_state(model: Any) -> tuple[tuple[str, str, int, int], ...]:
-    """What changes where a tensor of a model is another or was written to: names, devices, places, writes.
+    """What changes where a tensor of a model is another or was written to: names, devices and dtypes, places, writes.
 
     Those without memory are not named, and a tensor made under inference mode counts no writes.
     """
     return tuple(
-        (name, str(t.device), t.data_ptr(), -1 if t.is_inference() else t._version)
+        (name, f"{t.device} {t.dtype}", t.data_ptr(), -1 if t.is_inference() else t._version)
         for name, t in (*model.named_parameters(), *model.named_buffers())
         if t.device.type != "meta"
     )
