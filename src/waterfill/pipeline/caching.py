@@ -219,7 +219,7 @@ class _Bench:
         plain = KVCache(model, method="exact")  # says early where there is nothing to code
         known = [one for one in plain.facts if one is not None]
         self.exact_nbytes = sum(one.token_nbytes for one in known)
-        self.numbers = sum(one.heads * (one.key_width + one.value_width) for one in known)
+        self.numbers = sum(one.numbers for one in known)
         self.prefill = min(64, windows.shape[1] // 2)
         self.steps = min(STEPS, windows.shape[1] // 2)
 

@@ -338,7 +338,7 @@ def _budget(
     sinks: int,
     recent: int,
 ) -> Budget:
-    numbers = sum(f.heads * (f.key_width + f.value_width) for f in known)
+    numbers = sum(f.numbers for f in known)
     total = total_nbytes(size, bytes_per_token, bits, numbers, tokens * batch)
     return Budget(total, tokens, batch, sinks, recent)
 

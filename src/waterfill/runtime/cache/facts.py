@@ -62,9 +62,14 @@ class LayerFacts:
         return None if self.rotary is None else self.rotary.columns
 
     @property
+    def numbers(self) -> int:
+        """Numbers of a token's key and value."""
+        return self.heads * (self.key_width + self.value_width)
+
+    @property
     def token_nbytes(self) -> int:
         """Bytes of a token's exact key and value."""
-        return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
+        return self.numbers * self.dtype.itemsize
 
     def first_visible(self, index: int) -> int:
         """Index of the first token that the token at `index` attends to."""

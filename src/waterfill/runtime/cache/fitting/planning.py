@@ -195,8 +195,7 @@ def _price(
     if statistics is not None:
         each = harms(coders, facts, statistics)
     else:
-        numbers = facts.heads * (facts.key_width + facts.value_width)
-        bits = [8 * block_nbytes(coder, facts) / BLOCK / numbers for coder in coders]
+        bits = [8 * block_nbytes(coder, facts) / BLOCK / facts.numbers for coder in coders]
         each = [float(UNKNOWN_DECAY**-b) for b in bits]
     nats = float(np.average(each, weights=_tokens(choice.coders, budget.coded_tokens(facts))))
     return Point(choice.nbytes, nats, rung.spec)

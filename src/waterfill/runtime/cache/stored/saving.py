@@ -109,16 +109,12 @@ class Saving:
     @property
     def numbers(self) -> int:
         """Numbers of all keys and values."""
-        return self.ids.numel() * sum(
-            s.facts.heads * (s.facts.key_width + s.facts.value_width) for s in self.stores
-        )
+        return self.ids.numel() * sum(s.facts.numbers for s in self.stores)
 
     @property
     def chunk(self) -> int:
         """Tokens of a chunk."""
-        numbers = max(
-            s.facts.heads * (s.facts.key_width + s.facts.value_width) for s in self.stores
-        )
+        numbers = max(s.facts.numbers for s in self.stores)
         most = CHUNK_NUMBERS // (numbers * len(self.ids)) // FEWEST_TOKENS * FEWEST_TOKENS
         return min(MOST_TOKENS, max(FEWEST_TOKENS, most))
 
