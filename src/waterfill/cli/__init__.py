@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from waterfill.cli import (
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(wrong)
     args.command_line = shlex.join(["waterfill", *(sys.argv[1:] if argv is None else argv)])
     try:
-        with Bars() as bars:
+        with warnings.catch_warnings(), Bars() as bars:
+            # Raised by lanes that OpenBLAS computes and does not use, now and then.
+            warnings.filterwarnings("ignore", "invalid value .* in matmul", RuntimeWarning)
             args.progress = bars
             result = args.verb.call(args)
         if args.json:
