@@ -6,6 +6,7 @@ import math
 import mmap
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -15,25 +16,35 @@ __all__ = ["Arena"]
 
 SEGMENT = 16  # blocks; allocated at once
 PAGES = 1 << 15  # bytes, from which pages of its own are worth it
+POPULATE_WRITE = 23  # Linux's number of the advice, which `mmap` does not name
 
 
-def _room(part: torch.Tensor, segments: int) -> torch.Tensor:
+def _room(part: torch.Tensor, segments: int, soon: int = 0) -> torch.Tensor:
     """Room for segments of such blocks: (segments, batch, SEGMENT, ...).
 
     Large ones get pages of their own: between what forward passes allocate and free, a heap of blocks grows
     to half as much again as they take. Private ones: those that processes can share are slow to come.
+
+    Parameters
+    ----------
+    soon : blocks at the beginning that are about to be written
     """
     shape = (segments, part.shape[0], SEGMENT, *part.shape[2:])
     nbytes = math.prod(shape) * part.element_size()
     if part.device.type != "cpu" or nbytes < PAGES:
         return part.new_empty(shape)
-    return torch.frombuffer(_pages(nbytes), dtype=part.dtype).reshape(shape)
+    pages = _pages(nbytes, soon * nbytes // (segments * SEGMENT))
+    return torch.frombuffer(pages, dtype=part.dtype).reshape(shape)
 
 
-def _pages(nbytes: int) -> mmap.mmap:
+def _pages(nbytes: int, soon: int) -> mmap.mmap:
     if sys.platform == "win32":
         return mmap.mmap(-1, nbytes)
-    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if soon and sys.platform == "linux":
+        with suppress(OSError):  # a kernel before 5.14: pages come one by one, as they are touched
+            pages.madvise(POPULATE_WRITE, 0, soon)
+    return pages
 
 
 class Arena:
@@ -79,7 +90,7 @@ class Arena:
         if missing <= 0:
             return list(self.runs(self.count, self.count + blocks))
         old = len(self.segments) * SEGMENT - self.last
-        wide = {name: _room(part, missing) for name, part in like.items()}
+        wide = {name: _room(part, missing, blocks - old) for name, part in like.items()}
         self.segments += [{k: v[i] for k, v in wide.items()} for i in range(missing)]
         first = list(self.runs(self.count, self.count + old))
         if any(part.shape[1] != 1 for part in wide.values()):
@@ -97,7 +108,8 @@ class Arena:
         while low < high:
             at = low % SEGMENT
             n = min(SEGMENT - at, high - low)
-            yield {k: v[:, at : at + n] for k, v in self.segments[low // SEGMENT].items()}
+            segment = self.segments[low // SEGMENT]
+            yield segment if n == SEGMENT else {k: v[:, at : at + n] for k, v in segment.items()}
             low += n
 
     def addresses(
