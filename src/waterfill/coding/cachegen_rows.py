@@ -13,7 +13,10 @@ from waterfill.types import Array, Floats, from_float32, to_float32
 
 __all__ = ["UNTURNED", "Turn", "read_rows", "turn_of", "write_rows"]
 
+F64 = NDArray[np.float64]
 NONE = np.zeros(0, np.int32)
+FEW = 64  # consecutive positions that share a base
+NEAR = 1 << 13  # doubles that stay in the nearest caches
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +44,46 @@ UNTURNED = Turn(NONE, NONE, None, None)
 
 
 def turn_of(
-    first: Any, second: Any, frequencies: NDArray[np.float64], positions: NDArray[np.int64]
+    first: Any, second: Any, frequencies: F64, positions: NDArray[np.int64]
 ) -> Turn:
     """The rotation to positions, int64 (batch or 1, tokens), at so many radians per token."""
-    angles = positions[..., None] * frequencies
-    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    consecutive = positions.shape[1] > FEW and bool((np.diff(positions) == 1).all())
+    cos, sin = (_added if consecutive else _plain)(positions, frequencies)
     return Turn(np.asarray(first, np.int32), np.asarray(second, np.int32), cos, sin)
+
+
+def _plain(positions: NDArray[np.int64], frequencies: F64) -> tuple[Floats, Floats]:
+    """Cosines and sines of positions (rows, tokens), float32 (rows, tokens, pairs)."""
+    angles = positions[..., None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def _added(positions: NDArray[np.int64], frequencies: F64) -> tuple[Floats, Floats]:
+    """As `_plain`, of consecutive positions: each is one of a few bases and a few more.
+
+    An angle is rounded where it is large; what its two parts are without that, at most 2**-50 of it, comes on
+    top, so that the sum is as near to the angle's own cosine and sine as a double can be.
+    """
+    rows, tokens = positions.shape
+    blocks, pairs = -(-tokens // FEW), frequencies.size
+    every = (positions[:, :1] + np.arange(blocks * FEW)).reshape(rows, blocks, FEW, 1)
+    base, more = every[:, :, :1] * frequencies, np.arange(FEW)[:, None] * frequencies
+    (base_cos, base_sin), (more_cos, more_sin) = ((np.cos(x), np.sin(x)) for x in (base, more))
+    found = np.empty((2, rows, blocks, FEW, pairs), np.float32)
+    some = max(1, NEAR // (FEW * max(1, pairs)))
+    for part in (np.s_[:, at : at + some] for at in range(0, blocks, some)):
+        cos = base_cos[part] * more_cos
+        cos -= base_sin[part] * more_sin
+        sin = base_cos[part] * more_sin
+        sin += base_sin[part] * more_cos
+        missing = every[part] * frequencies
+        missing -= base[part]
+        missing -= more
+        np.subtract(cos, missing * sin, out=found[0][part], casting="same_kind")
+        cos *= missing
+        np.add(sin, cos, out=found[1][part], casting="same_kind")
+    both = found.reshape(2, rows, blocks * FEW, pairs)[:, :, :tokens]
+    return np.ascontiguousarray(both[0]), np.ascontiguousarray(both[1])
 
 
 def read_rows(words: Array, dtype: str, turn: Turn = UNTURNED) -> Floats:

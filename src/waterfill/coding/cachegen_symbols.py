@@ -324,7 +324,8 @@ def _pack_list(listed: Listed) -> bytes:
     if not places.size:
         return b"\0"
     order = np.argsort(places)
-    gaps = np.diff(places[order], prepend=-1) - 1
+    gaps = places[order]
+    gaps[1:] -= gaps[:-1] + 1
     over = gamma.zigzag(listed.over[order].astype(np.int64))
     kinds = [np.min_scalar_type(int(x.max())) for x in (gaps, over)]
     packed = [x.astype(kind).tobytes() for x, kind in zip((gaps, over), kinds, strict=True)]
