@@ -8,8 +8,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <utility>
 
+#include "aligned.h"
 #include "bind_cachegen.h"
 
 namespace nb = nanobind;
@@ -116,7 +118,7 @@ private:
 
     const Rows& rows_;
     std::vector<Run> runs_;
-    std::vector<float> cos_, sin_;
+    Aligned<float> cos_, sin_;
     size_t pairs_;
     int64_t size_;
     std::vector<char> spare_;  // rows whose numbers lie apart
@@ -140,6 +142,12 @@ struct Symbols {
     }
 
     size_t together(size_t first) const { return first + kTogether <= rows ? kTogether : 1; }
+    // Where columns of a whole group begin, of components or of their low bits: behind its first symbol.
+    template <class Column> std::vector<int64_t> sides(size_t components, const Column& column) const {
+        std::vector<int64_t> found(components);
+        for (size_t j = 0; j < components; ++j) found[j] = int64_t(column(j)) * int64_t(kTogether);
+        return found;
+    }
     size_t place(size_t first, int32_t column) const { return first * columns + size_t(column) * together(first); }
 };
 
@@ -152,7 +160,11 @@ std::pair<Owned<int64_t>, Owned<int32_t>> encode_rows(
     require(offset.shape(0) == components && first.shape(0) == components && last.shape(0) == components, "cachegen: shapes that do not fit each other");
     const Symbols symbols(column, wide, low_column, shift, components, out.shape(1), out.shape(0));
     const Kernels& run = kernels();
-    std::vector<float> x(rows.width * kTogether), z(kept * kTogether);
+    Aligned<float> x(rows.width * kTogether), z(kept * kTogether);
+    std::vector<Component> every;
+    for (size_t j = 0; j < components; ++j) every.push_back({offset.data()[j], shift.data()[j], first.data()[j], last.data()[j], 0.0f, kTogether, kTogether * symbols.columns});
+    const auto places_of = symbols.sides(components, [&](size_t j) { return column.data()[j]; }), lows = symbols.sides(components, [&](size_t j) { return symbols.low[j]; });
+    const auto others = std::make_unique<bool[]>(kept);
     std::vector<int64_t> places;
     std::vector<int32_t> over;
     bool far = false;
@@ -161,14 +173,18 @@ std::pair<Owned<int64_t>, Owned<int32_t>> encode_rows(
         Group group(rows, words, pairs.count);
         for (size_t at = 0; at < symbols.rows; at += kTogether) {
             group.next();
-            const size_t together = symbols.together(at);
+            const bool whole = symbols.together(at) == kTogether;
             for (size_t h = 0; h < heads; ++h) {
                 group.read(run, h, x.data());
                 group.turn(run, pairs, x.data());
                 run.transform(x.data(), rows.width, analysis.data() + h * kept * rows.width, nullptr, kept, z.data());
+                const size_t start = h * kept;
+                if (whole && !run.quantise_sides(z.data(), every.data() + start, kept, inverse, out.data() + at * symbols.columns, places_of.data() + start, lows.data() + start, others.get())) continue;
                 for (size_t i = 0; i < kept; ++i) {
-                    const size_t j = h * kept + i;
-                    const Component one{offset.data()[j], shift.data()[j], first.data()[j], last.data()[j], 0.0f, together, together * symbols.columns};
+                    if (whole && !others[i]) continue;
+                    const size_t j = start + i;
+                    Component one = every[j];
+                    if (!whole) one.together = 1, one.stride = symbols.columns;
                     uint8_t* low = symbols.low[j] < 0 ? nullptr : out.data() + symbols.place(at, symbols.low[j]);
                     int32_t high[kTogether];
                     const int flags = run.quantise(z.data() + i * kTogether, group.count, one, inverse, high, out.data() + symbols.place(at, column.data()[j]), low);
@@ -197,7 +213,7 @@ void decode_rows(
     for (size_t i = 0; i < places.shape(0); ++i)
         require(places.data()[i] >= 0 && size_t(places.data()[i]) < symbols.rows * components && (!i || places.data()[i] > places.data()[i - 1]), "cachegen: places that do not ascend, or are not there");
     const Kernels& run = kernels();
-    std::vector<float> x(rows.width * kTogether), z(components * kTogether);
+    Aligned<float> x(rows.width * kTogether), z(components * kTogether);
     nb::gil_scoped_release release;
     Group group(rows, out, pairs.count);
     size_t next = 0;

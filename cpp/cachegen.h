@@ -58,6 +58,10 @@ struct Kernels {
     // (null: it has none). Bit 0 of the result: some have no symbol of their own; bit 1: some are too far from
     // zero, or no numbers.
     int (*quantise)(const float* z, size_t tokens, const Component& component, float inverse, int32_t* high, uint8_t* symbols, uint8_t* low);
+    // As `quantise` of n components of 32 tokens that lie together, one's after another's: symbols of component i go
+    // to `to` + columns[i], low bits to `to` + lows[i] (below 0: it has none). others[i] says whether some of it have
+    // no symbol of their own, or are too far, and the result whether any has.
+    bool (*quantise_sides)(const float* z, const Component* components, size_t n, float inverse, uint8_t* to, const int64_t* columns, const int64_t* lows, bool* others);
     // Symbols, and low bits (null: none), to a component of all tokens.
     void (*dequantise)(const uint8_t* symbols, const uint8_t* low, size_t tokens, const Component& component, float step, float* z);
 };

@@ -1,8 +1,13 @@
 // Rows of keys and values, compiled once per instruction set: loops that the compiler makes vectors of.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "cachegen.h"
+
+#if defined(WATERFILL_ISA_avx512)
+#include <immintrin.h>
+#endif
 
 namespace waterfill::WATERFILL_ISA {
 namespace {
@@ -196,17 +201,27 @@ inline void copy_short(char* to, const char* from, size_t n) {
 template <class Word, class Convert> void scatter_beside(const float* __restrict group, size_t width, const cachegen::Sides& to, Convert convert) {
     const size_t first = sizeof(Word) * to.n;
     char *a = to.a, *b = to.b;
-    Word words[2 * kSide] = {};
-    for (size_t i = 0; i < width; ++i, a += to.a_step, b += to.b_step, group += kSide) {
-        for (size_t r = 0; r < kSide; ++r) words[r] = convert(group[r]);
-        const char* from = reinterpret_cast<const char*>(words);
-        if (to.n == kSide) {
-            std::memcpy(a, from, sizeof(words) / 2);
-            continue;
+    if (to.n == kSide) {
+        for (size_t i = 0; i < width; ++i, a += to.a_step, group += kSide) {
+            Word words[kSide];
+            for (size_t r = 0; r < kSide; ++r) words[r] = convert(group[r]);
+            std::memcpy(a, words, sizeof(words));
         }
-        copy_short(a, from, first);
-        if (to.free) std::memcpy(b, from + first, sizeof(words) / 2);
-        else copy_short(b, from + first, sizeof(words) / 2 - first);
+        return;
+    }
+    // Some numbers first, then where they belong: what was only just written is slow to be read in other pieces.
+    constexpr size_t kMany = 16;
+    Word words[kMany][2 * kSide] = {};
+    for (size_t done = 0; done < width; done += kMany) {
+        const size_t some = std::min(kMany, width - done);
+        for (size_t i = 0; i < some; ++i, group += kSide)
+            for (size_t r = 0; r < kSide; ++r) words[i][r] = convert(group[r]);
+        for (size_t i = 0; i < some; ++i, a += to.a_step, b += to.b_step) {
+            const char* from = reinterpret_cast<const char*>(words[i]);
+            copy_short(a, from, first);
+            if (to.free) std::memcpy(b, from + first, sizeof(Word) * kSide);
+            else copy_short(b, from + first, sizeof(Word) * kSide - first);
+        }
     }
 }
 
@@ -270,7 +285,10 @@ void transform(const float* from, size_t n, const float* matrix, const float* st
     constexpr size_t kMany = 4;
     size_t j = 0;
     for (; j + kMany <= m; j += kMany) transform_some<kMany>(from, n, matrix + j * n, start ? start + j : nullptr, to + j * kSide);
-    for (; j < m; ++j) transform_some<1>(from, n, matrix + j * n, start ? start + j : nullptr, to + j * kSide);
+    const float *rest = matrix + j * n, *first = start ? start + j : nullptr;
+    if (m - j == 3) transform_some<3>(from, n, rest, first, to + j * kSide);
+    else if (m - j == 2) transform_some<2>(from, n, rest, first, to + j * kSide);
+    else if (m - j == 1) transform_some<1>(from, n, rest, first, to + j * kSide);
 }
 
 template <size_t kTogether> int quantise_groups(const float* __restrict z, size_t tokens, const Component& c, float inverse, int32_t* __restrict high, uint8_t* __restrict symbols, uint8_t* __restrict low) {
@@ -306,6 +324,39 @@ int quantise(const float* z, size_t tokens, const Component& c, float inverse, i
     return quantise_groups<1>(z, tokens, c, inverse, high, symbols, low);
 }
 
+// What `quantise` finds of 32 tokens that lie side by side, but for what their nearest symbols are from.
+#if defined(WATERFILL_ISA_avx512)
+inline bool quantise_side(const float* z, const Component& c, float inverse, uint8_t* symbols, uint8_t* low) {
+    const __m512 offset = _mm512_set1_ps(c.offset), times = _mm512_set1_ps(inverse);
+    const __m512i half = _mm512_set1_epi32((1 << c.shift) >> 1), mask = _mm512_set1_epi32((1 << c.shift) - 1), middle = _mm512_set1_epi32(cachegen::kMiddle);
+    const __m512i first = _mm512_set1_epi32(c.first - cachegen::kMiddle), last = _mm512_set1_epi32(c.last - cachegen::kMiddle), shift = _mm512_set1_epi32(int(c.shift));
+    unsigned other = 0;
+    for (size_t i = 0; i < kSide; i += 16) {
+        // To nearest, ties to even; what is no number or too large becomes the least integer, which has no symbol.
+        const __m512i k = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(z + i), offset), times)), half);
+        const __m512i up = _mm512_srav_epi32(k, shift), near = _mm512_min_epi32(_mm512_max_epi32(up, first), last);
+        other |= _mm512_cmpneq_epi32_mask(up, near);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(symbols + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(near, middle)));
+        if (low) _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(_mm512_and_si512(k, mask)));
+    }
+    return other != 0;
+}
+#else
+inline bool quantise_side(const float* z, const Component& c, float inverse, uint8_t* symbols, uint8_t* low) {
+    int32_t high[kSide];
+    return quantise_groups<kSide>(z, kSide, c, inverse, high, symbols, low) != 0;
+}
+#endif
+
+bool quantise_sides(const float* z, const Component* components, size_t n, float inverse, uint8_t* to, const int64_t* columns, const int64_t* lows, bool* others) {
+    bool any = false;
+    for (size_t i = 0; i < n; ++i) {
+        others[i] = quantise_side(z + i * kSide, components[i], inverse, to + columns[i], lows[i] < 0 ? nullptr : to + lows[i]);
+        any |= others[i];
+    }
+    return any;
+}
+
 template <size_t kTogether> void dequantise_groups(const uint8_t* __restrict symbols, const uint8_t* __restrict low, size_t tokens, const Component& c, float step, float* __restrict z) {
     const size_t stride = c.stride;
     const float scale = float(1 << c.shift), half = low ? 0.5f * scale : 0.0f, pull = c.pull;
@@ -331,7 +382,7 @@ void dequantise(const uint8_t* symbols, const uint8_t* low, size_t tokens, const
 }  // namespace
 
 const cachegen::Kernels& cachegen_kernels() {
-    static constexpr cachegen::Kernels kernels{gather, scatter, gather_sides, scatter_sides, turn_group, transform, read, quantise, dequantise};
+    static constexpr cachegen::Kernels kernels{gather, scatter, gather_sides, scatter_sides, turn_group, transform, read, quantise, quantise_sides, dequantise};
     return kernels;
 }
 
