@@ -33,6 +33,7 @@ Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 MAX_BITS = 40
 MAX_ORDER = 32
+MANY = 1 << 12  # fields that are laid out at once
 
 
 def zigzag(values: Any) -> Ints:
@@ -99,14 +100,13 @@ def unpack_unary(data: Bytes, at: int, count: int, most: int) -> tuple[Ints, int
 
 
 def pack_fixed(values: Ints, widths: Ints) -> bytes:
-    """The lowest `widths[i]` bits of each value, highest first."""
-    ends = np.cumsum(widths)
-    bits = np.zeros(int(widths.sum()), np.uint8)
-    # By bit, not by field: memory stays near the number of fields, however wide they are.
-    for weight in range(int(widths.max(initial=0))):
-        wide = np.flatnonzero(widths > weight)
-        bits[ends[wide] - 1 - weight] = values[wide] >> weight & 1
-    return np.packbits(bits).tobytes()
+    """The lowest `widths[i]` bits of each value, at most 64, highest first."""
+    size = _word(widths)
+    found = [
+        np.unpackbits(_rows(values[some].astype(f">u{size}")), axis=1)[_low(widths[some], size)]
+        for some in _slices(widths)
+    ]
+    return np.packbits(np.concatenate(found)).tobytes() if found else b""
 
 
 def unpack_fixed(data: Bytes, at: int, widths: Ints) -> tuple[Ints, int]:
@@ -115,13 +115,37 @@ def unpack_fixed(data: Bytes, at: int, widths: Ints) -> tuple[Ints, int]:
     end = at + (total + 7) // 8
     if end > data.size:
         raise FormatError("packed numbers are cut short")
-    ends = np.cumsum(widths)
-    bits = np.unpackbits(data[at:end], count=total)
+    bits, start, size = np.unpackbits(data[at:end], count=total), 0, _word(widths)
     values = np.zeros(widths.size, np.int64)
-    for weight in range(int(widths.max(initial=0))):
-        wide = np.flatnonzero(widths > weight)
-        values[wide] |= bits[ends[wide] - 1 - weight].astype(np.int64) << weight
+    for some in _slices(widths):
+        low = _low(widths[some], size)
+        laid = np.zeros(low.shape, np.uint8)
+        stop = start + int(widths[some].sum())
+        laid[low] = bits[start:stop]
+        values[some] = np.packbits(laid, axis=1).view(f">u{size}")[:, 0]
+        start = stop
     return values, end
+
+
+def _word(widths: Ints) -> int:
+    """Bytes of the smallest word that has as many bits as the widest field."""
+    most = int(widths.max(initial=0))
+    return 2 if most <= 16 else 4 if most <= 32 else 8
+
+
+def _slices(widths: Ints) -> list[slice]:
+    """Fields few enough that a byte for each of their words' bits is little."""
+    return [slice(at, at + MANY) for at in range(0, widths.size, MANY)]
+
+
+def _rows(words: NDArray[Any]) -> Bytes:
+    """Bytes of each word."""
+    return words.view(np.uint8).reshape(words.size, words.itemsize)
+
+
+def _low(widths: Ints, size: int) -> NDArray[np.bool_]:
+    """Which bits of words of so many bytes are the fields', highest first: (fields, 8 * size)."""
+    return np.arange(8 * size) >= 8 * size - widths[:, None]
 
 
 def pack(values: Ints, order: int) -> bytes:

@@ -9,7 +9,7 @@ IEEE 754 rounds in one way: + - * / and the square root, in a fixed order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,11 +82,13 @@ def quantise(counts: Ints) -> Table:
     missing = TOTAL - freqs.sum(axis=1)
     while missing.any():
         # One step for each row that is off: up where a count gains most bits, down where least.
-        up, down = np.flatnonzero(missing > 0), np.flatnonzero(missing < 0)
-        gain = np.where(rows[up] > 0, rows[up] / (freqs[up] + 0.5), -1.0)
-        freqs[up, gain.argmax(axis=1)] += 1
-        loss = np.where(freqs[down] > 1, rows[down] / np.maximum(freqs[down] - 0.5, 0.5), np.inf)
-        freqs[down, loss.argmin(axis=1)] -= 1
+        if (up := np.flatnonzero(missing > 0)).size:
+            gain = np.where(rows[up] > 0, rows[up] / (freqs[up] + 0.5), -1.0)
+            freqs[up, gain.argmax(axis=1)] += 1
+        if (down := np.flatnonzero(missing < 0)).size:
+            held = freqs[down]
+            loss = np.where(held > 1, rows[down] / np.maximum(held - 0.5, 0.5), np.inf)
+            freqs[down, loss.argmin(axis=1)] -= 1
         missing = TOTAL - freqs.sum(axis=1)
     out: Table = freqs.astype(np.uint16).reshape(np.shape(counts))
     return out
@@ -179,7 +181,7 @@ def _nearest(counts: Ints, alphabet: Alphabet) -> tuple[Ints, Ints]:
     return shape, scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Models:
     """Models of several classes over one alphabet.
 
@@ -188,13 +190,19 @@ class Models:
     freqs : uint16 (classes, A)
     bits : float64 (classes,)
         What each class costs: its payload under the model and the model itself.
-    data : bytes
-        The models as they go in a file.
+    tag, small : int64 (classes,)
+        Kind of each model, and its number where it has one.
     """
 
     freqs: Table
     bits: Floats
-    data: bytes
+    tag: Ints
+    small: Ints
+
+    @cached_property
+    def data(self) -> bytes:
+        """The models as they go in a file."""
+        return _write(self.freqs, self.tag, self.small)
 
 
 def fit(counts: Ints, alphabet: Alphabet | None = None) -> Models:
@@ -222,7 +230,7 @@ def fit(counts: Ints, alphabet: Alphabet | None = None) -> Models:
         won = costs < bits
         freqs[won], bits[won] = candidates[won], costs[won]
         tag[won], small[won] = shape[won], scale[won]
-    return Models(freqs, bits, _write(freqs, tag, small))
+    return Models(freqs, bits, tag, small)
 
 
 def _payload(counts: Ints, freqs: Table) -> Floats:
