@@ -180,15 +180,18 @@ class Listed:
 
 def fit_columns(sample: Sequence[Floats], step: float) -> Columns:
     """Columns for components like a sample: of keys and of values, each float32 (heads, kept, tokens)."""
-    steps = np.concatenate([_side_by_side(z) for z in sample], axis=1) * np.float32(1 / step)
+    steps = np.concatenate([z.reshape(-1, z.shape[2]) for z in sample]) * np.float32(1 / step)
     k = np.rint(np.clip(steps, -REACH, REACH)).astype(np.int32)
-    shifts = _shifts(k)
-    high = np.clip((k + _halves(shifts)) >> shifts, -MIDDLE, MIDDLE - 1) + MIDDLE
-    ids = np.arange(high.shape[1]) * SYMBOLS
-    counts = np.bincount((high + ids).reshape(-1), minlength=high.shape[1] * SYMBOLS)
+    size = np.abs(k)
+    shifts = _shifts(size)
+    k += _halves(shifts)[:, None]
+    k >>= shifts[:, None]
+    np.clip(k, -MIDDLE, MIDDLE - 1, out=k)
+    k += MIDDLE + SYMBOLS * np.arange(len(k), dtype=np.int32)[:, None]
+    counts = np.bincount(k.reshape(-1), minlength=len(k) * SYMBOLS)
     models = (counts.reshape(-1, SYMBOLS) @ bank()[1].T).argmin(axis=1).astype(np.uint8)
     sizes = sample[0].shape[0] * sample[0].shape[1], sample[1].shape[0] * sample[1].shape[1]
-    return Columns(shifts, models, _pulls(steps, k, models), sizes)
+    return Columns(shifts, models, _pulls(np.abs(steps), size, models), sizes)
 
 
 def _side_by_side(z: Floats) -> Floats:
@@ -200,20 +203,24 @@ def _halves(shifts: Bytes) -> Ints:
     return (1 << shifts.astype(np.int32)) >> 1
 
 
-def _shifts(k: Ints) -> Bytes:
-    """Least bits to take away from each component that leave few values beyond the symbols."""
-    size = np.abs(k)
-    shifts = np.zeros(k.shape[1], np.uint8)
+def _shifts(size: Ints) -> Bytes:
+    """Least bits to take away from each component (components, tokens) that leave few beyond the symbols."""
+    shifts, wide = np.zeros(len(size), np.uint8), np.arange(len(size))
     for shift in range(MAX_SHIFT):
-        shifts += (size >= MIDDLE << shift).mean(axis=0) > RARE
+        beyond = np.count_nonzero(size[wide] >= MIDDLE << shift, axis=1)
+        wide = wide[beyond / size.shape[1] > RARE]
+        shifts[wide] += 1
     return shifts
 
 
-def _pulls(steps: Floats, k: Ints, models: Bytes) -> Bytes:
+def _pulls(steps: Floats, size: Ints, models: Bytes) -> Bytes:
     """How far the values of each model lie nearer to zero than their points, on average."""
     ids = np.unique(models, return_inverse=True)[1]
-    total = np.bincount(ids, np.where(k == 0, 0, np.abs(k) - np.abs(steps)).sum(axis=0))
-    number = np.bincount(ids, np.count_nonzero(k, axis=0))
+    some = size != 0
+    nearer = np.subtract(size, steps, dtype=np.float64)
+    nearer *= some
+    total = np.bincount(ids, nearer.sum(axis=1))
+    number = np.bincount(ids, np.count_nonzero(some, axis=1))
     pull = np.rint(PULL * total / np.maximum(number, 1))
     found: Bytes = np.clip(pull, 0, PULL // 2).astype(np.uint8)
     return found

@@ -20,6 +20,7 @@ __all__ = ["Basis", "basis_of", "components_kept"]
 F64 = NDArray[np.float64]
 RIDGE = 1e-4  # of the mean harm: no direction is free
 ALIKE = 100.0  # condition of a basis: beyond, its rows in small integers may be none any more
+SURE = 0.9  # part of it below which no rounding matters
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ def basis_of(covariance: Floats, harm: Floats) -> Basis:
     ridge = RIDGE
     while True:
         basis = _basis(covariance.astype(np.float64), harm + (ridge * mean + 1e-30) * eye)
-        if _condition(basis.synthesis) < ALIKE:
+        if _round(basis):
             return basis
         # Where every direction costs the same, rows are at right angles.
         ridge *= 10
@@ -65,9 +66,19 @@ def _basis(covariance: F64, harm: F64) -> Basis:
     return Basis(analysis, np.linalg.inv(analysis), variances)
 
 
-def _condition(rows: F64) -> float:
-    """Of the worst head, were all rows of the same length."""
-    return float(np.linalg.cond(rows / np.linalg.norm(rows, axis=2, keepdims=True)).max())
+def _round(basis: Basis) -> bool:
+    """Whether the worst head's condition is low enough, were all rows of the same length."""
+    lengths = np.linalg.norm(basis.synthesis, axis=2, keepdims=True)
+    rows, inverse = basis.synthesis / lengths, basis.analysis * lengths.swapaxes(1, 2)
+    # The condition is at most this, and far less work.
+    most = _square(rows) * _square(inverse.swapaxes(1, 2))
+    return bool(most.max() < (SURE * ALIKE) ** 2) or bool(np.linalg.cond(rows).max() < ALIKE)
+
+
+def _square(rows: F64) -> F64:
+    """Of each head, at least the square of the largest singular value: rows times themselves add up to it."""
+    found: F64 = np.abs(rows @ rows.swapaxes(1, 2)).sum(axis=2).max(axis=1)
+    return found
 
 
 def components_kept(coded: NDArray[np.bool_]) -> int:
