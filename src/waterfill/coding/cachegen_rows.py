@@ -43,9 +43,7 @@ class Turn:
 UNTURNED = Turn(NONE, NONE, None, None)
 
 
-def turn_of(
-    first: Any, second: Any, frequencies: F64, positions: NDArray[np.int64]
-) -> Turn:
+def turn_of(first: Any, second: Any, frequencies: F64, positions: NDArray[np.int64]) -> Turn:
     """The rotation to positions, int64 (batch or 1, tokens), at so many radians per token."""
     consecutive = positions.shape[1] > FEW and bool((np.diff(positions) == 1).all())
     cos, sin = (_added if consecutive else _plain)(positions, frequencies)

@@ -5,6 +5,8 @@ A file that another model, tokenizer, text or position made is refused, in a sen
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from waterfill.coding.cachegen_file import Header, Part, PartStream, Reader, par
 from waterfill.coding.cachegen_layer import LayerDecoder, positions_of, read_ids, wanted_at
 from waterfill.coding.cachegen_rows import Turn
 from waterfill.runtime.cache.facts import LayerFacts
-from waterfill.runtime.cache.held.lying import fill
+from waterfill.runtime.cache.held.lying import fill, within
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer
 from waterfill.runtime.cache.naming import as_argument
 from waterfill.runtime.cache.stored.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from waterfill.runtime.cache.cache import KVCache
 
 __all__ = ["CacheStream", "load"]
+
+NUMBERS = 1 << 22  # of chunks of a file that are taken at once
 
 
 class CacheStream:
@@ -119,10 +123,10 @@ class CacheStream:
             self.token_ids = _check_ids(torch.from_numpy(read_ids(data, header)), self)
             return
         assert part.layer is not None
-        layer = header.layers[part.layer]
-        if part.layer not in self._decoders:
-            self._decoders[part.layer] = LayerDecoder(header, layer)
-        decoder = self._decoders[part.layer]
+        if part.kind == "chunk":
+            self.take_chunks([part], lambda _: data)
+            return
+        decoder = self._decoder(part.layer)
         if part.kind == "table":
             decoder.table(data)
         elif part.kind == "first":
@@ -130,18 +134,55 @@ class CacheStream:
             first = decoder.first(data)
             if first is not None:
                 self._restore(part.layer, _tensors(first, header.dtype))
-        elif part.kind == "models":
+        else:
             assert part.level is not None
             decoder.models(data, part.level)
-        else:
-            assert part.chunk is not None and part.level is not None
-            self._chunk(part.layer, data, part.level, part.chunk)
-        last = header.chunks(layer)
-        if (part.kind == "chunk" and part.chunk == last[-1]) or (
-            part.kind == "models" and not last
-        ):
-            self._ready = part.layer + 1
-            del self._decoders[part.layer]
+            if not header.chunks(decoder.layer):
+                self._finish(part.layer)
+
+    def take_chunks(self, parts: Sequence[Part], read: Callable[[Part], bytes]) -> None:
+        """As `take`, of consecutive chunks of a layer, each read when it is its turn."""
+        number = parts[0].layer
+        assert number is not None
+        decoder = self._decoder(number)
+        header, layer = decoder.header, decoder.layer
+        spans = [header.span(layer, _chunk(part)) for part in parts]
+        start, stop = spans[0][0], spans[-1][1]
+
+        def write(runs: list[Pair]) -> None:
+            words = [(words_of(keys), words_of(values)) for keys, values in runs]
+            for part, (first, last) in zip(parts, spans, strict=True):
+                low, high, data = first - start, last - start, read(part)
+                assert part.level is not None
+                if header.levels[part.level].step is None:
+                    pair = _tensors(decoder.exact(data, _chunk(part)), header.dtype)
+                    fill(pair, within(runs, low, high))
+                else:
+                    keys, values = zip(*within(words, low, high), strict=True)
+                    turn = self._turn(decoder, _chunk(part))
+                    decoder.coded_to(data, part.level, turn, (keys, values))
+
+        self._layer(number).receive(header.batch, stop - start, write)
+        if _chunk(parts[-1]) == header.chunks(layer)[-1]:
+            self._finish(number)
+
+    def _decoder(self, number: int) -> LayerDecoder:
+        header = self._header
+        assert header is not None
+        if number not in self._decoders:
+            self._decoders[number] = LayerDecoder(header, header.layers[number])
+        return self._decoders[number]
+
+    def _finish(self, number: int) -> None:
+        """A layer is complete."""
+        self._ready = number + 1
+        del self._decoders[number]
+
+    def _turn(self, decoder: LayerDecoder, chunk: int) -> Turn:
+        key = decoder.layer.rotation, decoder.header.span(decoder.layer, chunk)
+        if key not in self._turns:
+            self._turns[key] = decoder.turn(chunk)
+        return self._turns[key]
 
     @torch.no_grad()
     def recompute(self, stop: int) -> None:
@@ -159,24 +200,6 @@ class CacheStream:
             **as_argument(model, cache),
             use_cache=True,
         )
-
-    def _chunk(self, number: int, data: bytes, level: int, chunk: int) -> None:
-        decoder = self._decoders[number]
-        header, layer = decoder.header, decoder.layer
-        first, stop = span = header.span(layer, chunk)
-        if header.levels[level].step is None:
-            pair = _tensors(decoder.exact(data, chunk), header.dtype)
-            self._layer(number).receive(header.batch, stop - first, lambda runs: fill(pair, runs))
-            return
-        key = layer.rotation, span
-        if key not in self._turns:
-            self._turns[key] = decoder.turn(chunk)
-
-        def write(runs: list[Pair]) -> None:
-            keys, values = ([words_of(x) for x in some] for some in zip(*runs, strict=True))
-            decoder.coded_to(data, level, self._turns[key], (keys, values))
-
-        self._layer(number).receive(header.batch, stop - first, write)
 
     def _facts(self, index: int) -> LayerFacts:
         facts = self.cache.facts[index]
@@ -201,12 +224,32 @@ class CacheStream:
 def load(path: Path, stream: CacheStream) -> KVCache:
     """All of a file that a stream wants, without reading the rest."""
     with Reader(path) as reader:
-        stream.open(reader.header)
+        header = reader.header
+        stream.open(header)
         wanted = wanted_at(stream.level)
-        for part in parts_of(reader.header):
-            if wanted(reader.header, part):
-                stream.take(part, reader.read(part))
+        parts = (part for part in parts_of(header) if wanted(header, part))
+        for (kind, _), some in groupby(parts, lambda part: (part.kind, part.layer)):
+            if kind == "chunk":
+                for together in _batches(header, list(some)):
+                    stream.take_chunks(together, reader.read)
+            else:
+                for part in some:
+                    stream.take(part, reader.read(part))
     return stream.cache
+
+
+def _batches(header: Header, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+    """Chunks of a layer, as many at a time as room may be asked for before they are read."""
+    layer = parts[0].layer
+    assert layer is not None
+    numbers = header.batch * header.chunk * header.layers[layer].numbers
+    some = max(1, NUMBERS // numbers)
+    return (parts[at : at + some] for at in range(0, len(parts), some))
+
+
+def _chunk(part: Part) -> int:
+    assert part.chunk is not None
+    return part.chunk
 
 
 def _rows(values: Any) -> torch.Tensor:
