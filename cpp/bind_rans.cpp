@@ -30,17 +30,25 @@ void require_known(const uint8_t* classes, size_t cols, size_t known) {
         if (classes[i] >= known) throw std::invalid_argument("rANS: a class without a model");
 }
 
+// Coded pieces as one object of Python's, each copied once.
+nb::bytes bytes_of(rans::Pieces pieces) {
+    nb::object made = nb::steal<nb::object>(PyBytes_FromStringAndSize(nullptr, Py_ssize_t(pieces.nbytes())));
+    if (!made) nb::raise_python_error();
+    pieces.move_to(PyBytes_AsString(made.ptr()));
+    return nb::borrow<nb::bytes>(made);
+}
+
 nb::bytes encode(const Matrix& symbols, const std::optional<Bytes>& classes, const Table& table, unsigned lanes, unsigned threads) {
     const size_t rows = symbols.shape(0), cols = symbols.shape(1);
     const uint8_t* ids = columns(classes, cols);
     require_known(ids, cols, table.shape(0));
     const waterfill::Isa isa = waterfill::chosen_isa();
-    std::string out;
+    rans::Pieces out;
     {
         nb::gil_scoped_release release;
-        out = rans::encode({symbols.data(), rows, cols, ids}, {table.data(), table.shape(0), table.shape(1)}, lanes, threads, isa);
+        out = rans::encode_pieces({symbols.data(), rows, cols, ids}, {table.data(), table.shape(0), table.shape(1)}, lanes, threads, isa);
     }
-    return nb::bytes(out.data(), out.size());
+    return bytes_of(std::move(out));
 }
 
 void decode(const Bytes& data, const Out& out, const std::optional<Bytes>& classes, const Table& table,
@@ -59,12 +67,12 @@ nb::bytes encode_known(const RansModels& models, const Matrix& symbols, const st
     const uint8_t* ids = columns(classes, cols);
     require_known(ids, cols, models.classes);
     const waterfill::Isa isa = waterfill::chosen_isa();
-    std::string out;
+    rans::Pieces out;
     {
         nb::gil_scoped_release release;
-        out = rans::encode({symbols.data(), rows, cols, ids}, models.encoder, lanes, threads, isa);
+        out = rans::encode_pieces({symbols.data(), rows, cols, ids}, models.encoder, lanes, threads, isa);
     }
-    return nb::bytes(out.data(), out.size());
+    return bytes_of(std::move(out));
 }
 
 void decode_known(const RansModels& models, const Bytes& data, const Out& out, const std::optional<Bytes>& classes, unsigned threads) {

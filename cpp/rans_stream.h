@@ -164,20 +164,24 @@ inline std::string joined(Pieces pieces) {
     return out;
 }
 
-inline std::string encode(const Symbols& in, const Encoder& encoder, size_t lanes, unsigned threads, Isa isa) {
+inline Pieces encode_pieces(const Symbols& in, const Encoder& encoder, size_t lanes, unsigned threads, Isa isa) {
     log2_of(lanes);
     if (in.rows == 0 || in.cols == 0) return {};
-    return joined(encode_blocks(geometry_for(in.rows, in.cols, lanes), 1, threads, [&](const Geometry::Part& part, uint32_t* states, uint16_t* words_end) {
+    return encode_blocks(geometry_for(in.rows, in.cols, lanes), 1, threads, [&](const Geometry::Part& part, uint32_t* states, uint16_t* words_end) {
         const size_t n = kernels_for(isa).encode_block({&encoder.tables(), in.values + part.row * in.cols + part.col, in.cols, part.rows, part.cols,
                                                         unsigned(lanes), in.classes ? in.classes + part.col : nullptr, states, words_end});
         if (n == SIZE_MAX) throw std::invalid_argument("rANS: a symbol that its class's model does not know");
         return n;
-    }));
+    });
+}
+
+inline Pieces encode_pieces(const Symbols& in, const Frequencies& frequencies, size_t lanes, unsigned threads, Isa isa) {
+    log2_of(lanes);
+    return in.rows == 0 || in.cols == 0 ? Pieces() : encode_pieces(in, Encoder(frequencies), lanes, threads, isa);
 }
 
 inline std::string encode(const Symbols& in, const Frequencies& frequencies, size_t lanes, unsigned threads, Isa isa) {
-    log2_of(lanes);
-    return in.rows == 0 || in.cols == 0 ? std::string() : encode(in, Encoder(frequencies), lanes, threads, isa);
+    return joined(encode_pieces(in, frequencies, lanes, threads, isa));
 }
 
 // Where the blocks of a stream lie: every length checked against the stream's.

@@ -373,7 +373,7 @@ def decode_chunk(
 
 def read_chunk(data: bytes, tokens: int, columns: Columns) -> tuple[Bytes, list[Listed]]:
     """Symbols (tokens, columns) as they are coded, and what has none, of keys and of values."""
-    packed, *streams = (np.frombuffer(part, np.uint8) for part in split(data, 3))
+    packed, *streams = (np.frombuffer(part, np.uint8) for part in split(memoryview(data), 3))
     components = sum(columns.sizes)
     places, over = _read_list(packed, tokens * components)
     symbols = np.empty((tokens, columns.classes.size), np.uint8)

@@ -12,15 +12,15 @@ Buffer = TypeVar("Buffer", bytes, memoryview)
 
 def join(sections: Sequence[bytes]) -> bytes:
     """Concatenate, each but the last preceded by its length."""
-    out = bytearray()
+    out = []
     for section in sections[:-1]:
-        length = len(section)
+        length, prefix = len(section), bytearray()
         while length >= 0x80:
-            out.append(length & 0x7F | 0x80)
+            prefix.append(length & 0x7F | 0x80)
             length >>= 7
-        out.append(length)
-        out += section
-    return bytes(out) + sections[-1]
+        prefix.append(length)
+        out += [prefix, section]
+    return b"".join([*out, sections[-1]])
 
 
 def split(data: Buffer, count: int) -> list[Buffer]:
