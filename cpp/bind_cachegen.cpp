@@ -17,12 +17,21 @@ namespace {
 
 using namespace cachegen;
 
-void read_rows(const Words& words, const char* dtype, const Places& first, const Places& second, const Angles& cos, const Angles& sin, const Cube<float>& out) {
-    const Rows rows(words, dtype, out.shape(0), out.shape(1), out.shape(2), cos, sin, first.shape(0));
-    const auto pairs = pairs_of(first, second, rows.width);
-    const auto run = kernels().read;
+using Doubles = nb::ndarray<const double, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+// Positions first, first + 1, ..: of each a base's angles, every `few` one's, and so many more.
+void angles(int64_t first, const Vector<const double>& frequencies, const Doubles& bases, const Doubles& more, const Matrix<float>& cos, const Matrix<float>& sin) {
+    const size_t pairs = frequencies.shape(0), few = more.shape(1), tokens = cos.shape(0);
+    require(bases.shape(0) == 3 && more.shape(0) == 3 && bases.shape(2) == pairs && more.shape(2) == pairs && cos.shape(1) == pairs && sin.shape(1) == pairs && sin.shape(0) == tokens, "cachegen: angles that do not fit");
+    require(few > 0 && bases.shape(1) >= (tokens + few - 1) / few, "cachegen: a base for each of so many tokens");
+    const auto of = [pairs](const Doubles& x, size_t i) {
+        const size_t all = x.shape(1) * pairs;
+        return Angle{x.data() + i * pairs, x.data() + all + i * pairs, x.data() + 2 * all + i * pairs};
+    };
+    const auto run = kernels().add_angles;
     nb::gil_scoped_release release;
-    rows.each(words, [&](const char* at, size_t to, size_t, const float* c, const float* s) { run(at, rows.format, rows.width, pairs, c, s, out.data() + to); });
+    for (size_t t = 0; t < tokens; ++t)
+        run(of(bases, t / few), of(more, t % few), frequencies.data(), double(first + int64_t(t)), pairs, cos.data() + t * pairs, sin.data() + t * pairs);
 }
 
 std::pair<Owned<int64_t>, Owned<int32_t>> quantise(
@@ -85,7 +94,7 @@ void dequantise(const Matrix<const uint8_t>& symbols, float step, const Vector<c
 }  // namespace
 
 void bind_cachegen(nb::module_& m) {
-    m.def("cachegen_read", &read_rows, "words"_a, "dtype"_a, "first"_a.noconvert(), "second"_a.noconvert(), "cos"_a.none().noconvert(), "sin"_a.none().noconvert(), "out"_a.noconvert(), "Rows of keys or values to floats, turned.");
+    m.def("cachegen_angles", &angles, "first"_a, "frequencies"_a.noconvert(), "bases"_a.noconvert(), "more"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "Cosines and sines of consecutive positions' angles.");
     m.def("cachegen_quantise", &quantise, "z"_a.noconvert(), "offset"_a.noconvert(), "inverse"_a, "shift"_a.noconvert(), "first"_a.noconvert(), "last"_a.noconvert(), "column"_a.noconvert(), "wide"_a.noconvert(), "low_column"_a.noconvert(), "together"_a, "out"_a.noconvert(), "Components to columns of symbols, and what has no symbol.");
     m.def("cachegen_dequantise", &dequantise, "symbols"_a.noconvert(), "step"_a, "shift"_a.noconvert(), "pull"_a.noconvert(), "column"_a.noconvert(), "wide"_a.noconvert(), "low_column"_a.noconvert(), "places"_a.noconvert(), "over"_a.noconvert(), "together"_a, "out"_a.noconvert(), "Inverse of cachegen_quantise.");
 }

@@ -17,7 +17,6 @@ namespace nb = nanobind;
 
 template <class T> using Cube = nb::ndarray<T, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 template <class T> using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Words = nb::ndarray<nb::ndim<4>, nb::device::cpu>;
 using Angles = std::optional<Cube<const float>>;  // (batch or 1, tokens, pairs)
 using Places = Vector<const int32_t>;
 
@@ -33,23 +32,12 @@ inline void require(bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(what);
 }
 
-inline bool counts_up(const int32_t* x, size_t n) {
-    for (size_t i = 1; i < n; ++i)
-        if (x[i] != x[0] + int32_t(i)) return false;
-    return n > 0;
-}
-
 inline Pairs pairs_of(const Places& first, const Places& second, size_t width) {
     const size_t n = first.shape(0);
     require(second.shape(0) == n, "cachegen: pairs have two members");
     for (size_t i = 0; i < n; ++i)
         require(size_t(first.data()[i]) < width && size_t(second.data()[i]) < width && first.data()[i] >= 0 && second.data()[i] >= 0, "cachegen: a pair beyond the width");
-    bool run = counts_up(first.data(), n) && counts_up(second.data(), n);
-    if (run) {
-        const int32_t gap = first.data()[0] - second.data()[0];
-        run = size_t(gap < 0 ? -gap : gap) >= n;
-    }
-    return {first.data(), second.data(), n, run};
+    return {first.data(), second.data(), n};
 }
 
 // Words (batch, heads, tokens, width) beside floats (heads, batch * tokens, width).
@@ -58,11 +46,6 @@ struct Rows {
     Float format;
     const float *cos, *sin;
     size_t pairs, turned;  // numbers of a row's angles; of a batch's, 0 where rows share them
-
-    Rows(const Words& words, const char* dtype, size_t h, size_t rows, size_t w, const Angles& c, const Angles& s, size_t n) : Rows(words.shape(0), words.shape(1), words.shape(2), words.shape(3), dtype, h, rows, w, c, s, n) {
-        require(words.itemsize() == size(), "cachegen: words of another size");
-        require(width == 0 || words.stride(3) == 1, "cachegen: rows that do not lie in one piece");
-    }
 
     Rows(size_t b, size_t hs, size_t ts, size_t ws, const char* dtype, size_t h, size_t rows, size_t w, const Angles& c, const Angles& s, size_t n)
         : batch(b), heads(hs), tokens(ts), width(ws), format(float_named(dtype)), cos(nullptr), sin(nullptr), pairs(n), turned(0) {
@@ -73,18 +56,6 @@ struct Rows {
     }
 
     size_t size() const { return format == Float::f32 ? 4 : 2; }
-
-    template <class Do> void each(const Words& words, Do&& run) const {
-        char* base = static_cast<char*>(words.data());
-        const int64_t size = format == Float::f32 ? 4 : 2;
-        for (size_t h = 0; h < heads; ++h)
-            for (size_t b = 0; b < batch; ++b)
-                for (size_t t = 0; t < tokens; ++t) {
-                    char* at = base + size * (int64_t(b) * words.stride(0) + int64_t(h) * words.stride(1) + int64_t(t) * words.stride(2));
-                    const size_t angle = b * turned + t * pairs;
-                    run(at, ((h * batch + b) * tokens + t) * width, h, cos ? cos + angle : nullptr, cos ? sin + angle : nullptr);
-                }
-    }
 };
 
 // Columns of all components: of each its own, and of some, `wide`, one of low bits. So many tokens of a

@@ -151,6 +151,25 @@ struct Symbols {
     size_t place(size_t first, int32_t column) const { return first * columns + size_t(column) * together(first); }
 };
 
+void read_rows(const Runs& words, const char* dtype, const Ints& first_of, const Ints& second_of, const Angles& cos, const Angles& sin, const Cube<float>& out) {
+    const Rows rows = rows_of(words, dtype, out.shape(0), out.shape(1), out.shape(2), cos, sin, first_of.shape(0));
+    const Pairs pairs = pairs_of(first_of, second_of, rows.width);
+    const Kernels& run = kernels();
+    Aligned<float> x(rows.width * kTogether);
+    nb::gil_scoped_release release;
+    Group group(rows, words, pairs.count);
+    for (size_t at = 0; at < out.shape(1); at += kTogether) {
+        group.next();
+        for (size_t h = 0; h < rows.heads; ++h) {
+            group.read(run, h, x.data());
+            group.turn(run, pairs, x.data());
+            void* places[kTogether];
+            for (size_t r = 0; r < group.count; ++r) places[r] = out.data() + (h * out.shape(1) + at + r) * rows.width;
+            run.scatter(x.data(), group.count, Float::f32, rows.width, places);
+        }
+    }
+}
+
 std::pair<Owned<int64_t>, Owned<int32_t>> encode_rows(
     const Runs& words, const char* dtype, const Ints& first_of, const Ints& second_of, const Angles& cos, const Angles& sin, const Cube<const float>& analysis,
     const Floats& offset, float inverse, const Shifts& shift, const Ints& first, const Ints& last, const Ints& column, const Ints& wide, const Ints& low_column, const Matrix<uint8_t>& out) {
@@ -244,6 +263,7 @@ void decode_rows(
 }  // namespace
 
 void bind_cachegen_rows(nb::module_& m) {
+    m.def("cachegen_read", &read_rows, "words"_a, "dtype"_a, "first_of"_a.noconvert(), "second_of"_a.noconvert(), "cos"_a.none().noconvert(), "sin"_a.none().noconvert(), "out"_a.noconvert(), "Rows of words to floats, turned.");
     m.def("cachegen_encode", &encode_rows, "words"_a, "dtype"_a, "first_of"_a.noconvert(), "second_of"_a.noconvert(), "cos"_a.none().noconvert(), "sin"_a.none().noconvert(), "analysis"_a.noconvert(), "offset"_a.noconvert(), "inverse"_a, "shift"_a.noconvert(), "first"_a.noconvert(), "last"_a.noconvert(), "column"_a.noconvert(), "wide"_a.noconvert(), "low_column"_a.noconvert(), "out"_a.noconvert(), "Rows of words to columns of symbols, and what has no symbol.");
     m.def("cachegen_decode", &decode_rows, "coded"_a.noconvert(), "step"_a, "shift"_a.noconvert(), "pull"_a.noconvert(), "column"_a.noconvert(), "wide"_a.noconvert(), "low_column"_a.noconvert(), "places"_a.noconvert(), "over"_a.noconvert(), "synthesis"_a.noconvert(), "mean"_a.noconvert(), "dtype"_a, "first_of"_a.noconvert(), "second_of"_a.noconvert(), "cos"_a.none().noconvert(), "sin"_a.none().noconvert(), "out"_a, "Inverse of cachegen_encode.");
 }

@@ -8,12 +8,14 @@
 
 namespace waterfill::cachegen {
 
-// Pairs of dimensions that turn together; `run` where each of the two lists counts up by one.
+// Pairs of dimensions that turn together.
 struct Pairs {
     const int32_t *first, *second;
     size_t count;
-    bool run;
 };
+
+// Of each pair: an angle, its cosine and its sine.
+struct Angle { const double *angle, *cos, *sin; };
 
 // How a component becomes symbols. Tokens of a column lie `together` side by side, `stride` bytes from
 // one such group to the next.
@@ -48,12 +50,12 @@ struct Kernels {
     // As these two of 32 rows whose number i lies side by side.
     void (*gather_sides)(const Sides& from, Float format, size_t width, char* spare, float* group);
     void (*scatter_sides)(const float* group, Float format, size_t width, const Sides& to);
+    // Cosines and sines of a position's angles, each a base and some more and what these are missing.
+    void (*add_angles)(const Angle& base, const Angle& more, const double* frequencies, double position, size_t pairs, float* cos, float* sin);
     // A group's rows turned by [pair][32] cosines and sines.
     void (*turn)(float* group, const Pairs& pairs, const float* cos, const float* sin);
     // A group of n numbers to one of m: number j is start[j] (null: 0) plus the sum over i, in order, of matrix[j * n + i] times number i.
     void (*transform)(const float* from, size_t n, const float* matrix, const float* start, size_t m, float* to);
-    // A row to float, then turned by these cosines and sines (null: not).
-    void (*read)(const void* from, Float format, size_t width, const Pairs& pairs, const float* cos, const float* sin, float* to);
     // A component of all tokens in whole steps: what is above the low bits, the nearest symbols, the low bits
     // (null: it has none). Bit 0 of the result: some have no symbol of their own; bit 1: some are too far from
     // zero, or no numbers.

@@ -51,32 +51,6 @@ inline uint16_t to_bfloat(float x) {
     return uint16_t((b & 0x7fffffffu) > 0x7f800000u ? (b >> 16 | 0x40) : rounded);
 }
 
-void turn(float* x, const Pairs& pairs, const float* cos, const float* sin) {
-    if (pairs.run) {
-        float *__restrict a = x + pairs.first[0], *__restrict b = x + pairs.second[0];
-        for (size_t i = 0; i < pairs.count; ++i) {
-            const float u = a[i], v = b[i];
-            a[i] = u * cos[i] - v * sin[i];
-            b[i] = u * sin[i] + v * cos[i];
-        }
-        return;
-    }
-    for (size_t i = 0; i < pairs.count; ++i) {
-        float &a = x[pairs.first[i]], &b = x[pairs.second[i]];
-        const float u = a, v = b;
-        a = u * cos[i] - v * sin[i];
-        b = u * sin[i] + v * cos[i];
-    }
-}
-
-void read(const void* from, Float format, size_t width, const Pairs& pairs, const float* cos, const float* sin, float* __restrict to) {
-    const uint16_t* words = static_cast<const uint16_t*>(from);
-    if (format == Float::f32) std::memcpy(to, from, 4 * width);
-    else if (format == Float::bf16) for (size_t i = 0; i < width; ++i) to[i] = float_of(uint32_t(words[i]) << 16);
-    else for (size_t i = 0; i < width; ++i) to[i] = from_half(words[i]);
-    if (cos) turn(to, pairs, cos, sin);
-}
-
 constexpr size_t kSide = cachegen::kTogether;
 
 // Eight rows of eight words, in place, to eight columns.
@@ -231,6 +205,15 @@ void scatter_sides(const float* group, Float format, size_t width, const cachege
     else scatter_beside<uint16_t>(group, width, to, [](float x) { return to_half(x); });
 }
 
+void add_angles(const cachegen::Angle& base, const cachegen::Angle& more, const double* frequencies, double position, size_t pairs, float* __restrict cos, float* __restrict sin) {
+    for (size_t p = 0; p < pairs; ++p) {
+        const double c = base.cos[p] * more.cos[p] - base.sin[p] * more.sin[p], s = base.cos[p] * more.sin[p] + base.sin[p] * more.cos[p];
+        const double missing = position * frequencies[p] - base.angle[p] - more.angle[p];
+        cos[p] = float(c - missing * s);
+        sin[p] = float(s + c * missing);
+    }
+}
+
 void turn_group(float* group, const Pairs& pairs, const float* cos, const float* sin) {
     for (size_t p = 0; p < pairs.count; ++p, cos += kSide, sin += kSide) {
         float *__restrict a = group + size_t(pairs.first[p]) * kSide, *__restrict b = group + size_t(pairs.second[p]) * kSide;
@@ -382,7 +365,7 @@ void dequantise(const uint8_t* symbols, const uint8_t* low, size_t tokens, const
 }  // namespace
 
 const cachegen::Kernels& cachegen_kernels() {
-    static constexpr cachegen::Kernels kernels{gather, scatter, gather_sides, scatter_sides, turn_group, transform, read, quantise, quantise_sides, dequantise};
+    static constexpr cachegen::Kernels kernels{gather, scatter, gather_sides, scatter_sides, add_angles, turn_group, transform, quantise, quantise_sides, dequantise};
     return kernels;
 }
 

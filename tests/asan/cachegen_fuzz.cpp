@@ -30,7 +30,7 @@ std::vector<float> floats(size_t n) {
     return x;
 }
 
-bool same(const std::vector<float>& a, const std::vector<float>& b) { return std::memcmp(a.data(), b.data(), 4 * a.size()) == 0; }
+bool same(const std::vector<float>& a, const std::vector<float>& b) { return a.empty() || std::memcmp(a.data(), b.data(), 4 * a.size()) == 0; }
 
 // What one kernel makes of a case; buffers are its own.
 struct Case {
@@ -56,11 +56,11 @@ struct Case {
     }
 
     struct Found {
-        std::vector<float> z, points;
-        std::vector<uint8_t> words, symbols;
+        std::vector<float> z, points, turned;
+        std::vector<uint8_t> words, symbols, sides;
         std::vector<int32_t> high;
         int flags = 0;
-        bool operator==(const Found& o) const { return same(z, o.z) && same(points, o.points) && words == o.words && symbols == o.symbols && high == o.high && flags == o.flags; }
+        bool operator==(const Found& o) const { return same(z, o.z) && same(points, o.points) && words == o.words && symbols == o.symbols && sides == o.sides && same(turned, o.turned) && high == o.high && flags == o.flags; }
     };
 
     Found run(const Kernels& k) const {
@@ -78,13 +78,19 @@ struct Case {
         Found found;
         std::vector<float> group(width * kTogether);
         k.gather(at.data(), count, format, width, group.data());
-        k.turn(group.data(), {first.data(), second.data(), first.size(), true}, angles.data(), angles.data() + first.size() * kTogether);
+        k.turn(group.data(), {first.data(), second.data(), first.size()}, angles.data(), angles.data() + first.size() * kTogether);
         found.z.resize(kept * kTogether);
         k.transform(group.data(), width, matrix.data(), nullptr, kept, found.z.data());
         found.symbols.assign(2 * count * columns, 0);
         found.high.assign(count, 0);
         uint8_t* out = found.symbols.data();
         found.flags = k.quantise(found.z.data(), count, component, 3.0f, found.high.data(), out, low ? out + count * columns : nullptr);
+        if (count == kTogether) run_sides(k, found);
+        const size_t pairs = first.size();
+        const std::vector<double> some(angles.begin(), angles.begin() + std::ptrdiff_t(3 * pairs));
+        const Angle angle{some.data(), some.data() + pairs, some.data() + 2 * pairs};
+        found.turned.resize(2 * pairs);
+        k.add_angles(angle, angle, some.data(), 17.0, pairs, found.turned.data(), found.turned.data() + pairs);
         found.points.resize(count);
         k.dequantise(bytes.data(), low ? bytes.data() + count * columns : nullptr, count, component, 0.125f, found.points.data());
         std::vector<float> back(width * kTogether);
@@ -92,6 +98,38 @@ struct Case {
         k.scatter(back.data(), count, format, width, at.data());
         for (const auto& row : rows) found.words.insert(found.words.end(), row.get(), row.get() + size * width);
         return found;
+    }
+
+    // All components of a group at once: as one by one.
+    void run_sides(const Kernels& k, Found& found) const {
+        const std::vector<Component> each(kept, component);
+        std::vector<int64_t> at(kept), lows(kept, -1);
+        for (size_t i = 0; i < kept; ++i) {
+            at[i] = int64_t(2 * i * kTogether);
+            if (low) lows[i] = at[i] + int64_t(kTogether);
+        }
+        const std::unique_ptr<bool[]> others(new bool[kept]);
+        found.sides.assign(2 * kept * kTogether, 0);
+        const bool any = k.quantise_sides(found.z.data(), each.data(), kept, 3.0f, found.sides.data(), at.data(), lows.data(), others.get());
+        bool seen = false;
+        for (size_t i = 0; i < kept; ++i) {
+            std::vector<int32_t> high(kTogether);
+            std::vector<uint8_t> symbols(2 * kTogether);
+            Component one = component;
+            one.stride = kTogether;
+            const int flags = k.quantise(found.z.data() + i * kTogether, kTogether, one, 3.0f, high.data(), symbols.data(), low ? symbols.data() + kTogether : nullptr);
+            const bool alike = flags || std::memcmp(symbols.data(), found.sides.data() + at[i], low ? 2 * kTogether : kTogether) == 0;
+            if (others[i] != (flags != 0) || !alike) {
+                std::printf("a component of many is another alone\n");
+                std::exit(1);
+            }
+            if (flags) std::memset(found.sides.data() + at[i], 0, 2 * kTogether);  // counts for nothing
+            seen |= flags != 0;
+        }
+        if (seen != any) {
+            std::printf("none or some have no symbol\n");
+            std::exit(1);
+        }
     }
 };
 

@@ -9,7 +9,7 @@ import numpy as np
 from waterfill.coding import lossless
 from waterfill.coding.cachegen import analysis_of, components, fit_table, pack_table
 from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer
-from waterfill.coding.cachegen_rows import read_rows, turn_of
+from waterfill.coding.cachegen_rows import one_run, read_rows, turn_of
 from waterfill.coding.cachegen_symbols import encode_chunk, fit_columns, pack_columns
 from waterfill.coding.components import basis_of
 from waterfill.coding.sections import join
@@ -57,9 +57,11 @@ def write(path: Path, of: Header) -> None:
                 (0, 1), (2, 3), np.array(ROTATION.frequencies), np.arange(3, 3 + TOKENS)[None]
             )
             plain = (
-                read_rows(keys, "F32", turn.back) if layer.rotation == 0 else read_rows(keys, "F32")
+                read_rows(one_run(keys), "F32", turn.back)
+                if layer.rotation == 0
+                else read_rows(one_run(keys), "F32")
             )
-            z = components(plain, analysis), components(read_rows(values, "F32"), analysis)
+            z = components(plain, analysis), components(read_rows(one_run(values), "F32"), analysis)
             columns = {}
             for level in of.levels:
                 if level.step is not None:
@@ -89,7 +91,7 @@ def write_example(path: Path) -> None:
     basis = basis_of(np.diag([4, 1]).astype(np.float32)[None], eye)
     table = fit_table(np.zeros((1, 2), np.float32), basis, 0.5)
     analysis, offset = analysis_of(table, eye), np.zeros(2, np.float32)
-    z = [components(read_rows(x[:, :, 1:], "F32"), analysis) for x in (keys, values)]
+    z = [components(read_rows(one_run(x[:, :, 1:]), "F32"), analysis) for x in (keys, values)]
     columns = fit_columns([x[:, :, :1] for x in z], 0.5)
     with Writer(path, of) as writer:
         writer.add(np.array([7, 8, 9], "<u4").tobytes())

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.coding import cache_arrays
 from waterfill.coding.cachegen import analysis_of, fit_table, pack_table, read_table
 from waterfill.coding.cachegen import components as to_components
-from waterfill.coding.cachegen_chunk import Basis, decode_rows, encode_rows, one_run
+from waterfill.coding.cachegen_chunk import Basis, decode_rows, encode_rows
 from waterfill.coding.cachegen_file import Header, Level, Part, PartStream, Reader, parts_of
 from waterfill.coding.cachegen_layer import positions_of, read_layers
-from waterfill.coding.cachegen_rows import UNTURNED, read_rows, turn_of, write_rows
+from waterfill.coding.cachegen_rows import UNTURNED, one_run, read_rows, turn_of, write_rows
 from waterfill.coding.cachegen_symbols import (
     decode_chunk,
     encode_chunk,
@@ -156,15 +156,28 @@ def test_rows_turn_and_come_back(either: str, dtype: str) -> None:
     x.reshape(-1)[:4] = 6e-6, -3e-8, 65504, 0
     words = from_float32(x, dtype)
     turn = turn_of((5, 1, 3), (0, 2, 6), np.array([1.0, 0.1, 0.01]), rng.integers(0, 999, (2, 19)))
-    plain = read_rows(words, dtype)
+    plain = read_rows(one_run(words), dtype)
     np.testing.assert_array_equal(
         plain.reshape(3, 2, 19, 8).swapaxes(0, 1), to_float32(words, dtype)
     )
     turned = write_rows(plain, "F32", x.shape, turn)
-    back = read_rows(turned, "F32", turn.back)
+    back = read_rows(one_run(turned), "F32", turn.back)
     np.testing.assert_allclose(back, plain, rtol=1e-5, atol=1e-5 * 65504)
     assert not np.allclose(turned[1], x[1], atol=0.1)
     np.testing.assert_array_equal(write_rows(plain, dtype, x.shape), words)
+
+
+@pytest.mark.parametrize("start", [0, -7, 60, 1_000_003])
+def test_consecutive_positions_turn_as_each_alone(either: str, start: int) -> None:
+    positions = start + np.arange(1500) + np.array([[0], [31]])
+    frequencies = 1e4 ** (-np.arange(16) / 16)
+    together = turn_of(range(16), range(16, 32), frequencies, positions)
+    assert together.cos is not None and together.sin is not None
+    angles = positions[..., None] * frequencies
+    for found, truth in ((together.cos, np.cos(angles)), (together.sin, np.sin(angles))):
+        assert found.shape == truth.shape
+        assert (found != truth.astype(np.float32)).mean() < 1e-4
+        np.testing.assert_allclose(found, truth, rtol=0, atol=6e-8)
 
 
 def test_a_table_is_what_its_bytes_say_and_its_analysis_undoes_it() -> None:
@@ -277,6 +290,7 @@ def test_a_stream_in_odd_pieces_gives_the_same_parts(cuts: list[int]) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(at=st.integers(0, 10_000), junk=st.binary(min_size=1, max_size=6), level=st.integers(0, 2))
+@example(at=502, junk=b"\x00\x00\x00~", level=0)  # rows too large for a float
 def test_parts_that_lie_are_refused_or_decoded(at: int, junk: bytes, level: int) -> None:
     # As an attacker would write them: with checksums that hold.
     from waterfill.coding.cachegen_layer import LayerDecoder

@@ -24,6 +24,7 @@ __all__ = ["LEAST", "Table", "analysis_of", "components", "fit_table", "pack_tab
 
 F64 = NDArray[np.float64]
 TOP = 31  # of the integers that rows are made of
+LARGEST = np.finfo(np.float32).max / TOP  # unit of rows that are finite
 LEAST = 1 / 4  # variance, in squared steps, of a component that is worth its row and its symbols
 RIDGE = 1e-9
 
@@ -110,7 +111,7 @@ def read_table(data: bytes, heads: int, width: int) -> Table:
         raise FormatError("the table of a layer has not the size it says")
     mean = np.frombuffer(head, "<f2", heads * width, 2).reshape(heads, width)
     unit = np.frombuffer(head, "<f4", heads * kept, 2 + 2 * heads * width)
-    if not np.isfinite(mean).all() or not np.isfinite(unit).all():
+    if not np.isfinite(mean).all() or not (np.abs(unit) <= LARGEST).all():
         raise FormatError("the table of a layer is not finite")
     whole = decode_ints(codes, heads * kept, width)
     if np.abs(whole).max() > TOP:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waterfill.coding import native
-from waterfill.coding.cachegen_rows import Turn, read_rows, write_rows
+from waterfill.coding.cachegen_rows import Runs, Turn, read_rows, write_rows
 from waterfill.coding.cachegen_symbols import (
     Columns,
     Listed,
@@ -24,12 +24,11 @@ from waterfill.coding.cachegen_symbols import (
     read_chunk,
     write_chunk,
 )
-from waterfill.types import Array, Floats
+from waterfill.types import Floats
 
-__all__ = ["Basis", "Runs", "decode_rows", "encode_rows", "one_run"]
+__all__ = ["Basis", "decode_rows", "encode_rows"]
 
 Bytes = NDArray[np.uint8]
-Runs = Sequence[Array]  # consecutive tokens, each (batch, heads, blocks, tokens of a block, width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +43,6 @@ class Basis:
 
     analysis: Floats
     offset: Floats
-
-
-def one_run(words: Array) -> Runs:
-    """All tokens of (batch, heads, tokens, width)."""
-    return [words[:, :, None]]
 
 
 def encode_rows(
@@ -92,8 +86,7 @@ def _encode(
         except RuntimeError as error:
             raise ValueError(str(error)) from None
         return Listed(*found)
-    flat = [x.reshape(*x.shape[:2], -1, x.shape[4]) for x in words]
-    x = read_rows(np.concatenate(flat, axis=2), dtype, turn).swapaxes(1, 2)
+    x = read_rows(words, dtype, turn).swapaxes(1, 2)
     z = _transform(x, basis.analysis, np.zeros(basis.analysis.shape[:2], np.float32))
     return Listed.of(
         [

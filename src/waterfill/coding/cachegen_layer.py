@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from waterfill.coding import lossless
 from waterfill.coding.cachegen import Table, read_table
-from waterfill.coding.cachegen_chunk import Runs, decode_rows, one_run
+from waterfill.coding.cachegen_chunk import decode_rows
 from waterfill.coding.cachegen_file import Header, Layer, Part, Reader
-from waterfill.coding.cachegen_rows import UNTURNED, Turn, turn_of
+from waterfill.coding.cachegen_rows import UNTURNED, Runs, Turn, one_run, turn_of
 from waterfill.coding.cachegen_symbols import Columns, read_columns
 from waterfill.coding.sections import split
 from waterfill.types import DTYPES, Array, Floats, FormatError, to_float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +12,12 @@ from numpy.typing import NDArray
 from waterfill.coding import native
 from waterfill.types import Array, Floats, from_float32, to_float32
 
-__all__ = ["UNTURNED", "Turn", "read_rows", "turn_of", "write_rows"]
+__all__ = ["UNTURNED", "Runs", "Turn", "joined", "one_run", "read_rows", "turn_of", "write_rows"]
 
 F64 = NDArray[np.float64]
+Runs = Sequence[Array]  # consecutive tokens, each (batch, heads, blocks, tokens of a block, width)
 NONE = np.zeros(0, np.int32)
 FEW = 64  # consecutive positions that share a base
-NEAR = 1 << 13  # doubles that stay in the nearest caches
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,41 +60,62 @@ def _plain(positions: NDArray[np.int64], frequencies: F64) -> tuple[Floats, Floa
 def _added(positions: NDArray[np.int64], frequencies: F64) -> tuple[Floats, Floats]:
     """As `_plain`, of consecutive positions: each is one of a few bases and a few more.
 
-    An angle is rounded where it is large; what its two parts are without that, at most 2**-50 of it, comes on
-    top, so that the sum is as near to the angle's own cosine and sine as a double can be.
+    An angle is rounded where it is large. What its two parts are missing for that comes on top, so that cosine
+    and sine are those of the very angle, as nearly as doubles can be.
     """
     rows, tokens = positions.shape
-    blocks, pairs = -(-tokens // FEW), frequencies.size
-    every = (positions[:, :1] + np.arange(blocks * FEW)).reshape(rows, blocks, FEW, 1)
-    base, more = every[:, :, :1] * frequencies, np.arange(FEW)[:, None] * frequencies
-    (base_cos, base_sin), (more_cos, more_sin) = ((np.cos(x), np.sin(x)) for x in (base, more))
-    found = np.empty((2, rows, blocks, FEW, pairs), np.float32)
-    some = max(1, NEAR // (FEW * max(1, pairs)))
-    for part in (np.s_[:, at : at + some] for at in range(0, blocks, some)):
-        cos = base_cos[part] * more_cos
-        cos -= base_sin[part] * more_sin
-        sin = base_cos[part] * more_sin
-        sin += base_sin[part] * more_cos
-        missing = every[part] * frequencies
-        missing -= base[part]
-        missing -= more
-        np.subtract(cos, missing * sin, out=found[0][part], casting="same_kind")
-        cos *= missing
-        np.add(sin, cos, out=found[1][part], casting="same_kind")
-    both = found.reshape(2, rows, blocks * FEW, pairs)[:, :, :tokens]
-    return np.ascontiguousarray(both[0]), np.ascontiguousarray(both[1])
+    more = _angles(np.arange(FEW), frequencies)
+    cos, sin = np.empty((2, rows, tokens, frequencies.size), np.float32)
+    for row in range(rows):
+        bases = _angles(positions[row, ::FEW], frequencies)
+        _add(positions[row], frequencies, bases, more, cos[row], sin[row])
+    return cos, sin
 
 
-def read_rows(words: Array, dtype: str, turn: Turn = UNTURNED) -> Floats:
-    """Words (batch, heads, tokens, width) as floats, turned: (heads, batch * tokens, width)."""
-    batch, heads, tokens, width = words.shape
+def _angles(positions: NDArray[np.int64], frequencies: F64) -> F64:
+    """Angles, their cosines and their sines, (3, positions, pairs)."""
+    angles = positions[:, None] * frequencies
+    return np.stack([angles, np.cos(angles), np.sin(angles)])
+
+
+def _add(
+    positions: NDArray[np.int64], frequencies: F64, bases: F64, more: F64, cos: Floats, sin: Floats
+) -> None:
+    """Fill cosines and sines, (positions, pairs), by the addition theorem."""
+    core = native.core()
+    if core is not None:
+        core.cachegen_angles(int(positions[0]), frequencies, bases, more, cos, sin)
+        return
+    base = bases.repeat(FEW, axis=1)[:, : len(positions)]
+    some = np.tile(more, (1, bases.shape[1], 1))[:, : len(positions)]
+    c = base[1] * some[1] - base[2] * some[2]
+    s = base[1] * some[2] + base[2] * some[1]
+    missing = positions[:, None] * frequencies - base[0] - some[0]
+    cos[...] = c - missing * s
+    sin[...] = s + c * missing
+
+
+def one_run(words: Array) -> Runs:
+    """All tokens of (batch, heads, tokens, width)."""
+    return [words[:, :, None]]
+
+
+def joined(runs: Runs) -> Array:
+    """All tokens in one, (batch, heads, tokens, width)."""
+    return np.concatenate([x.reshape(*x.shape[:2], -1, x.shape[4]) for x in runs], axis=2)
+
+
+def read_rows(runs: Runs, dtype: str, turn: Turn = UNTURNED) -> Floats:
+    """Words as floats, turned: (heads, batch * tokens, width)."""
+    batch, heads, _, _, width = runs[0].shape
+    tokens = sum(x.shape[2] * x.shape[3] for x in runs)
     out = np.empty((heads, batch * tokens, width), np.float32)
     core = native.core()
     if core is not None:
-        core.cachegen_read(words, dtype, turn.first, turn.second, turn.cos, turn.sin, out)
+        core.cachegen_read(list(runs), dtype, turn.first, turn.second, turn.cos, turn.sin, out)
         return out
     x = out.reshape(heads, batch, tokens, width).swapaxes(0, 1)
-    x[:] = to_float32(words, dtype)
+    x[:] = to_float32(joined(runs), dtype)
     _turn(x, turn)
     return out
 

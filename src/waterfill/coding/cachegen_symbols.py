@@ -274,10 +274,9 @@ def encode_chunk(
 
 def write_chunk(symbols: Bytes, listed: Sequence[Listed], columns: Columns) -> bytes:
     """Bytes of a chunk's symbols (tokens, columns), and of what has none, of keys and of values."""
-    start, every = 0, []
+    start, every, total = 0, [], sum(columns.sizes)
     for one, count in zip(listed, columns.sizes, strict=True):
-        token, place = np.divmod(one.places, count)
-        every.append(Listed(token * sum(columns.sizes) + start + place, one.over))
+        every.append(Listed(one.places + one.places // count * (total - count) + start, one.over))
         start += count
     streams = [_encode(symbols[part], columns, side) for part, side in parts(len(symbols))]
     return join([_pack_list(Listed.of(every)), *streams])
@@ -380,13 +379,12 @@ def read_chunk(data: bytes, tokens: int, columns: Columns) -> tuple[Bytes, list[
     for (part, together), stream in zip(parts(tokens), streams, strict=True):
         ids = columns.classes if together == 1 else columns.repeated
         classes_known().decode(stream, symbols[part].reshape(-1, ids.size), ids, 1)
-    token, place = np.divmod(places, components)
-    listed, start = [], 0
-    for count in columns.sizes:
-        mine = (place >= start) & (place < start + count)
-        listed.append(Listed(token[mine] * count + place[mine] - start, over[mine]))
-        start += count
-    return symbols, listed
+    token, (count, other) = places // components, columns.sizes
+    keys = places - token * components < count
+    return symbols, [
+        Listed((places - token * other)[keys], over[keys]),
+        Listed((places - (token + 1) * count)[~keys], over[~keys]),
+    ]
 
 
 def dequantise(

@@ -12,7 +12,7 @@ Buffer = TypeVar("Buffer", bytes, memoryview)
 
 def join(sections: Sequence[bytes]) -> bytes:
     """Concatenate, each but the last preceded by its length."""
-    out = []
+    out: list[bytes | bytearray] = []
     for section in sections[:-1]:
         length, prefix = len(section), bytearray()
         while length >= 0x80:

@@ -18,7 +18,7 @@ from waterfill.coding import lossless
 from waterfill.coding.cachegen import Table, analysis_of, components, fit_table, pack_table
 from waterfill.coding.cachegen_chunk import Basis, encode_rows
 from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer, front_nbytes
-from waterfill.coding.cachegen_rows import UNTURNED, Turn, read_rows, turn_of
+from waterfill.coding.cachegen_rows import UNTURNED, Turn, joined, read_rows, turn_of
 from waterfill.coding.cachegen_symbols import fit_columns, pack_columns
 from waterfill.coding.components import basis_of
 from waterfill.coding.sections import join
@@ -241,14 +241,8 @@ class _Source:
 
     def read(self, first: int, stop: int) -> Arrays:
         """Words of keys and values, all in one: (batch, heads, tokens, width)."""
-        every = zip(*self.runs(first, stop), strict=True)
-        keys, values = (
-            np.concatenate(
-                [np.ascontiguousarray(x).reshape(*x.shape[:2], -1, x.shape[4]) for x in some], 2
-            )
-            for some in every
-        )
-        return keys, values
+        keys, values = zip(*self.runs(first, stop), strict=True)
+        return joined(keys), joined(values)
 
     def _words(self, piece: Piece) -> tuple[int, list[Arrays]]:
         if self._last is None or self._last[0] is not piece:
@@ -270,7 +264,7 @@ class _Source:
 
     def plain(self, first: int, stop: int) -> tuple[Floats, Floats]:
         """Float32, keys turned back to position 0: (heads, batch * tokens, width)."""
-        keys, values = self.read(first, stop)
+        keys, values = zip(*self.runs(first, stop), strict=True)
         dtype = DTYPE_NAMES[self.store.facts.dtype]
         return read_rows(keys, dtype, self.turn(first, stop)), read_rows(values, dtype)
 
