@@ -15,7 +15,7 @@ from waterfill.runtime.cache.held.pieces import Pair, Piece
 from waterfill.runtime.cache.held.store import Store
 from waterfill.runtime.cache.method import BLOCK, Coded
 
-__all__ = ["Write", "fill", "receive", "runs_of", "within"]
+__all__ = ["Write", "fill", "lies", "receive", "runs_of", "within"]
 
 T = TypeVar("T", bound=Any)
 Write = Callable[[list[Pair]], None]
@@ -30,6 +30,14 @@ def runs_of(piece: Piece) -> tuple[int, list[Pair]]:
             return piece.stop - (high - low) * BLOCK, [pair for pair in found if pair is not None]
     keys, values = piece.read()
     return piece.start, [(keys[:, :, None], values[:, :, None])]
+
+
+def lies(piece: Piece) -> bool:
+    """Whether `runs_of` a piece are where it is held: nothing is decoded."""
+    if piece.coded is None:
+        return True
+    coder, arena, low, _ = piece.coded
+    return all(coder.views(coded) is not None for coded in arena.runs(low, low + 1))
 
 
 def within(runs: Iterable[tuple[T, T]], first: int, stop: int) -> Iterator[tuple[T, T]]:

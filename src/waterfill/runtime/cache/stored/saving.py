@@ -28,7 +28,7 @@ from waterfill.runtime.cache.fitting.statistics import (
     LayerStatistics,
     StreamStatistics,
 )
-from waterfill.runtime.cache.held.lying import runs_of, within
+from waterfill.runtime.cache.held.lying import lies, runs_of, within
 from waterfill.runtime.cache.held.pieces import Piece
 from waterfill.runtime.cache.held.store import Store
 from waterfill.runtime.cache.held.track import Track
@@ -224,17 +224,20 @@ class _Source:
         self.store, self._turns = store, turns  # turns are the same for all layers
         self._pieces: tuple[Piece, ...] = store.pieces()
         self._starts = [piece.start for piece in self._pieces]
-        self._last: tuple[Piece, int, list[Arrays]] | None = None
+        # Where nothing has to be decoded all is found at once: much sooner than between chunks.
+        self._lying = [_words(piece) if lies(piece) else None for piece in self._pieces]
+        self._last: tuple[int, tuple[int, list[Arrays]]] | None = None
         rotary = store.facts.rotary
         self._rotation = None if rotary is None else rotation_of(rotary)
 
     def runs(self, first: int, stop: int) -> list[Arrays]:
         """Words of keys and values where they lie, as of `cachegen_chunk`."""
         found: list[Arrays] = []
-        for piece in self._pieces[bisect_right(self._starts, first) - 1 :]:
+        at = bisect_right(self._starts, first) - 1
+        for number, piece in enumerate(self._pieces[at:], at):
             if piece.start >= stop:
                 break
-            start, runs = self._words(piece)
+            start, runs = self._lying[number] or self._read(number)
             low, high = max(first, piece.start), min(stop, piece.stop)
             found += within(runs, low - start, high - start)
         return found
@@ -244,11 +247,10 @@ class _Source:
         keys, values = zip(*self.runs(first, stop), strict=True)
         return joined(keys), joined(values)
 
-    def _words(self, piece: Piece) -> tuple[int, list[Arrays]]:
-        if self._last is None or self._last[0] is not piece:
-            start, runs = runs_of(piece)
-            self._last = piece, start, [(words_of(k), words_of(v)) for k, v in runs]
-        return self._last[1:]
+    def _read(self, number: int) -> tuple[int, list[Arrays]]:
+        if self._last is None or self._last[0] != number:
+            self._last = number, _words(self._pieces[number])
+        return self._last[1]
 
     def turn(self, first: int, stop: int) -> Turn:
         """How keys of some tokens turn back to position 0."""
@@ -269,11 +271,17 @@ class _Source:
         return read_rows(keys, dtype, self.turn(first, stop)), read_rows(values, dtype)
 
 
+def _words(piece: Piece) -> tuple[int, list[Arrays]]:
+    """As `runs_of`, arrays."""
+    start, runs = runs_of(piece)
+    return start, [(words_of(k), words_of(v)) for k, v in runs]
+
+
 def _exact(pair: Arrays, dtype: str) -> bytes:
-    return join([_words(lossless.words_of(x), dtype) for x in pair])
+    return join([_lossless(lossless.words_of(x), dtype) for x in pair])
 
 
-def _words(words: Any, dtype: str) -> bytes:
+def _lossless(words: Any, dtype: str) -> bytes:
     if words.size <= FEW:
         return lossless.store(words)
     return lossless.encode(words, dtype, "rans", 1, tries=False)
