@@ -95,16 +95,17 @@ def _choose_field(source: Words, exponent: int) -> tuple[int, Field, Ints]:
     """How many bits the field has, what its symbols mean, and about how often each occurs."""
     most = min(exponent + MANTISSA_BITS, 8 * source.itemsize - 1)
     step = max(1, source.size // SAMPLE)
-    counts = words.count(source, most, step)
+    table = words.count(source, most, step)
+    total = int(table.sum())
     options = []
-    for bits in range(exponent, most + 1):
-        table = counts.reshape(1 << bits, -1).sum(axis=1)
+    for bits in range(most, exponent - 1, -1):
         for size in (rans.FAST_ALPHABET, rans.MAX_ALPHABET):
-            some, low, escape = _window(table, size, step > 1)
+            some, low, escape = _window(table, total, size, step > 1)
             estimate = _entropy_bits(some) + (int(some[-1]) * bits if escape else 0)
-            estimate += 8 * some.size / step + int(counts.sum()) * (8 * source.itemsize - bits)
+            estimate += 8 * some.size / step + total * (8 * source.itemsize - bits)
             handicap = 1.0 if some.size <= rans.FAST_ALPHABET else TOLERANCE
             options.append((handicap * estimate, bits, size, low, escape, some))
+        table = table[0::2] + table[1::2]
     _, bits, _, low, escape, some = min(options, key=lambda option: option[:3])
     return bits, Field(low, some.size, escape, fit(some[None]).freqs[0]), some
 
@@ -135,15 +136,16 @@ def _encode_field(
     return min(first, coded(replace(field, freqs=None)), key=nbytes)
 
 
-def _window(table: Ints, size: int, sampled: bool) -> tuple[Ints, int, bool]:
+def _window(table: Ints, total: int, size: int, sampled: bool) -> tuple[Ints, int, bool]:
     """Counts of the symbols of at most `size`: a run of neighbouring values, then the escape if any.
 
     Values in a sample are not all there are: then there is an escape in any case.
     """
-    present = np.flatnonzero(table)
-    if not sampled and present[-1] - present[0] < size:
-        return table[present[0] : present[-1] + 1], int(present[0]), False
-    common = np.flatnonzero(table > table.sum() // RARE)
+    if not sampled:
+        present = np.flatnonzero(table)
+        if present[-1] - present[0] < size:
+            return table[present[0] : present[-1] + 1], int(present[0]), False
+    common = np.flatnonzero(table > total // RARE)
     low, last = int(common[0]), int(common[-1])
     if last - low >= size - 1:
         sums = np.concatenate([[0], np.cumsum(table)])
@@ -152,7 +154,7 @@ def _window(table: Ints, size: int, sampled: bool) -> tuple[Ints, int, bool]:
     inside = table[low : last + 1]
     if sampled:
         inside = np.maximum(inside, 1)
-    rest = int(table.sum()) - int(table[low : last + 1].sum())
+    rest = total - int(table[low : last + 1].sum())
     return np.append(inside, max(rest, 1)), low, True
 
 
@@ -200,7 +202,7 @@ def _read_field(
 def _encode_plane(source: Words, layout: Layout, which: int, threads: int | None) -> tuple[bytes, int]:  # fmt: skip
     """What the head says of a plane, and its kind."""
     some = words.plane(probe(source), layout, which)
-    counts = np.bincount(some)
+    counts = rans.histogram(some)[0]
     width = layout.first_bits if which == 0 else 8
     if counts.max() == some.size:
         whole = words.plane(source, layout, which, threads)
