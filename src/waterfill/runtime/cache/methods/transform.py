@@ -162,7 +162,9 @@ class _Stream:
         errors = []
         for gain in GAINS.tolist():
             scaled = flat / gain
-            error = (scaled.floor().clamp_(-top, top - 1).add_(0.5) - scaled).square_().mul_(gain**2)
+            error = (
+                (scaled.floor().clamp_(-top, top - 1).add_(0.5) - scaled).square_().mul_(gain**2)
+            )
             of_heads = flat.new_zeros((*flat.shape[:2], self.heads, BLOCK))
             errors.append(of_heads.index_add_(2, head, error))
         return torch.stack(errors).argmin(0)
