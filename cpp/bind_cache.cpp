@@ -59,7 +59,8 @@ cache::Tables tables_of(const TableArgs& args) {
 }
 
 // The caller's memory stays as long as the coder: `owner` of a call has it.
-cache::Coder* whole(const WholeArgs& keys, const WholeArgs& values, const cache::Turning& turn, const nb::object&) {
+cache::Coder* whole(const WholeArgs& keys, const WholeArgs& values, const Vector<const float>& gains, const cache::Turning& turn, const nb::object&) {
+    cache::require(gains.shape(0) == cache::kGains, "tokens have one of eight gains");
     const auto recipe = [](const WholeArgs& args) {
         const auto& [tables, place, groups] = args;
         size_t count = 0;
@@ -68,9 +69,10 @@ cache::Coder* whole(const WholeArgs& keys, const WholeArgs& values, const cache:
         static constexpr int32_t none[1] = {};
         return cache::Recipe{tables_of(tables), 0, count ? place.data() : none, groups};
     };
-    std::unique_ptr<cache::Coder> made(new cache::Coder{cache::Kind::whole, recipe(keys), recipe(values), &turn, {}});
+    std::unique_ptr<cache::Coder> made(new cache::Coder{cache::Kind::whole, recipe(keys), recipe(values), &turn, {}, gains.data()});
     const cache::Reading reading(*made);
-    made->nbytes = {reading.keys.nbytes, reading.values.nbytes};
+    const auto gains_nbytes = [](const cache::Recipe& r) { return r.tables.heads * cache::kBlock / 8 * cache::kGainBits; };
+    made->nbytes = {reading.keys.nbytes, gains_nbytes(made->keys), reading.values.nbytes, gains_nbytes(made->values)};
     return made.release();
 }
 
@@ -187,7 +189,8 @@ void bind_cache(nb::module_& m) {
     nb::class_<cache::Coder>(m, "CacheCoder")
         .def_ro("nbytes", &cache::Coder::nbytes, "Bytes of each part of a block.")
         .def_prop_ro("held_nbytes", &cache::Coder::held_nbytes, "Bytes of itself; what it reads is its owner's.");
-    m.def("cache_whole", &whole, "keys"_a.noconvert(), "values"_a.noconvert(), "turn"_a, "owner"_a, nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), "Blocks of whole bits, of keys and of values.");
+    m.def("cache_whole", &whole, "keys"_a.noconvert(), "values"_a.noconvert(), "gains"_a.noconvert(), "turn"_a, "owner"_a, nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>(),
+          "Blocks of whole bits and gains of tokens, of keys and of values.");
     m.def("cache_steps", &steps, "keys"_a.noconvert(), "values"_a.noconvert(), "turn"_a, "columns"_a.noconvert(), "models"_a, "step"_a, "ratios"_a.noconvert(), "nbytes"_a, "owner"_a, nb::keep_alive<0, 3>(),
           nb::keep_alive<0, 5>(), nb::keep_alive<0, 7>(), nb::keep_alive<0, 9>(), "Blocks of entropy-coded steps, in one part.");
     m.def("cache_plain", &plain, "heads"_a, "key_width"_a, "value_width"_a, "dtype"_a, "still"_a, nb::keep_alive<0, 5>(), "Blocks of numbers as they are, (head, column, token).");

@@ -15,7 +15,8 @@ constexpr size_t kColumns = 8;   // of a key that are decoded together
 constexpr size_t kTokens = kChunk * kBlock;
 
 // How blocks hold components.
-//   whole    codes of so many bits each; a component is its code - (2^(bits - 1) - 1/2)
+//   whole    codes of so many bits each; a component is its code - (2^(bits - 1) - 1/2), times the gain
+//            of the head's token
 //   steps    symbols of an entropy coder (cachegen.h), by column
 //   channel  codes on grids: of a channel of a block's keys, of some tokens' values
 //   token    codes on grids of a token each, keys as attention gets them
@@ -23,6 +24,8 @@ constexpr size_t kTokens = kChunk * kBlock;
 enum class Kind { whole, steps, channel, token, plain };
 
 constexpr size_t kParts = 6;  // of a block, at most
+constexpr unsigned kGainBits = 3;  // of a token's gain, of kind `whole`
+constexpr size_t kGains = 1 << kGainBits;
 
 // A component's codes: kBlock / 8 * bits bytes from `offset` in a block's part.
 struct Component {
@@ -86,12 +89,12 @@ struct Symbols {
 };
 
 // Keys' synthesis of a head, for the columns that turn. Of codes in integers: column j of a key is
-// shift[j] + scale[j] * sum of (code - 2^(bits - 1)) * entry. Else in floats: shift[j] + sum of
-// component * real.
+// shift[j] + gain * (middle[j] + scale[j] * sum of (code - 2^(bits - 1)) * entry). Else in floats: shift[j] +
+// sum of component * real.
 struct Table {
     int32_t* entries;  // (columns / kColumns, component pairs, kColumns), two int16 of a pair of components
     float* reals;      // (columns / kColumns, components, kColumns)
-    float *scale, *shift;  // (columns,)
+    float *scale, *shift, *middle;  // (columns,)
 };
 
 struct Arena {
@@ -100,7 +103,7 @@ struct Arena {
     Turn turn;
     const Block* blocks;
     const Table* tables;  // of each head
-    const float* sizes;   // of a grid's step, by its byte
+    const float* sizes;   // of a grid's step, by its byte; of a token's gain
     Float format;         // of kind `plain`
 };
 
@@ -126,7 +129,7 @@ struct Kernels {
 // Floats that `attend` needs beside its result.
 inline size_t scratch_floats(const attention::Call& call, const Arena& arena) {
     const size_t rows = call.rows(), padded = arena.turn.padded, kept = arena.keys.kept, alignment = 16 * 16;
-    const size_t row = 4 * padded + kTokens + kept + (arena.values.kept + 15) / 16 * 16 + call.key_width + 3;
+    const size_t row = 4 * padded + kTokens + kept + (arena.values.kept + 15) / 16 * 16 + call.key_width + 5;
     const size_t codes = arena.kind == Kind::whole ? (kept + 1) / 2 * kBlock + (kept + 1) * kBlock / 4 : kept * kBlock;
     return rows * row + 4 * padded + codes + alignment;
 }

@@ -142,7 +142,7 @@ struct Coder {
     Recipe keys, values;
     const Turning* turning;
     std::vector<size_t> nbytes;                   // of each part of a block
-    const float* sizes = nullptr;                 // (256,), of grids
+    const float* sizes = nullptr;                 // (256,), of grids; (kGains,), of kind `whole`
     size_t groups = 1;                            // of tokens whose values share a grid, of kind `channel`
     std::unique_ptr<const SymbolTables> symbols;  // of kind `steps`
     Float format = Float::f32;                    // of kind `plain`

@@ -50,7 +50,7 @@ void prepare(const Arena& arena, size_t head, const Table& table) {
     const size_t count = keys.count(head), pairs = (count + 1) / 2;
     std::fill_n(table.entries, pairs * turn.columns(), 0);
     for (size_t j = 0; j < turn.columns(); ++j) {
-        table.scale[j] = table.shift[j] = 0;
+        table.scale[j] = table.shift[j] = table.middle[j] = 0;
         if (j / 2 >= turn.pairs) continue;
         const size_t column = column_of(turn, j);
         const auto entry_of = [&](size_t k) {
@@ -63,7 +63,7 @@ void prepare(const Arena& arena, size_t head, const Table& table) {
             greatest = std::max(greatest, entry < 0 ? -entry : entry);
             half += entry;
         }
-        table.shift[j] = from_half(keys.mean[head * keys.width + column]) + 0.5f * half;
+        table.shift[j] = from_half(keys.mean[head * keys.width + column]), table.middle[j] = 0.5f * half;
         if (!(greatest > 0)) continue;
         // 2^(exponent of the greatest - 14), and its inverse.
         const uint32_t exponent = bits_of(greatest) >> 23;
@@ -99,7 +99,7 @@ public:
         };
         queries_ = take(rows_ * 2 * turn_.padded), turned_ = take(rows_ * 2 * turn_.padded);
         phases_ = reinterpret_cast<double*>(take(4 * turn_.padded));
-        still_ = take(rows_ * keys_.kept), constant_ = take(rows_), top_ = take(rows_), total_ = take(rows_);
+        still_ = take(rows_ * keys_.kept), constant_ = take(rows_), middle_ = take(rows_), top_ = take(rows_), total_ = take(rows_), gained_ = take(rows_);
         weights_ = take(rows_ * kTokens), sums_ = take(rows_ * sums_width_), whole_ = take(rows_ * call.key_width);
         if (Whole) words_ = reinterpret_cast<int32_t*>(take((keys_.kept + 1) / 2 * kBlock));
         codes_ = reinterpret_cast<Number*>(take(Whole ? (keys_.kept + 1) * kBlock / 4 : keys_.kept * kBlock));
@@ -124,13 +124,13 @@ private:
             float *whole = whole_ + r * call_.key_width, *query = queries_ + r * 2 * padded;
             for (size_t j = 0; j < call_.key_width; ++j) whole[j] = Stored<Type>::read(from[j]) * call_.scale;
             for (size_t i = 0; i < turn_.pairs; ++i) query[i] = whole[turn_.first[i]], query[padded + i] = whole[turn_.second[i]];
-            constant_[r] = 0;
+            constant_[r] = middle_[r] = 0;
             if (turn_.still) stand(r, whole);
         }
         const size_t row = span_.phase_rows == 1 ? 0 : batch_;
         std::copy_n(span_.cos + row * padded, padded, phases_);
         std::copy_n(span_.sin + row * padded, padded, phases_ + padded);
-        std::fill_n(top_, rows_, kNone), std::fill_n(total_, rows_, 0.0f), std::fill_n(sums_, rows_ * sums_width_, 0.0f);
+        std::fill_n(top_, rows_, kNone), std::fill_n(total_, rows_, 0.0f), std::fill_n(gained_, rows_, 0.0f), std::fill_n(sums_, rows_ * sums_width_, 0.0f);
     }
 
     // What columns that do not turn add to a score, as weights of the components. Changes the query.
@@ -147,7 +147,7 @@ private:
             std::copy_n(query, key_count_, still_ + r * keys_.kept);
             return;
         }
-        float constant = times([&](size_t j, size_t n) { return Lanes16::load<Float::f16>(keys_.mean + head_ * width + j, n); });
+        constant_[r] = times([&](size_t j, size_t n) { return Lanes16::load<Float::f16>(keys_.mean + head_ * width + j, n); });
         for (size_t k = 0; k < key_count_; ++k) {
             const uint32_t row = component_of(keys_, head_, k).row;
             const float sum = from_half(keys_.scales[row]) * times([&](size_t j, size_t n) {
@@ -156,9 +156,8 @@ private:
                 return lanes(padded);
             });
             still_[r * keys_.kept + k] = sum;
-            constant += kHalf * sum;
+            middle_[r] += kHalf * sum;
         }
-        constant_[r] = constant;
     }
 
     void chunk(size_t low, size_t count) {
@@ -178,7 +177,7 @@ private:
     // Scores of a block's tokens, at weights_ of each row.
     void score(size_t b, float* out) {
         read_keys(b);
-        for (size_t r = 0; r < rows_; ++r) std::fill_n(out + r * kTokens, kBlock, constant_[r]);
+        for (size_t r = 0; r < rows_; ++r) std::fill_n(out + r * kTokens, kBlock, Whole ? middle_[r] : constant_[r]);
         if (turn_.still) add_still(out);
         if (!turn_.pairs) return;
         const size_t pairs = Whole ? (key_count_ + 1) / 2 : key_count_;
@@ -191,6 +190,7 @@ private:
         const Block& block = arena_.blocks[span_.first + b];
         if constexpr (Whole) {
             const uint8_t* keys = block.part(0, batch_);
+            read_gains(block.part(1, batch_), gains_);
             const Component* components = keys_.components + keys_.first[head_];
             for (size_t k = 0; k < key_count_; ++k) unpack(keys + components[k].offset, components[k].bits, codes_ + k * kBlock);
             if (!turn_.pairs) return;
@@ -205,6 +205,13 @@ private:
         }
     }
 
+    // Of a block's tokens, by their head's field.
+    void read_gains(const uint8_t* fields, float* gains) const {
+        int8_t codes[kBlock];
+        unpack(fields + head_ * kBlock / 8 * kGainBits, kGainBits, codes);
+        for (size_t t = 0; t < kBlock; ++t) gains[t] = arena_.sizes[codes[t] + int(kGains / 2)];
+    }
+
     static Lanes16 numbers(const int8_t* at) { return lanes(at); }
     static Lanes16 numbers(const float* at) { return Lanes16::load(at); }
 
@@ -213,6 +220,7 @@ private:
             for (size_t t = 0; t < kBlock; t += kLanes) {
                 Lanes16 sum = Lanes16::load(out + r * kTokens + t);
                 for (size_t k = 0; k < key_count_; ++k) sum = sum + Lanes16::of(still_[r * keys_.kept + k]) * numbers(codes_ + k * kBlock + t);
+                if (Whole) sum = sum * Lanes16::load(gains_ + t) + Lanes16::of(constant_[r]);
                 sum.store(out + r * kTokens + t);
             }
     }
@@ -256,9 +264,11 @@ private:
                     sums[i][0] = dot_pairs(sums[i][0], near, entry), sums[i][1] = dot_pairs(sums[i][1], far, entry);
                 }
             }
+            Wide gains[2];
+            widen(gains[0], gains_ + t), widen(gains[1], gains_ + t + kWide);
 #pragma GCC unroll 8
             for (size_t i = 0; i < kAtOnce; ++i)
-                for (size_t h = 0; h < 2; ++h) keys[i][h] = floats(sums[i][h]) * table.scale[j + i] + table.shift[j + i];
+                for (size_t h = 0; h < 2; ++h) keys[i][h] = (floats(sums[i][h]) * table.scale[j + i] + table.middle[j + i]) * gains[h] + table.shift[j + i];
         } else if (!keys_.rows) {
             for (size_t i = 0; i < kAtOnce; ++i)
                 for (size_t h = 0; h < 2; ++h) {
@@ -344,7 +354,7 @@ private:
         if (greatest > before) {
             float decay[kLanes];
             exponential(Lanes16::of(before) + shift).store(decay);
-            top_[r] = greatest, total_[r] *= decay[0];
+            top_[r] = greatest, total_[r] *= decay[0], gained_[r] *= decay[0];
             for (size_t k = 0; k < sums_width_; ++k) sums_[r * sums_width_ + k] *= decay[0];
         }
         const float more = sum.sum();
@@ -355,18 +365,36 @@ private:
     // Weighted sums of the values' codes.
     void add_values(size_t low, size_t count) {
         const Block* blocks = arena_.blocks + span_.first + low;
+        if (Whole) gain(blocks, count);
         for (size_t first = 0; first < value_count_; first += kLanes) {
             const size_t some = std::min(kLanes, value_count_ - first);
             if constexpr (Whole) {
                 const Component* components = values_.components + values_.first[head_] + first;
                 for (size_t k = 0; k < some; ++k)
-                    for (size_t b = 0; b < count; ++b) unpack(blocks[b].part(1, batch_) + components[k].offset, components[k].bits, numbers_ + k * kTokens + b * kBlock);
+                    for (size_t b = 0; b < count; ++b) unpack(blocks[b].part(2, batch_) + components[k].offset, components[k].bits, numbers_ + k * kTokens + b * kBlock);
             } else {
                 for (size_t b = 0; b < count; ++b) value_components_.read(blocks[b], span_.symbols ? span_.symbols + low + b : nullptr, first, some, kTokens, numbers_ + b * kBlock);
             }
             size_t r = 0;
             for (; r + 4 <= rows_; r += 4) add_components<4>(r, first, some, count * kBlock);
             for (; r < rows_; ++r) add_components<1>(r, first, some, count * kBlock);
+        }
+    }
+
+    // Weights of tokens become those of their codes.
+    void gain(const Block* blocks, size_t count) {
+        for (size_t b = 0; b < count; ++b) {
+            read_gains(blocks[b].part(3, batch_), gains_);
+            for (size_t r = 0; r < rows_; ++r) {
+                Lanes16 sum = Lanes16::of(0);
+                for (size_t t = 0; t < kBlock; t += kLanes) {
+                    float* weight = weights_ + r * kTokens + b * kBlock + t;
+                    const Lanes16 gained = Lanes16::load(weight) * Lanes16::load(gains_ + t);
+                    gained.store(weight);
+                    sum = sum + gained;
+                }
+                gained_[r] += sum.sum();
+            }
         }
     }
 
@@ -403,7 +431,7 @@ private:
             for (size_t k = 0; k < value_count_; ++k) {
                 const uint32_t component = component_of(values_, head_, k).row;
                 const int8_t* row = values_.rows + component * width;
-                const float sum = (sums_[r * sums_width_ + k] + kHalf * total_[r]) * from_half(values_.scales[component]);
+                const float sum = (sums_[r * sums_width_ + k] + kHalf * gained_[r]) * from_half(values_.scales[component]);
                 for (size_t j = 0; j < width; ++j) value[j] += sum * float(row[j]);
             }
         }
@@ -415,11 +443,12 @@ private:
     const Turn& turn_;
     const Stream &keys_, &values_;
     size_t batch_, head_, rows_, key_count_, value_count_, sums_width_;
-    float *queries_, *turned_, *still_, *constant_, *top_, *total_, *weights_, *sums_, *whole_;
+    float *queries_, *turned_, *still_, *constant_, *middle_, *top_, *total_, *gained_, *weights_, *sums_, *whole_;
     double* phases_;
     int32_t* words_;
     Number* codes_;
     const Components key_components_, value_components_;
+    alignas(64) float gains_[kBlock];
     alignas(64) Number numbers_[kLanes * kTokens];
 };
 

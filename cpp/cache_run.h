@@ -129,12 +129,12 @@ private:
         const bool whole = coder.kind == Kind::whole;
         const size_t columns = turn.columns(), words = !keys.rows ? 0 : (whole ? (keys.kept + 1) / 2 : keys.kept) * columns;
         entries_.emplace_back(new int32_t[heads * words]);
-        scales_.emplace_back(new float[2 * heads * columns]);
+        scales_.emplace_back(new float[3 * heads * columns]);
         std::vector<Table> tables(heads);
         for (size_t h = 0; h < heads; ++h) {
             int32_t* entries = entries_.back().get() + h * words;
-            float* scale = scales_.back().get() + 2 * h * columns;
-            tables[h] = {entries, reinterpret_cast<float*>(entries), scale, scale + columns};
+            float* scale = scales_.back().get() + 3 * h * columns;
+            tables[h] = {entries, reinterpret_cast<float*>(entries), scale, scale + columns, scale + 2 * columns};
         }
         tables_.push_back(std::move(tables));
         arenas_.push_back({coder.kind, keys, values, turn, piece.blocks.data(), tables_.back().data(), coder.sizes, coder.format});

@@ -151,12 +151,14 @@ struct Made {
         : heads(1 + random(3)), d(1 + random(70)), e(1 + random(70)), keys(heads, d), values(heads, e), whole_keys(keys), whole_values(values), sizes(256, 0.01f) {
         const unsigned bits = 1 + unsigned(random(8)), value_bits = 1 + unsigned(random(8));
         const size_t groups = size_t(1) << random(6);
+        if (kind == cache::Kind::whole) sizes.resize(cache::kGains), sizes.shrink_to_fit();
         turns = kind == cache::Kind::plain || kind == cache::Kind::token ? still() : turning(d);
         switch (kind) {
             case cache::Kind::whole: {
-                coder.reset(new cache::Coder{kind, whole_keys.recipe, whole_values.recipe, turns.get(), {}});
+                coder.reset(new cache::Coder{kind, whole_keys.recipe, whole_values.recipe, turns.get(), {}, sizes.data()});
                 const cache::Reading reading(*coder);
-                coder->nbytes = {reading.keys.nbytes, reading.values.nbytes};
+                const size_t gains = heads * cache::kBlock / 8 * cache::kGainBits;
+                coder->nbytes = {reading.keys.nbytes, gains, reading.values.nbytes, gains};
                 return;
             }
             case cache::Kind::steps: {

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from tests.coding.test_attention import DTYPES, NEAR, every, read, stored
 from waterfill.coding import native
 from waterfill.coding.cached_attention import CodedTokens, ExactTokens, attend_cache
-from waterfill.coding.cached_blocks import BLOCK, CodedStream, Turn, WholeBlocks
+from waterfill.coding.cached_blocks import BLOCK, GAIN_BITS, CodedStream, Turn, WholeBlocks
 from waterfill.types import Array
 
 # of a score: keys' synthesis has 15 bits, and as many errors as components
 INTEGERS = 2e-4
+GAINS = np.array([0.0, 0.3, 0.7, 1.0, 1.2, 1.5, 2.0, -1.0], np.float32)
 
 
 def stream(rng: np.random.Generator, heads: int, width: int) -> CodedStream:
@@ -31,23 +32,30 @@ def stream(rng: np.random.Generator, heads: int, width: int) -> CodedStream:
     return CodedStream(kept, mean, place, rows, scale, groups)
 
 
-def vectors(codes: Array, made: CodedStream) -> Array:
-    """In float64, bit by bit: (batch, heads, tokens, width)."""
+def code_of(codes: Array, at: int, bits: int) -> Array:
+    """A component's codes, int64 (batch, blocks, BLOCK), bit by bit."""
+    code, left = np.zeros((*codes.shape[:2], BLOCK), np.int64), bits
+    for field in (8, 4, 2, 1):
+        if left < field:
+            continue
+        left -= field
+        for t in range(BLOCK):
+            byte = codes[:, :, at + t % (4 * field)].astype(np.int64)
+            code[:, :, t] |= (byte >> (t // (4 * field) * field) & ((1 << field) - 1)) << left
+        at += 4 * field
+    return code
+
+
+def vectors(codes: Array, which: Array, made: CodedStream) -> Array:
+    """In float64: (batch, heads, tokens, width)."""
     (heads, width), kept = made.mean.shape, made.kept
     batch, blocks, _ = codes.shape
     z, at = np.zeros((batch, blocks, heads * kept, BLOCK)), 0
     widths = [bits for bits, n in made.groups for _ in range(n)]
     for place, bits in zip(made.place, widths, strict=True):
-        code, left = np.zeros((batch, blocks, BLOCK), np.int64), bits
-        for field in (8, 4, 2, 1):
-            if left < field:
-                continue
-            left -= field
-            for t in range(BLOCK):
-                byte = codes[:, :, at + t % (4 * field)].astype(np.int64)
-                code[:, :, t] |= (byte >> (t // (4 * field) * field) & ((1 << field) - 1)) << left
-            at += 4 * field
-        z[:, :, place] = code - (2.0 ** (bits - 1) - 0.5)
+        gain = GAINS[code_of(which, place // kept * 4 * GAIN_BITS, GAIN_BITS)]
+        z[:, :, place] = (code_of(codes, at, bits) - (2.0 ** (bits - 1) - 0.5)) * gain
+        at += 4 * bits
     table = np.zeros((heads * kept, width))
     table[made.place] = made.rows * made.scale.astype(np.float64)
     z = z.reshape(batch, blocks, heads, kept, BLOCK).transpose(0, 2, 1, 4, 3)
@@ -83,6 +91,11 @@ def expected(
     weights = np.exp(all_scores - np.where(np.isfinite(greatest), greatest, 0))
     total = weights.sum(3, keepdims=True)
     return (weights @ values / np.where(total == 0, 1, total)).swapaxes(1, 2)
+
+
+def noise(rng: np.random.Generator, blocks: WholeBlocks, batch: int, n: int) -> tuple[Array, ...]:
+    """Parts of so many blocks."""
+    return tuple(rng.integers(0, 256, (batch, n, size), np.uint8) for size in blocks.nbytes)
 
 
 calls = st.fixed_dictionaries(
@@ -123,21 +136,15 @@ def test_attention_is_that_of_float64(c: dict[str, Any]) -> None:
     for number in range(c["arenas"]):
         start, hidden = (at - c["hidden"], c["hidden"]) if number == 0 else (at, 0)
         keys, values = stream(rng, shared, c["d"]), stream(rng, shared, c["e"])
-        segments = [
-            tuple(
-                rng.integers(0, 256, (batch, n, s.block_nbytes), np.uint8) for s in (keys, values)
-            )
-            for n in c["blocks"]
-        ]
+        blocks = WholeBlocks(keys, values, turn, GAINS)
+        segments = [noise(rng, blocks, batch, n) for n in c["blocks"]]
         middle = start + BLOCK * (sum(c["blocks"]) // 2)
         offsets = [(start, rng.integers(0, 10**5, rows))]
         if middle > start and c["padded"]:
             offsets.append((middle, rng.integers(0, 10**5, rows)))
-        coded.append(CodedTokens(start, hidden, WholeBlocks(keys, values, turn), segments, offsets))  # type: ignore[arg-type]
-        k, v = (
-            vectors(np.concatenate(x, 1), s)
-            for x, s in zip(zip(*segments, strict=True), (keys, values), strict=True)
-        )
+        coded.append(CodedTokens(start, hidden, blocks, segments, offsets))  # type: ignore[arg-type]
+        parts = [np.concatenate(part, 1) for part in zip(*segments, strict=True)]
+        k, v = vectors(*parts[:2], keys), vectors(*parts[2:], values)
         at = start + k.shape[2]
         if turn is not None:
             positions = np.arange(start, at) + np.zeros((rows, 1), np.int64)
@@ -176,10 +183,9 @@ def plain(
 ) -> tuple[list[ExactTokens], list[CodedTokens]]:
     keys, values = stream(rng, 2, 32), stream(rng, 2, 24)
     turn = Turn(np.arange(16), np.arange(16, 32), 0.5 ** np.arange(16.0))
-    segment = tuple(rng.integers(0, 256, (batch, blocks, s.block_nbytes), np.uint8) for s in (keys, values))  # fmt: skip
-    coded = CodedTokens(
-        0, 0, WholeBlocks(keys, values, turn), [segment], [(0, np.zeros(1, np.int64))]
-    )  # type: ignore[list-item]
+    whole = WholeBlocks(keys, values, turn, GAINS)
+    segment = noise(rng, whole, batch, blocks)
+    coded = CodedTokens(0, 0, whole, [segment], [(0, np.zeros(1, np.int64))])
     exact = ExactTokens(
         BLOCK * blocks,
         rng.normal(size=(batch, 2, 1, 32)).astype(np.float32),
@@ -237,13 +243,14 @@ def test_what_does_not_fit_is_refused() -> None:
     assert isinstance(coded.blocks, WholeBlocks)
     keys, values = coded.blocks.keys, coded.blocks.values
     good = {name: getattr(coded, name) for name in CodedTokens.__dataclass_fields__}
-    (k, v), zero = coded.segments[0], np.zeros(1, np.int64)
+    (k, g, v, h), zero = coded.segments[0], np.zeros(1, np.int64)
     wrong: list[dict[str, Any]] = [
-        {"segments": [(k[:, :, :-1], v)]},
-        {"segments": [(k, v[:, :-1])]},
-        {"segments": [(k[:1], v)]},
-        {"segments": [(k[:, ::2], v[:, ::2])]},
-        {"blocks": WholeBlocks(values, values, None)},
+        {"segments": [(k[:, :, :-1], g, v, h)]},
+        {"segments": [(k, g[:, :, :-1], v, h)]},
+        {"segments": [(k, g, v[:, :-1], h)]},
+        {"segments": [(k[:1], g, v, h)]},
+        {"segments": [tuple(part[:, ::2] for part in (k, g, v, h))]},
+        {"blocks": WholeBlocks(values, values, None, GAINS)},
     ]
     for change in wrong:
         with pytest.raises(ValueError, match="fit"):
@@ -265,9 +272,22 @@ def test_what_does_not_fit_is_refused() -> None:
         {"offsets": [(0, zero), (33, zero)]},
         {"offsets": [(0, zero), (40 * BLOCK, zero)]},
         {"offsets": [(0, np.zeros(3, np.int64))]},
-        {"blocks": WholeBlocks(keys, values, Turn(np.array([0]), np.array([0]), np.ones(1)))},
-        {"blocks": WholeBlocks(keys, values, Turn(np.array([0]), np.array([32]), np.ones(1)))},
-        {"blocks": WholeBlocks(keys, values, Turn(np.array([-1]), np.array([1]), np.ones(1)))},
+        {
+            "blocks": WholeBlocks(
+                keys, values, Turn(np.array([0]), np.array([0]), np.ones(1)), GAINS
+            )
+        },
+        {
+            "blocks": WholeBlocks(
+                keys, values, Turn(np.array([0]), np.array([32]), np.ones(1)), GAINS
+            )
+        },
+        {
+            "blocks": WholeBlocks(
+                keys, values, Turn(np.array([-1]), np.array([1]), np.ones(1)), GAINS
+            )
+        },
+        {"blocks": WholeBlocks(keys, values, None, GAINS[:7])},
     ]
     for change in deep:
         with pytest.raises(ValueError, match="cache"):
@@ -279,9 +299,8 @@ def test_what_does_not_fit_is_refused() -> None:
     far[0] = 2 * keys.kept
     outside = CodedStream(keys.kept, keys.mean, far, keys.rows, keys.scale, keys.groups)
     with pytest.raises(ValueError, match="component"):
-        attend_cache(
-            q, exact, [CodedTokens(**good | {"blocks": WholeBlocks(outside, values, None)})], 0.2
-        )
+        far_blocks = WholeBlocks(outside, values, None, GAINS)
+        attend_cache(q, exact, [CodedTokens(**good | {"blocks": far_blocks})], 0.2)
 
 
 def test_tables_that_do_not_fit_each_other_are_refused() -> None:

@@ -18,9 +18,19 @@ from numpy.typing import NDArray
 from waterfill.coding import native
 from waterfill.types import Floats, to_float32
 
-__all__ = ["BLOCK", "Blocks", "CodedStream", "GridBlocks", "PlainBlocks", "Turn", "WholeBlocks"]
+__all__ = [
+    "BLOCK",
+    "GAIN_BITS",
+    "Blocks",
+    "CodedStream",
+    "GridBlocks",
+    "PlainBlocks",
+    "Turn",
+    "WholeBlocks",
+]
 
 BLOCK = 32  # tokens that are coded together
+GAIN_BITS = 3  # of a token's gain
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
@@ -95,7 +105,8 @@ class Blocks(Protocol):
 class CodedStream:
     """Keys or values in codes of whole bits.
 
-    A head's vector is ``mean + components @ rows``, a component being its code less ``2**(bits - 1) - 1/2``.
+    A head's vector is ``mean + gain * components @ rows``, a component being its code less
+    ``2**(bits - 1) - 1/2``, and the gain that of the head's token.
 
     Attributes
     ----------
@@ -139,7 +150,12 @@ class CodedStream:
         tables = self.kept, self.mean.view(np.uint16), self.rows, self.scale.view(np.uint16)[:, 0]
         return tables, self.place, list(self.groups)
 
-    def vectors(self, codes: U8) -> Floats:
+    @property
+    def gain_nbytes(self) -> int:
+        """Bytes of a block's gains: a field for each head."""
+        return len(self.mean) * BLOCK * GAIN_BITS // 8
+
+    def vectors(self, codes: U8, which: U8, gains: NDArray[np.float32]) -> Floats:
         """float32 (batch, heads, blocks * BLOCK, width)."""
         (heads, width), kept = self.mean.shape, self.kept
         batch, blocks, _ = codes.shape
@@ -152,7 +168,8 @@ class CodedStream:
             at, done = at + nbytes, done + n
         table = np.zeros((heads * kept, width), np.float32)
         table[self.place] = self.rows.astype(np.float32) * self.scale.astype(np.float32)
-        ordered = in_order(z.reshape(batch, blocks, heads, kept, BLOCK))
+        which = unpacked(which.reshape(batch, blocks, heads, 1, -1), GAIN_BITS).astype(np.uint8)
+        ordered = in_order(z.reshape(batch, blocks, heads, kept, BLOCK) * gains[which])
         mean = self.mean.astype(np.float32)
         out: Floats = ordered @ table.reshape(heads, kept, width) + mean[:, None]
         return out
@@ -160,19 +177,24 @@ class CodedStream:
 
 @dataclass(frozen=True, eq=False)
 class WholeBlocks:
-    """Codes of whole bits, of components of keys and of values."""
+    """Codes of whole bits, of components of keys and of values, and which gain each head's token has.
+
+    Attributes
+    ----------
+    gains : float32 (2**GAIN_BITS,)
+    """
 
     keys: CodedStream
     values: CodedStream
     turn: Turn | None
+    gains: NDArray[np.float32]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return "keys", "values"
+    names: ClassVar[tuple[str, ...]] = ("keys", "keys_gain", "values", "values_gain")
 
     @property
     def nbytes(self) -> tuple[int, ...]:
-        return self.keys.block_nbytes, self.values.block_nbytes
+        k, v = self.keys, self.values
+        return k.block_nbytes, k.gain_nbytes, v.block_nbytes, v.gain_nbytes
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -182,11 +204,15 @@ class WholeBlocks:
     def handle(self) -> Any:
         owner = self.keys, self.values
         return native.required().cache_whole(
-            self.keys.raw, self.values.raw, (self.turn or STILL).handle, owner
+            self.keys.raw, self.values.raw, self.gains, (self.turn or STILL).handle, owner
         )
 
     def vectors(self, parts: Sequence[U8]) -> tuple[Floats, Floats]:
-        return self.keys.vectors(parts[0]), self.values.vectors(parts[1])
+        keys, key_gains, values, value_gains = parts
+        return (
+            self.keys.vectors(keys, key_gains, self.gains),
+            self.values.vectors(values, value_gains, self.gains),
+        )
 
 
 @dataclass(frozen=True, eq=False)

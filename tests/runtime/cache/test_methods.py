@@ -201,6 +201,27 @@ def test_no_input_breaks_it(id: str, kind: str) -> None:
                 assert float(error) <= 0.1 * float(true.float().abs().max()) + 1e-3
 
 
+@pytest.mark.parametrize("id", ["entropy", "transform"])
+def test_large_tokens_are_not_cut_off(id: str) -> None:
+    """Six times as far from the middle as calibration saw: still near, by their size."""
+    one = facts()
+    keys, values = states(one, 1, 2)
+    assert one.rotary is not None
+    positions = torch.arange(keys.shape[2])[None]
+    plain = one.rotary.turn(keys, positions, backwards=True)
+    known, large = statistics(one), [5, 40, 41, 42]
+    for x, stream in ((plain, known.keys), (values, known.values)):
+        mean = torch.from_numpy(stream.mean)[:, None]
+        x[:, :, large] = mean + 6 * (x[:, :, large] - mean)
+    keys = one.rotary.turn(plain, positions)
+    coder = list(find_method(id).ladder(one, known))[-8].open(one, known)
+    found = decode(coder, code(coder, (keys, values)))
+    for x, y in zip((keys, values), found, strict=True):
+        sizes = (x - x.mean(2, keepdim=True)).square().sum((0, 1, 3))
+        share = (y - x).square().sum((0, 1, 3)) / sizes
+        assert share[large].max() < 10 * share.median()
+
+
 @pytest.mark.parametrize("id", method_ids())
 def test_text_and_data_say_all_of_it(id: str) -> None:
     one = LAYERS[torch.float32]

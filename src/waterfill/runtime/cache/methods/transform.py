@@ -2,7 +2,9 @@
 
 Keys before their rotation, and values, in the basis where each component's variance is what leaving it out
 would cost in nats (`waterfill.coding.components`). A component gets bits for as long as the next one saves
-more than the level, the same for all components of all heads and layers, keys and values alike.
+more than the level, the same for all components of all heads and layers, keys and values alike. Tokens differ:
+each head's part of one has one of eight gains, what its components are divided by, so that a large token is
+not cut off and a small one is told more finely (gain-shape quantisation: Gersho & Gray 1992, of a scalar shape).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from waterfill.coding.cached_blocks import CodedStream, WholeBlocks
+from waterfill.coding.cached_blocks import GAIN_BITS, CodedStream, WholeBlocks
 from waterfill.coding.components import components_kept
 from waterfill.runtime.cache.bits import pack, unpack
 from waterfill.runtime.cache.facts import LayerFacts
@@ -28,10 +30,11 @@ from waterfill.types import SpecError
 
 __all__ = ["Transform"]
 
-# Uniform quantisers by bits, of variables of variance 1 whose tails are a little heavier than a Gaussian's,
-# as components of real caches are (Max 1960 has those of the Gaussian): step, and mean squared error.
-STEPS = (0.0, 1.596, 1.0, 0.645, 0.369, 0.207, 0.1145, 0.0626, 0.0339)
-ERRORS = (1.0, 0.3958, 0.1334, 0.0435, 0.0139, 0.00432, 0.00132, 0.0004, 0.00012)
+# Uniform quantisers of a Gaussian of variance 1 by bits (Max 1960): step, and mean squared error.
+STEPS = (0.0, 1.596, 0.996, 0.586, 0.335, 0.188, 0.1041, 0.0569, 0.0308)
+ERRORS = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 0.000304, 0.0000876)
+# Of a token: close together where most are, and one that few go beyond by much.
+GAINS = torch.tensor([0.6, 0.75, 0.9, 1.1, 1.35, 1.7, 2.5, 8.0])
 F64 = NDArray[np.float64]
 
 
@@ -135,19 +138,38 @@ class _Stream:
         out[torch.cat([at, others.nonzero()[:, 0]])] = rows
         return out.reshape(heads, width, width)
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """uint8 (batch, blocks, bytes) of x float32 (batch, heads, blocks * BLOCK, width)."""
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and gains, uint8 (batch, blocks, bytes), of x float32 (batch, heads, blocks * BLOCK, width)."""
         z = (x - self.mean.float()[:, None]) @ inverse(self.synthesis())[:, :, : self.kept]
         flat = in_blocks(z).transpose(3, 4).flatten(2, 3)[:, :, self.place.long()]
+        head = self.place.long() // self.kept
+        which = self._gains(flat, head)
+        flat = flat / GAINS.to(flat.device)[which][:, :, head]
         parts, at = [flat.new_empty((*flat.shape[:2], 0), dtype=torch.uint8)], 0
         for bits, n in self.groups:
             top = 2 ** (bits - 1)
             codes = flat[:, :, at : at + n].floor().clamp_(-top, top - 1).add_(top)
             parts.append(pack(codes, bits).flatten(2))
             at += n
-        return torch.cat(parts, 2)
+        return torch.cat(parts, 2), pack(which, GAIN_BITS).flatten(2)
 
-    def decode(self, coded: torch.Tensor) -> torch.Tensor:
+    def _gains(self, flat: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """The gain of least error, (batch, blocks, heads, BLOCK), of components and their heads.
+
+        Errors count in steps: at one water level steps of all components are worth about the same.
+        """
+        top = flat.new_tensor([2.0 ** (b - 1) for b, n in self.groups for _ in range(n)])[:, None]
+        errors = []
+        for gain in GAINS.tolist():
+            scaled = flat / gain
+            error = (
+                (scaled.floor().clamp_(-top, top - 1).add_(0.5) - scaled).square_().mul_(gain**2)
+            )
+            of_heads = flat.new_zeros((*flat.shape[:2], self.heads, BLOCK))
+            errors.append(of_heads.index_add_(2, head, error))
+        return torch.stack(errors).argmin(0)
+
+    def decode(self, coded: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
         """float32 (batch, heads, blocks * BLOCK, width)."""
         batch, blocks = coded.shape[:2]
         z = torch.zeros((batch, blocks, self.heads * self.kept, BLOCK), device=coded.device)
@@ -157,7 +179,10 @@ class _Stream:
             codes = unpack(coded[:, :, at : at + nbytes].reshape(batch, blocks, n, -1), bits)
             z[:, :, self.place[done : done + n].long()] = codes.float().sub_(2 ** (bits - 1) - 0.5)
             at, done = at + nbytes, done + n
-        z = in_order(z.reshape(batch, blocks, self.heads, self.kept, BLOCK).transpose(3, 4))
+        which = unpack(gains.reshape(batch, blocks, self.heads, -1), GAIN_BITS)
+        gain = GAINS.to(z.device)[which.long()][:, :, :, None]
+        z = z.reshape(batch, blocks, self.heads, self.kept, BLOCK) * gain
+        z = in_order(z.transpose(3, 4))
         decoded: torch.Tensor = z @ self.synthesis()[:, : self.kept] + self.mean.float()[:, None]
         return decoded
 
@@ -172,7 +197,7 @@ class _Transform(Coder):
 
     @functools.cached_property
     def blocks(self) -> WholeBlocks:
-        return WholeBlocks(self.keys.coded, self.values.coded, self.facts.turn)
+        return WholeBlocks(self.keys.coded, self.values.coded, self.facts.turn, GAINS.numpy())
 
     @property
     def tables(self) -> Mapping[str, torch.Tensor]:
@@ -186,11 +211,11 @@ class _Transform(Coder):
         positions: torch.Tensor,
         saliency: torch.Tensor | None = None,
     ) -> Coded:
-        return {
-            "keys": self.keys.encode(self.facts.unturned(keys, positions)),
-            "values": self.values.encode(values.float()),
-        }
+        of_keys = self.keys.encode(self.facts.unturned(keys, positions))
+        of_values = self.values.encode(values.float())
+        return dict(zip(WholeBlocks.names, (*of_keys, *of_values), strict=True))
 
     def decode(self, coded: Coded, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.keys.decode(coded["keys"]), self.values.decode(coded["values"])
+        keys = self.keys.decode(coded["keys"], coded["keys_gain"])
+        values = self.values.decode(coded["values"], coded["values_gain"])
         return self.facts.turned(keys, positions), values.to(self.facts.dtype)
