@@ -147,6 +147,13 @@ def test_numbers_that_no_step_can_count_are_refused(either: str, bad: float) -> 
     z[0][1, 2, 7] = bad
     with pytest.raises(ValueError, match="not finite, or too large"):
         encode_chunk(z, (offset, offset), 0.1, columns)
+    words = [np.ones((1, 2, 40, 3), np.float32) for _ in range(2)]
+    bases = [Basis(np.ones((2, 3, 3), np.float32), offset)] * 2
+    runs, turns = [one_run(x) for x in words], (UNTURNED, UNTURNED)
+    assert encode_rows(runs, "F32", turns, bases, 0.1, columns)
+    words[1][0, 1, 7] = bad
+    with pytest.raises(ValueError, match="not finite, or too large"):
+        encode_rows(runs, "F32", turns, bases, 0.1, columns)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from tests.runtime.cache.models import FAMILIES, decoder, statistics, tokens
 from waterfill.coding.cachegen_file import Reader
 from waterfill.runtime.cache.cache import KVCache
+from waterfill.runtime.cache.stored import loading, saving
 from waterfill.runtime.cache.stored.fingerprint import model_fingerprint
 from waterfill.types import BudgetError, FormatError, WaterfillError
 
@@ -232,6 +233,32 @@ def test_layers_come_while_bytes_arrive(level: str, tmp_path: Path) -> None:
     short.feed(data[:-1])
     with pytest.raises(FormatError, match="cut short"):
         short.finish()
+
+
+@pytest.mark.parametrize(
+    ("level", "rows", "size"),
+    [
+        ("exact", 1, None),
+        ("1e-06", 1, None),
+        ("exact", 2, None),
+        ("1e-06", 2, None),
+        ("exact", 1, 90_000),
+    ],
+)
+def test_chunks_are_taken_some_at_a_time_or_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, level: str, rows: int, size: int | None
+) -> None:
+    model, ids = decoder(dtype=torch.bfloat16), tokens(rows, 470)
+    options: Any = {} if size is None else {"size": size, "tokens": 500}
+    monkeypatch.setattr(saving, "MOST_TOKENS", 64)
+    read(model, ids).save(tmp_path / "a.kv", ids, level)
+    stream = KVCache.stream(model, **options)
+    stream.feed((tmp_path / "a.kv").read_bytes())
+    one_by_one = values_of(stream.finish())
+    for numbers in (1, 3 * 64 * rows * 64, 1 << 22):
+        monkeypatch.setattr(loading, "NUMBERS", numbers)
+        found = values_of(KVCache.load(tmp_path / "a.kv", model, **options))
+        assert all(torch.equal(x, y) for x, y in zip(found, one_by_one, strict=True))
 
 
 def test_a_loaded_cache_may_be_held_to_a_size_and_stored_again(tmp_path: Path) -> None:
