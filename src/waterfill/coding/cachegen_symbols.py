@@ -290,6 +290,8 @@ def parts(tokens: int) -> tuple[tuple[slice, int], tuple[slice, int]]:
 
 def _encode(symbols: Bytes, columns: Columns, together: int) -> bytes:
     """Symbols (tokens, columns), so many tokens of a column side by side."""
+    if not len(symbols):
+        return b""
     ids = columns.classes if together == 1 else columns.repeated
     lanes = min(TOGETHER, rans.choose_lanes(symbols.size))
     return classes_known().encode(symbols.reshape(-1, ids.size), ids, lanes, 1)

@@ -33,11 +33,12 @@ def runs_of(piece: Piece) -> tuple[int, list[Pair]]:
 
 
 def lies(piece: Piece) -> bool:
-    """Whether `runs_of` a piece are where it is held: nothing is decoded."""
+    """Whether `runs_of` a piece are where it is held, in memory here: nothing is decoded or moved."""
     if piece.coded is None:
-        return True
+        return piece.read()[0].device.type == "cpu"
     coder, arena, low, _ = piece.coded
-    return all(coder.views(coded) is not None for coded in arena.runs(low, low + 1))
+    pair = coder.views(next(arena.runs(low, low + 1)))
+    return pair is not None and pair[0].device.type == "cpu"
 
 
 def within(runs: Iterable[tuple[T, T]], first: int, stop: int) -> Iterator[tuple[T, T]]:
