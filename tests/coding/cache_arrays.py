@@ -8,7 +8,8 @@ import numpy as np
 
 from waterfill.coding import lossless
 from waterfill.coding.cachegen import analysis_of, components, fit_table, pack_table
-from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer
+from waterfill.coding.cachegen_file import Writer
+from waterfill.coding.cachegen_header import Header, Layer, Level, Rotation
 from waterfill.coding.cachegen_rows import one_run, read_rows, turn_of
 from waterfill.coding.cachegen_symbols import encode_chunk, fit_columns, pack_columns
 from waterfill.coding.components import basis_of

@@ -17,7 +17,15 @@ from tests.coding import cache_arrays
 from waterfill.coding.cachegen import analysis_of, fit_table, pack_table, read_table
 from waterfill.coding.cachegen import components as to_components
 from waterfill.coding.cachegen_chunk import Basis, decode_rows, encode_rows
-from waterfill.coding.cachegen_file import Header, Level, Part, PartStream, Reader, parts_of
+from waterfill.coding.cachegen_file import PartStream, Reader
+from waterfill.coding.cachegen_header import (
+    Header,
+    Level,
+    Part,
+    description_of,
+    header_of,
+    parts_of,
+)
 from waterfill.coding.cachegen_layer import positions_of, read_layers
 from waterfill.coding.cachegen_rows import UNTURNED, one_run, read_rows, turn_of, write_rows
 from waterfill.coding.cachegen_symbols import (
@@ -339,12 +347,10 @@ def test_parts_that_lie_are_refused_or_decoded(at: int, junk: bytes, level: int)
      ("levels", (Level("a", 1.0), Level("a", 2.0)), "level names"), ("levels", (Level("a", -1.0),), "step")],
 )  # fmt: skip
 def test_headers_that_make_no_sense_are_refused(what: str, value: object, says: str) -> None:
-    from waterfill.coding import cachegen_file
-
     header = dataclasses.replace(cache_arrays.header(), **{what: value})  # type: ignore[arg-type]
-    text = cachegen_file._description(header)
+    text = description_of(header)
     with pytest.raises(ValueError, match=says):
-        cachegen_file._header(json.loads(text))
+        header_of(json.loads(text))
 
 
 def test_positions_follow_their_runs() -> None:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from waterfill.coding import lossless
 from waterfill.coding.cachegen import Table, read_table
 from waterfill.coding.cachegen_chunk import decode_rows
-from waterfill.coding.cachegen_file import Header, Layer, Part, Reader
+from waterfill.coding.cachegen_file import Reader
+from waterfill.coding.cachegen_header import Header, Layer, Part
 from waterfill.coding.cachegen_rows import UNTURNED, Runs, Turn, one_run, turn_of
 from waterfill.coding.cachegen_symbols import Columns, read_columns
 from waterfill.coding.sections import split

@@ -11,7 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from waterfill.coding.cachegen_file import Header, Part, Reader
+from waterfill.coding.cachegen_file import Reader
+from waterfill.coding.cachegen_header import Header, Part
 from waterfill.runtime.cache.stored.link import Choice, offers_of, send
 from waterfill.runtime.cache.stored.loading import CacheStream
 

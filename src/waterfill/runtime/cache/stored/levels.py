@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from waterfill.coding.cachegen_file import Level
+from waterfill.coding.cachegen_header import Level
 from waterfill.plan.budget import parse_size
 from waterfill.runtime.cache.stored.saving import LEVEL, Saving, counted
 from waterfill.types import BudgetError, WaterfillError

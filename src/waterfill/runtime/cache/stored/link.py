@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from waterfill.coding.cachegen_file import Header, Part, Reader
+from waterfill.coding.cachegen_file import Reader
+from waterfill.coding.cachegen_header import Header, Part
 
 __all__ = ["RECOMPUTE", "Choice", "Offer", "choose", "offers_of", "send"]
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from waterfill.coding.cachegen_file import Header, Part, PartStream, Reader, parts_of
+from waterfill.coding.cachegen_file import PartStream, Reader
+from waterfill.coding.cachegen_header import Header, Part, parts_of
 from waterfill.coding.cachegen_layer import LayerDecoder, positions_of, read_ids, wanted_at
 from waterfill.coding.cachegen_rows import Turn
 from waterfill.runtime.cache.facts import LayerFacts

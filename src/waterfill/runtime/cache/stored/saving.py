@@ -17,7 +17,8 @@ import torch
 from waterfill.coding import lossless
 from waterfill.coding.cachegen import Table, analysis_of, components, fit_table, pack_table
 from waterfill.coding.cachegen_chunk import Basis, encode_rows
-from waterfill.coding.cachegen_file import Header, Layer, Level, Rotation, Writer, front_nbytes
+from waterfill.coding.cachegen_file import Writer, front_nbytes
+from waterfill.coding.cachegen_header import Header, Layer, Level, Rotation
 from waterfill.coding.cachegen_rows import UNTURNED, Turn, joined, read_rows, turn_of
 from waterfill.coding.cachegen_symbols import fit_columns, pack_columns
 from waterfill.coding.components import basis_of

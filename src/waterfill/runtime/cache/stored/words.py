@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from waterfill.coding.cachegen_file import Rotation
+from waterfill.coding.cachegen_header import Rotation
 from waterfill.runtime.cache.rotary import Rotary
 from waterfill.types import DTYPES, Array
 
