@@ -82,7 +82,8 @@ def test_measuring(run: Shell, calibrated: Path) -> None:
 def test_what_cannot_be_measured_is_a_dash(run: Shell, calibrated: Path) -> None:
     words = ["--sizes", "1kB", "--window", "128", "--tokens", "130", "--no-stock"]
     done = run("cache", calibrated, *words)
-    assert done.status == 0 and "\u2013" in done.out and "too small" in done.out
+    assert done.status == 1 and "\u2013" in done.out and "too small" in done.out
+    assert "no cache was made" in done.err
 
 
 def test_sizes_of_what_is_written(run: Shell, calibrated: Path) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from waterfill.runtime.arrays import load as load
     from waterfill.runtime.cache.cache import KVCache as KVCache
     from waterfill.runtime.cache.fitting.calibrating import calibrate_cache as calibrate_cache
+    from waterfill.runtime.cache.guard import Guard as Guard
     from waterfill.runtime.plain import decompress as decompress
     from waterfill.runtime.reading import Artifact as Artifact
     from waterfill.runtime.torch_model import load_model as load_model
@@ -46,6 +47,7 @@ _HOMES = {
     "BudgetError": "types",
     "Codec": "registry",
     "FormatError": "types",
+    "Guard": "runtime.cache.guard",
     "KVCache": "runtime.cache.cache",
     "Record": "types",
     "WaterfillError": "types",

@@ -10,6 +10,7 @@ from typing import Any
 from waterfill.cli.grammar import Verb, bits, checked, count, force, named, path, trust
 from waterfill.cli.printing import short, table
 from waterfill.cli.running import cache_method
+from waterfill.types import BudgetError
 
 TOKENS = 16384  # of calibration text, if not said otherwise
 BITS = (2.0, 3.0, 4.0)
@@ -18,6 +19,7 @@ BITS = (2.0, 3.0, 4.0)
 def calibrate_cache(args: argparse.Namespace) -> Any:
     """Learn from text what errors in a model's KV cache cost, once, into a small file."""
     from waterfill.pipeline import calibrate_cache_to
+    from waterfill.report.words import flat
 
     result = calibrate_cache_to(
         args.model,
@@ -34,7 +36,7 @@ def calibrate_cache(args: argparse.Namespace) -> Any:
         print(
             f"{result['path']}: {result['nbytes']:,} bytes, statistics of {result['layers']} layers"
         )
-        for key, value in result["protocol"].items():
+        for key, value in flat({k: v for k, v in result["protocol"].items() if k != "probe"}):
             print(f"  {key}: {short(value)}")
         words = ["waterfill", "cache", args.model, "--bits", "2", "3", "4"]
         if not result["beside"]:
@@ -79,6 +81,9 @@ def cache(args: argparse.Namespace) -> Any:
     from waterfill.pipeline import measure_caches
     from waterfill.report import cache_remarks, cache_rows, write_cache
 
+    for made in (args.out, args.report):
+        if made:
+            made.parent.mkdir(parents=True, exist_ok=True)
     result = measure_caches(
         args.model,
         methods=args.methods,
@@ -92,9 +97,6 @@ def cache(args: argparse.Namespace) -> Any:
         trust_remote_code=args.trust_remote_code,
         progress=args.progress,
     )
-    for made in (args.out, args.report):
-        if made:
-            made.parent.mkdir(parents=True, exist_ok=True)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     page = write_cache(result, args.report) if args.report else None
@@ -109,6 +111,8 @@ def cache(args: argparse.Namespace) -> Any:
             )
         if page:
             print(f"{page}: the picture")
+    if not any("nbytes" in cell for cell in result["cells"] if not cell.get("stock")):
+        raise BudgetError("no cache was made: name other sizes, bits or methods")
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -68,6 +69,23 @@ def test_the_size_is_kept_at_every_length(method: str, bits: float) -> None:
     assert at == 400 and most <= cache.budget.nbytes
     with pytest.raises(BudgetError, match="planned for 400 tokens"):
         logits(model, ids[:, :1], cache, (1,))
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 20, 37, 38, 39, 70])
+def test_short_caches_keep_to_the_least_size_that_is_named(length: int) -> None:
+    model, ids = decoder(), tokens(1, length)
+    with pytest.raises(BudgetError, match=r"a cache of 1 bytes .* is too small") as raised:
+        KVCache(model, 1, tokens=length)
+    found = re.search(r"take ([\d,]+)", str(raised.value))
+    assert found is not None
+    least = int(found[1].replace(",", ""))
+    cache, most = KVCache(model, least, tokens=length, guard=None), 0
+    for i in range(length):
+        logits(model, ids[:, i : i + 1], cache, (1,))
+        most = max(most, cache.nbytes)
+    assert most <= least
+    with pytest.raises(BudgetError, match=f"take {least:,};"):
+        KVCache(model, least - 1, tokens=length)
 
 
 def test_more_bytes_harm_less() -> None:

@@ -122,5 +122,5 @@ def test_a_loop_under_autograd_writes_the_same() -> None:
 def test_more_rows_than_were_planned_for() -> None:
     model = decoder()
     cache = KVCache(model, bits=12, tokens=200)
-    with pytest.raises(BudgetError, match=r"planned for 1 rows, and 3 come.*batch=3"):
+    with pytest.raises(BudgetError, match=r"planned for rows: 1, and 3 come.*batch=3"):
         write(model, tokens(1, 40), cache, num_beams=3)

@@ -33,7 +33,11 @@ from waterfill.types import BudgetError, FormatError, WaterfillError
         ({"batch": -2}, "batch=-2"),
         ({"sinks": -1}, "sinks=-1: a whole number, please, of at least 0"),
         ({"recent": "8"}, "recent='8'"),
-        ({"bits": 4, "recent": 1 << 30}, "the cheapest rungs take"),
+        ({"bits": 4, "recent": 1 << 30}, "the cheapest rungs take.*more for each, or more tokens"),
+        ({"size": 99, "tokens": 9}, "of 99 bytes for 9 tokens.*a larger size, or fewer tokens"),
+        ({"method": None}, "method=None: the name of a method"),
+        ({"statistics": 3}, "statistics=3: what calibrate_cache returned"),
+        ({"guard": "x"}, "guard='x': a waterfill.Guard"),
         ({"statistics": "nowhere.safetensors"}, "nowhere.safetensors holds no cache statistics"),
     ],
 )
@@ -95,6 +99,28 @@ def test_a_full_cache_says_how_to_have_room() -> None:
     with torch.no_grad(), pytest.raises(BudgetError, match=r"100 tokens, and 101.*tokens=101"):
         model(input_ids=ids, past_key_values=cache)
     assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("ids", ["ab", [1.5], [-1], [10**6], [True], [None]])
+def test_what_are_no_token_ids(ids: Any) -> None:
+    model = decoder()
+    cache = KVCache(model)
+    with torch.no_grad():
+        model(input_ids=tokens(1, 20), past_key_values=cache)
+    with pytest.raises(WaterfillError, match="token ids"):
+        cache.splice(3, 5, ids)
+    with pytest.raises(WaterfillError, match="token ids"):
+        KVCache(model).compose([ids], {})
+    assert cache.get_seq_length() == 20
+
+
+def test_a_store_without_a_level(tmp_path: Path) -> None:
+    cache = KVCache(decoder())
+    with torch.no_grad():
+        decoder()(input_ids=tokens(1, 20), past_key_values=cache)
+    with pytest.raises(WaterfillError, match="name a level"):
+        cache.save(tmp_path / "a.kv", tokens(1, 20), level=[])
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_decoder() -> None:

@@ -16,7 +16,12 @@ from typing import Any, Literal
 import torch
 from transformers import Cache, DynamicCache
 
-from waterfill.runtime.cache.checking import check_counts, check_statistics, total_nbytes
+from waterfill.runtime.cache.checking import (
+    check_counts,
+    check_kinds,
+    check_statistics,
+    total_nbytes,
+)
 from waterfill.runtime.cache.editing.composing import compose
 from waterfill.runtime.cache.editing.splicing import splice
 from waterfill.runtime.cache.facts import LayerFacts, context_of, facts_of
@@ -82,6 +87,7 @@ class KVCache(Cache):  # type: ignore[misc]
         guard: Guard | Literal["auto"] | None = "auto",
     ) -> None:
         check_counts(tokens, batch, sinks, recent)
+        check_kinds(method, statistics, guard)
         facts = facts_of(model)
         known = [one for one in facts if one is not None]
         if not known:
@@ -177,12 +183,15 @@ class KVCache(Cache):  # type: ignore[misc]
         Raises
         ------
         WaterfillError
-            If there are other tokens in the cache, or layers of a kind that cannot be stored.
+            If there are more or fewer tokens in the cache, or layers of a kind that cannot be stored, or no
+            level is named.
         BudgetError
             If a size is too small.
         """
         saving = saving_of(self, self._model(), token_ids, tokenizer)
         named = [level] if isinstance(level, (str, float, int)) else list(level)
+        if not named:
+            raise WaterfillError("name a level, or several: exact, 1e-6, 2.5bits, 1MB")
         levels = tuple(level_of(one, saving) for one in named)
         return save(Path(path), replace(saving, levels=levels))
 
@@ -271,7 +280,7 @@ class KVCache(Cache):  # type: ignore[misc]
             )
         if self.budget.nbytes is not None and rows > self.budget.batch:
             raise BudgetError(
-                f"this cache of {self.budget.nbytes:,} bytes was planned for {self.budget.batch} rows, "
+                f"this cache of {self.budget.nbytes:,} bytes was planned for rows: {self.budget.batch}, "
                 f"and {rows} come (each beam is one): make it with batch={rows}"
             )
 
@@ -340,7 +349,8 @@ def _budget(
 ) -> Budget:
     numbers = sum(f.numbers for f in known)
     total = total_nbytes(size, bytes_per_token, bits, numbers, tokens * batch)
-    return Budget(total, tokens, batch, sinks, recent)
+    each = size is None and total is not None
+    return Budget(total, tokens, batch, sinks, recent, each)
 
 
 def _statistics(model: Any, given: CacheStatistics | str | Path | None) -> CacheStatistics | None:

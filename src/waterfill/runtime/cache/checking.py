@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from waterfill.plan.budget import parse_size
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.fitting.statistics import CacheStatistics
+from waterfill.runtime.cache.guard import Guard
 from waterfill.types import BudgetError, WaterfillError
 
-__all__ = ["check_counts", "check_statistics", "total_nbytes"]
+__all__ = ["check_counts", "check_kinds", "check_statistics", "total_nbytes"]
 
 
 def check_counts(tokens: int | None, batch: int, sinks: int, recent: int) -> None:
@@ -22,6 +24,18 @@ def check_counts(tokens: int | None, batch: int, sinks: int, recent: int) -> Non
             isinstance(value, bool) or not isinstance(value, int) or value < lowest
         ):
             raise WaterfillError(f"{name}={value!r}: a whole number, please, of at least {lowest}")
+
+
+def check_kinds(method: Any, statistics: Any, guard: Any) -> None:
+    """WaterfillError for arguments of `KVCache` that are not what they are called."""
+    if not isinstance(method, str):
+        raise WaterfillError(f"method={method!r}: the name of a method, please, such as auto")
+    if not (statistics is None or isinstance(statistics, (CacheStatistics, str, Path))):
+        raise WaterfillError(
+            f"statistics={statistics!r}: what calibrate_cache returned, please, or its file"
+        )
+    if not (guard is None or guard == "auto" or isinstance(guard, Guard)):
+        raise WaterfillError(f'guard={guard!r}: a waterfill.Guard, "auto" or None, please')
 
 
 def total_nbytes(

@@ -149,7 +149,7 @@ class Method:
         # The store is made of coders, so it comes after this module.
         from waterfill.runtime.cache.held.store import Store
 
-        return Store(facts, coders, track, budget.sinks, budget.recent)
+        return Store(facts, coders, track, budget.sinks, budget.recent, budget.recent_room)
 
     def tiers(self) -> tuple[Tier, ...]:
         """How blocks age, newest first; most methods leave them as they are."""
@@ -210,7 +210,9 @@ def find_method(id: str) -> type[Method]:
     """The class of this id, imported at first use; SpecError if there is none."""
     if id not in _REGISTRY:
         if id not in method_ids():
-            raise SpecError(f"no cache method is called {id!r}; known: {', '.join(method_ids())}")
+            raise SpecError(
+                f"no cache method is called {id!r}; known: auto, {', '.join(method_ids())}"
+            )
         importlib.import_module(f"waterfill.runtime.cache.methods.{id}")
     return _REGISTRY[id]
 

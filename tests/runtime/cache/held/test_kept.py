@@ -388,7 +388,7 @@ def test_what_needs_every_token_is_refused(tmp_path: Path) -> None:
     ("arguments", "error", "match"),
     [
         ({"method": "ems", "size": 2000}, BudgetError, "is too small"),
-        ({"method": "elastic:share=0.5", "size": 20000}, BudgetError, "elastic:share=0.5 takes"),
+        ({"method": "elastic:share=0.5", "size": 20000}, BudgetError, "elastic:share=0.5 take"),
         ({"method": "ems:share=0"}, SpecError, "share must be"),
         ({"method": "ems:threshold=2"}, SpecError, "threshold must be"),
         ({"method": "elastic:distance=-1"}, SpecError, "distance must"),

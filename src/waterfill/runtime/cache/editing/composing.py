@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from waterfill.runtime.cache.editing.replaying import Past, read_tokens
+from waterfill.runtime.cache.editing.replaying import Past, ids_of, read_tokens
 from waterfill.runtime.cache.editing.splicing import editable
 from waterfill.runtime.cache.held.pieces import Pair
 from waterfill.runtime.cache.layer import CodedSlidingLayer
@@ -66,7 +66,7 @@ def compose(
     BudgetError
         If the tokens are more than the cache was planned for.
     """
-    ids = [torch.as_tensor(s, dtype=torch.long).reshape(1, -1) for s in segments]
+    ids = [ids_of(cache.model, s).reshape(1, -1) for s in segments]
     lengths = [one.shape[1] for one in ids]
     total = sum(lengths)
     _check(cache, lengths, graph)

@@ -19,8 +19,24 @@ from waterfill.runtime.cache.held.store import Store
 from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer, coded_layer
 from waterfill.runtime.cache.naming import as_argument
+from waterfill.types import WaterfillError
 
-__all__ = ["Past", "read_tokens"]
+__all__ = ["Past", "ids_of", "read_tokens"]
+
+
+def ids_of(model: Any, tokens: Any) -> torch.Tensor:
+    """Token ids as int64, of whatever shape; WaterfillError if they are none of the model's."""
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError):
+        raise WaterfillError(f"token ids, please, not {tokens!r}") from None
+    if not ids.numel():
+        return ids.long()
+    known = model.config.get_text_config(decoder=True).vocab_size
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not whole or int(ids.min()) < 0 or int(ids.max()) >= known:
+        raise WaterfillError(f"token ids of this model are whole numbers from 0 to {known - 1}")
+    return ids.long()
 
 
 class Past(Store):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from waterfill.runtime.cache.editing.replaying import Past, read_tokens
+from waterfill.runtime.cache.editing.replaying import Past, ids_of, read_tokens
 from waterfill.runtime.cache.held.pieces import Pair
 from waterfill.runtime.cache.held.store import Store
 from waterfill.runtime.cache.layer import CodedLayer, CodedSlidingLayer
@@ -48,7 +48,7 @@ def splice(cache: KVCache, start: int, stop: int, new_tokens: Sequence[int] | to
     batch = max(store.batch for store in stores)
     if not batch:
         raise WaterfillError("an empty cache has nothing to edit")
-    ids = torch.as_tensor(new_tokens, dtype=torch.long)
+    ids = ids_of(cache.model, new_tokens)
     ids = ids.reshape(1, -1) if ids.dim() < 2 else ids
     if len(ids) not in (1, batch):
         raise WaterfillError(f"{len(ids)} rows of new tokens for a cache of {batch}")

@@ -7,7 +7,7 @@ that calibration left. One water level then splits the budget over layers, as fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ class Budget:
     nbytes : of the whole; None: the best rungs there are
     tokens, batch : that it holds then
     sinks, recent : tokens that are kept as they were
+    each : whether the size is so much for each token
     """
 
     nbytes: int | None
@@ -51,21 +52,41 @@ class Budget:
     batch: int
     sinks: int
     recent: int
+    each: bool = False
+
+    @property
+    def positions_nbytes(self) -> int:
+        """Room for the positions of tokens."""
+        return RUNS * 8 * (1 + self.batch)
 
     @property
     def layers_nbytes(self) -> int | None:
         """What all layers may take; the rest is for the positions of their tokens."""
-        return None if self.nbytes is None else self.nbytes - RUNS * 8 * (1 + self.batch)
+        return None if self.nbytes is None else self.nbytes - self.positions_nbytes
 
     def coded_tokens(self, facts: LayerFacts) -> int:
         """Tokens of a layer that are coded when the cache is full, at most."""
         held = self.tokens if facts.window is None else min(self.tokens, facts.window + BLOCK)
         return max(0, held - self.sinks - self.recent) // BLOCK * BLOCK
 
+    @property
+    def recent_room(self) -> int:
+        """Tokens after the last block, at most."""
+        room = self.recent + BLOCK
+        return room if self.nbytes is None else min(room, self.tokens)
+
     def exact_nbytes(self, facts: LayerFacts) -> int:
         """Bytes of a layer's tokens that are kept as they were."""
-        exact = min(self.tokens, self.sinks + self.recent + BLOCK)
+        exact = min(self.tokens, self.sinks) + self.recent_room
         return exact * self.batch * facts.token_nbytes
+
+    def too_small(self, what: str, need_nbytes: int) -> BudgetError:
+        """The error where all layers take so much at least."""
+        advice = "more for each, or more tokens" if self.each else "a larger size, or fewer tokens"
+        return BudgetError(
+            f"a cache of {self.nbytes:,} bytes for {self.tokens:,} tokens is too small: {what} take "
+            f"{need_nbytes + self.positions_nbytes:,}; name {advice}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +102,7 @@ class Choice:
     """
 
     method: Method
-    coders: list[tuple[Coder, int | None]]
+    coders: list[tuple[Coder, int | None]] = field(repr=False)
     nbytes: int
     nats: float | None
 
@@ -140,10 +161,7 @@ def plan(
     least = cheapest(c)
     need = sum(real_nbytes(least).values())
     if need > budget.layers_nbytes:
-        raise BudgetError(
-            f"a cache of {budget.layers_nbytes:,} bytes is too small: the cheapest rungs take {need:,}; "
-            "name a larger size or fewer tokens"
-        )
+        raise budget.too_small("the cheapest rungs", need)
     return choose(fill_budget(c, prices, least, budget.layers_nbytes, real_nbytes))
 
 
@@ -182,7 +200,7 @@ def _open(
         nbytes += coder.nbytes
         left -= tokens
         coders.append((coder, most))
-    return Choice(chosen, coders, int(np.ceil(nbytes)), point.distortion_nats)
+    return Choice(chosen, coders, int(np.ceil(nbytes)), float(point.distortion_nats))
 
 
 def _price(

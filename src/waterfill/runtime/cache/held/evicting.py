@@ -16,7 +16,7 @@ from waterfill.runtime.cache.held.kept import SLOT_NBYTES, Held, KeptStore, Mome
 from waterfill.runtime.cache.held.track import Track
 from waterfill.runtime.cache.method import BLOCK, Coder, Method, find_method, parse_method
 from waterfill.runtime.quick import ATTENTION
-from waterfill.types import BudgetError, SpecError, WaterfillError
+from waterfill.types import SpecError, WaterfillError
 
 if TYPE_CHECKING:
     from waterfill.runtime.cache.fitting.planning import Budget
@@ -112,10 +112,7 @@ def fit(
     room = budget.layers_nbytes
     low = named if options else replace(named, share=1e-9)
     if sum(sizes(low)) > room:
-        raise BudgetError(
-            f"a cache of {budget.nbytes:,} bytes is too small: {low} takes {sum(sizes(low)):,}; "
-            "name a larger size or fewer tokens"
-        )
+        raise budget.too_small(f"layers of {low}", sum(sizes(low)))
     if options:
         return low, sizes(low)
     best, bounds = low, [low.share, 1.0]

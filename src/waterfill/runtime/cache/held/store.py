@@ -61,6 +61,7 @@ class Store:
     tiers : newest first; (coder, blocks of that age at most)
     track : positions of tokens, shared by all layers
     sinks, recent : tokens kept as they were, at the beginning and at least at the end
+    recent_room : tokens after the last block at most; None: as many as there may be
 
     Attributes
     ----------
@@ -78,8 +79,10 @@ class Store:
         track: Track,
         sinks: int,
         recent: int,
+        recent_room: int | None = None,
     ) -> None:
         self.facts, self.track = facts, track
+        self.recent_room = recent + BLOCK if recent_room is None else recent_room
         self.most_sinks, self.least_recent = sinks, recent
         self.open(tiers)
 
@@ -288,7 +291,7 @@ class Store:
         return self.dropped + self.coded_tokens + self.patched_tokens + self.held
 
     def _begin(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        room = self.least_recent + BLOCK
+        room = self.recent_room
         self.recent = (
             keys.new_empty((*keys.shape[:2], room, keys.shape[3])),
             values.new_empty((*values.shape[:2], room, values.shape[3])),
