@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pkgutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,16 @@ class Row:
         if self.bar is None:
             return True
         return self.measured <= self.bar if self.sense == "<=" else self.measured >= self.bar
+
+
+def alone(expression: str, setup: str, **environment: str) -> Any:
+    """Value of a Python expression, JSON, in a process that does nothing else, with this environment too."""
+    code = f"import json; {setup}; print(json.dumps({expression}))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, env={**os.environ, **environment},
+    )  # fmt: skip
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def seconds(call: Callable[[], object], repeat: int = 7, warmup: int = 1) -> float:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ import torch
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from bench.harness import Row
+from bench.harness import Row, alone
 from waterfill.coding import native
 from waterfill.runtime.cache.facts import LayerFacts
 from waterfill.runtime.cache.fitting.statistics import LayerStatistics, StreamStatistics
@@ -217,9 +214,7 @@ def grown(tokens: int, layers: int) -> dict[str, int]:
 def memory(quick: bool) -> Iterator[Row]:
     """Memory of a process that does nothing else, over the bytes held."""
     tokens, layers = (MIDDLE, 8) if quick else (LONG, 8)
-    code = f"import json; from bench.cache.speed import grown; print(json.dumps(grown({tokens}, {layers})))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = alone(f"grown({tokens}, {layers})", "from bench.cache.speed import grown")
     note = f"{found['grown']:,} bytes more in memory at most, {found['held']:,} held"
     ratio = found["grown"] / found["held"]
     name = f"memory of {layers} layers grown to {tokens} tokens"

@@ -6,11 +6,7 @@ against the same prefix loaded bit for bit.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +18,7 @@ import torch
 from transformers import DynamicCache
 
 from bench.cache import context_of, held_out, model_of, statistics_of
-from bench.harness import Row
+from bench.harness import Row, alone
 from waterfill.runtime.cache.cache import KVCache
 
 NAME = "english-7m"
@@ -207,15 +203,13 @@ def filled(model: Any, pairs: Pairs, statistics: Any, tokens: int | None = None)
 
 def _on_one_core(tokens: int) -> Iterator[Row]:
     """`speed` in a process whose numpy has one thread too: others that wait for it would be counted."""
-    code = (
-        "import json; from dataclasses import asdict; from bench.cache.stored import speed; "
-        f"print(json.dumps([asdict(row) for row in speed({tokens})]))"
+    found = alone(
+        f"[asdict(row) for row in speed({tokens})]",
+        "from dataclasses import asdict; from bench.cache.stored import speed",
+        OPENBLAS_NUM_THREADS="1",
+        OMP_NUM_THREADS="1",
     )
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
-    yield from (Row(**row) for row in json.loads(run.stdout.splitlines()[-1]))
+    yield from (Row(**row) for row in found)
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ def fit(store: Store, more: int = 0) -> None:
         return
     token = store.batch * store.facts.token_nbytes
     block = max(tier.arena.block_nbytes for tier in store.tiers)
-    coming = min(more, store.least_recent + BLOCK) * token + -(-more // BLOCK) * block
+    coming = min(more, store.recent_room) * token + -(-more // BLOCK) * block
     while store.patches and store.nbytes + coming > store.most_nbytes:
         _close_last(store)
     if store.nbytes > store.most_nbytes:

@@ -227,7 +227,7 @@ class Store:
     def _blocks_of(self, coming: int, held: int) -> int:
         """Blocks that `append` codes at once of so many new tokens."""
         coming -= self._sinks_of(coming)
-        over = held + coming > self.least_recent + BLOCK
+        over = held + coming > self.recent_room
         return (held + coming - self.least_recent) // BLOCK if over else 0
 
     def _sinks_of(self, coming: int) -> int:
